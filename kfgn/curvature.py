@@ -1,0 +1,289 @@
+"""Value, gradient and Kronecker factors of an objective from one forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from kfgn.errors import OptionError
+from kfgn.graph import Graph, build_graph
+from kfgn.layer import require_blocks
+from kfgn.linalg import factor_dtype, second_moment
+from kfgn.loss import Loss, flatten_batch
+from kfgn.objective import Objective, check_batch, check_outputs
+from kfgn.paths import named_leaves, with_leaves
+from kfgn.walk import Walk, needed_values, pre_activation_matrices
+
+Array = jax.Array
+PyTree = Any
+
+METHODS = ("kfra", "kflr", "kfac", "empirical")
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of one layer's block, `activation ⊗ pre_activation`."""
+
+    activation: Array  # Q, `[d_in (+ 1), d_in (+ 1)]`, eq. (21)
+    pre_activation: Array  # G, `[d_out, d_out]`, eq. (25) or (26)
+
+
+class Curvature(NamedTuple):
+    """Everything an update needs to know about a batch, as one pytree.
+
+    The callables are `jax.tree_util.Partial`, so all of it crosses jit.
+    Directions are dictionaries from parameter name to array; absent names
+    stand for zeros.
+    """
+
+    factors: dict[str, Factors]
+    value: Array  # the objective, l2 included
+    gradient: dict[str, Array]  # its gradient, l2 included
+    linearized: Partial  # direction -> the outputs' change to first order, `[N, K]`
+    output_product: Partial  # (u, v) of `[N, K]` -> mean of u'Hv, H the output Hessian
+    displaced: Partial  # direction -> the objective at params + direction
+
+
+def value_grad_and_curvature(
+    objective: Objective,
+    method: str = "kfra",
+    *,
+    samples: int = 1,
+    unassigned: str = "raise",
+) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
+    """A function `(params, batch) -> ((value, grads), curvature)`.
+
+    Args:
+      objective: the objective; its l2 term enters value and gradient, and never
+        the factors, which are those of the mean per-example loss.
+      method: how the pre-activation factors are made. "kfra": the mean matrix
+        walks backwards, eq. (26). "kflr": the exact E[G] from the columns of
+        the output Hessian's square root, eq. (25), one column at a time.
+        "kfac": gradients at targets sampled from the model, eq. (59); the
+        function then takes `key=`. "empirical": gradients at the batch's own
+        targets.
+      samples: for "kfac", the number of targets drawn per example.
+      unassigned: "raise" if a parameter belongs to no layer, or "gradient" to
+        leave it without a block.
+
+    Raises:
+      OptionError: unknown method, samples below 1, or no key for "kfac".
+      LayerError: a parameter belongs to no layer.
+      BatchError, ModelError, LossError, ParameterError: the input does not fit.
+    """
+    check_method(method, samples)
+    check_unassigned(unassigned)
+
+    def curvature_fn(params, batch, *, key=None):
+        _check_key(method, key)
+        inputs, targets = check_batch(batch)
+        graph = build_graph(objective, params, inputs)
+        if unassigned == "raise":
+            require_blocks(graph.reasons)
+        model = _linearize(graph, objective, params, inputs, targets, method != "kfra")
+        pre_activation = _pre_activation_factors(model, method, samples, key)
+        factors = {
+            name: Factors(_activation_factor(model, name), pre_activation[name])
+            for name in graph.layers
+        }
+        value, gradient = _value_and_gradient(model, objective, params)
+        curvature = Curvature(
+            factors,
+            value,
+            gradient,
+            model.linearized(),
+            Partial(_OutputProduct(objective.loss), model.outputs, targets),
+            Partial(_Displaced(objective), params, batch),
+        )
+        return (value, with_leaves(params, gradient)), curvature
+
+    return curvature_fn
+
+
+def check_method(method: str, samples: int = 1) -> None:
+    """Raises OptionError for an unknown method or a number of samples below 1."""
+    if method not in METHODS:
+        raise OptionError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise OptionError(f"samples must be an integer of at least 1, found {samples!r}")
+
+
+def check_unassigned(unassigned: str) -> None:
+    """Raises OptionError unless it is a known treatment of parameters without a block."""
+    if unassigned not in ("raise", "gradient"):
+        raise OptionError(f'unassigned must be "raise" or "gradient", found {unassigned!r}')
+
+
+def _check_key(method: str, key: Any) -> None:
+    if method == "kfac" and key is None:
+        raise OptionError(
+            'method "kfac" samples targets and needs a random key: call it as '
+            "curvature_fn(params, batch, key=jax.random.key(0)), a new key for each batch."
+        )
+    if method != "kfac" and key is not None:
+        raise OptionError(f"method {method!r} draws nothing: call it without key=")
+
+
+class _Linearized(NamedTuple):
+    """A forward pass of a batch, kept with its derivative."""
+
+    graph: Graph
+    params: dict[str, Array]
+    values: dict[Any, Array]
+    outputs: PyTree
+    targets: PyTree
+    loss: Loss
+    push: Callable  # (param tangents, probe tangents) -> output tangents
+    probes: dict[str, Array]
+
+    @property
+    def count(self) -> int:
+        return jax.tree.leaves(self.outputs)[0].shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        leaves = jax.tree.leaves((self.outputs, self.params))
+        return factor_dtype(*(leaf.dtype for leaf in leaves))
+
+    def pull(self, cotangent: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradients at parameters and at probes from one at the outputs, `[N, K]`."""
+        transposed = jax.linear_transpose(self.push, self.params, self.probes)
+        return transposed(_as_outputs(cotangent, self.outputs))
+
+    def linearized(self) -> Partial:
+        shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
+        probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
+        return Partial(_LinearPass(shapes, probes), self.push)
+
+
+def _linearize(
+    graph: Graph,
+    objective: Objective,
+    params: PyTree,
+    inputs: PyTree,
+    targets: PyTree,
+    with_probes: bool,
+) -> _Linearized:
+    leaves = named_leaves(params)
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    probes = graph.probes(count) if with_probes else {}
+    keep = needed_values(graph)
+    outputs, push, kept = jax.linearize(
+        lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
+    )
+    check_outputs(objective.loss, outputs, inputs, targets)
+    values = dict(zip(keep, kept, strict=True))
+    return _Linearized(graph, leaves, values, outputs, targets, objective.loss, push, probes)
+
+
+def _value_and_gradient(
+    model: _Linearized, objective: Objective, params: PyTree
+) -> tuple[Array, dict[str, Array]]:
+    losses = jax.vmap(model.loss)(model.outputs, model.targets)
+    value = jnp.mean(losses) + objective.penalty(params).astype(losses.dtype)
+    cotangent = model.loss.gradients(model.outputs, model.targets) / model.count
+    gradient, _ = model.pull(cotangent)
+    return value, {
+        name: g + jnp.asarray(objective.l2, g.dtype) * model.params[name]
+        for name, g in gradient.items()
+    }
+
+
+def _activation_factor(model: _Linearized, name: str) -> Array:
+    layer = model.graph.layers[name]
+    return second_moment(layer.activations(model.values[layer.input]).astype(model.dtype))
+
+
+def _pre_activation_factors(
+    model: _Linearized, method: str, samples: int, key: Array | None
+) -> dict[str, Array]:
+    loss, outputs, targets = model.loss, model.outputs, model.targets
+    if method == "kfra":
+        hessian = loss.mean_hessian(outputs, targets).astype(model.dtype)
+        shared = model.graph.shared_values(model.params)
+        return pre_activation_matrices(Walk(model.graph, shared, model.values), hessian)
+    if method == "kflr":
+        count, column = loss.sqrt_columns(outputs, targets)
+        return _second_moments(model, column, jnp.arange(count))
+    if method == "kfac":
+        keys = jax.random.split(key, samples)
+        total = _second_moments(model, lambda k: loss.sampled_gradients(k, outputs), keys)
+        return {name: moment / samples for name, moment in total.items()}
+    return _second_moments(model, lambda _: loss.gradients(outputs, targets), jnp.arange(1))
+
+
+def _second_moments(model: _Linearized, column: Callable, indices: Array) -> dict[str, Array]:
+    """`sum_k C_k'C_k / N` at every layer, the columns pulled back one at a time."""
+
+    def moments(index):
+        _, cotangents = model.pull(column(index))
+        return {
+            name: second_moment(c.reshape(c.shape[0], -1).astype(model.dtype))
+            for name, c in cotangents.items()
+        }
+
+    if indices.shape[0] == 1:
+        return moments(indices[0])
+    shapes = jax.eval_shape(moments, indices[0])
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, index):
+        return jax.tree.map(jnp.add, total, moments(index)), None
+
+    return jax.lax.scan(add, start, indices)[0]
+
+
+def _as_outputs(flat: Array, outputs: PyTree) -> PyTree:
+    """Splits `[N, K]` into the structure, shapes and dtypes of the outputs."""
+    leaves, tree = jax.tree.flatten(outputs)
+    parts, start = [], 0
+    for leaf in leaves:
+        size = leaf[0].size
+        part = flat[:, start : start + size].reshape(leaf.shape)
+        parts.append(part.astype(leaf.dtype))
+        start += size
+    return jax.tree.unflatten(tree, parts)
+
+
+# Callables with static data only: they compare equal when their data does, as
+# the tree structure of a Partial must.
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearPass:
+    shapes: tuple
+    probes: tuple
+
+    def __call__(self, push: Callable, direction: dict[str, Array]) -> Array:
+        full = {
+            name: direction[name].astype(dtype) if name in direction else jnp.zeros(shape, dtype)
+            for name, shape, dtype in self.shapes
+        }
+        still = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.probes}
+        return flatten_batch(push(full, still))
+
+
+@dataclasses.dataclass(frozen=True)
+class _OutputProduct:
+    loss: Loss
+
+    def __call__(self, outputs: PyTree, targets: PyTree, u: Array, v: Array) -> Array:
+        product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
+        return jnp.sum(u * product) / u.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Displaced:
+    objective: Objective
+
+    def __call__(self, params: PyTree, batch: Any, direction: dict[str, Array]) -> Array:
+        moved = {
+            name: leaf + direction[name].astype(leaf.dtype)
+            for name, leaf in named_leaves(params).items()
+            if name in direction
+        }
+        return self.objective(with_leaves(params, moved), batch)

@@ -1,0 +1,198 @@
+"""The graph that the walk goes through: layers, and whole nodes between them.
+
+Equations between two layers are gathered into as few nodes as possible: every
+node that is not linear costs the KFRA recursion an expectation, which is an
+approximation, so a chain of elementwise operations is one node, and so is a
+LayerNorm or an attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from kfgn.cluster import Item, cluster_items, is_active
+from kfgn.jaxpr import (
+    Array,
+    Equation,
+    FlatModel,
+    Role,
+    Var,
+    as_function,
+    evaluate,
+    flatten_model,
+    read,
+    variables,
+)
+from kfgn.layer import Layer, find_layers
+from kfgn.objective import Objective
+from kfgn.rules import is_elementwise, is_linear
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """A group of equations, seen as one function of its differentiable inputs.
+
+    `kind` says what its Jacobian is: "linear" (the same for every example),
+    "elementwise" (a diagonal per example) or "general"; a "layer" is linear.
+    """
+
+    kind: str
+    equations: tuple[Equation, ...]
+    inputs: tuple[Var, ...]  # active: differentiated
+    passive: tuple[Var, ...]  # per example, not differentiated
+    shared: tuple[Var, ...]  # the same for every example
+    outputs: tuple[Var, ...]
+    layer: Layer | None = None
+
+    def function(self, shared: dict[Var, Array]) -> Callable[..., list[Array]]:
+        """`(*inputs, *passive) -> outputs` on one example."""
+        arguments = self.shared + self.inputs + self.passive
+        body = as_function(self.equations, arguments, self.outputs)
+        constants = [shared[v] for v in self.shared]
+        return lambda *values: body(*constants, *values)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A model on one example: its layers, its nodes in forward order, its outputs."""
+
+    model: FlatModel
+    layers: dict[str, Layer]
+    reasons: dict[str, str]  # parameters in no layer, and why
+    nodes: tuple[Node, ...]
+
+    def shared_values(self, params: dict[str, Array]) -> dict[Var, Array]:
+        """The values that are the same for every example."""
+        env = dict(self.model.constants)
+        env.update({v: params[name] for name, v in self.model.parameters.items()})
+        evaluate([e for e in self.model.jaxpr.eqns if self._is_shared(e)], env)
+        return env
+
+    def forward(
+        self,
+        params: dict[str, Array],
+        inputs: PyTree,
+        probes: dict[str, Array] | None = None,
+        keep: Iterable[Var] = (),
+    ) -> tuple[PyTree, list[Array]]:
+        """The outputs of a batch and the values of `keep`, each with a leading `N`.
+
+        A probe `[N, ...]` is added to a layer's pre-activation: its cotangent
+        is the gradient there.
+        """
+        shared = self.shared_values(params)
+        layer_of = {layer.output: name for name, layer in self.layers.items()}
+        keep = list(keep)
+
+        def one(leaves, probes):
+            env = {**shared, **dict(zip(self.model.inputs, leaves, strict=True))}
+            for equation in self.model.jaxpr.eqns:
+                if self._is_shared(equation):
+                    continue
+                evaluate([equation], env)
+                for v in equation.outvars:
+                    if probes and layer_of.get(v) in probes:
+                        env[v] = env[v] + probes[layer_of[v]]
+            return [read(env, v) for v in self.model.outputs], [env[v] for v in keep]
+
+        outputs, kept = jax.vmap(one)(jax.tree.leaves(inputs), probes or {})
+        return jax.tree.unflatten(self.model.output_tree, outputs), kept
+
+    def probes(self, count: int) -> dict[str, Array]:
+        """Zero probes for `count` examples."""
+        return {
+            name: jax.numpy.zeros((count, *layer.output.aval.shape), layer.output.aval.dtype)
+            for name, layer in self.layers.items()
+        }
+
+    def is_active(self, variable: Var) -> bool:
+        """Whether a value is differentiable and depends on both data and parameters."""
+        return is_active(self.model, variable)
+
+    def _is_shared(self, equation: Equation) -> bool:
+        roles = self.model.roles
+        return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
+
+
+def build_graph(objective: Objective, params: PyTree, inputs: PyTree) -> Graph:
+    """Traces the objective's model on one example of `inputs` (arrays or shapes)."""
+    model = flatten_model(objective.model, params, inputs)
+    layers, reasons = find_layers(model)
+    return Graph(model, layers, reasons, _nodes(model, layers.values()))
+
+
+def _nodes(model: FlatModel, layers: Iterable[Layer]) -> tuple[Node, ...]:
+    items = _items(model, layers)
+    clusters = cluster_items(model, items)
+    readers = _readers(model)
+    nodes = [
+        _node(model, [items[i] for i in sorted(members)], readers) for members in clusters
+    ]
+    return tuple(nodes)
+
+
+def _items(model: FlatModel, layers: Iterable[Layer]) -> list[Item]:
+    """Layers, each at its last equation's place, and single equations, in order."""
+    last = {id(layer.equations[-1]): layer for layer in layers}
+    inside = {id(e) for layer in last.values() for e in layer.equations}
+    items: list[Item] = []
+    for equation in model.jaxpr.eqns:
+        if id(equation) in last:
+            layer = last[id(equation)]
+            items.append((layer.equations, layer))
+        elif id(equation) not in inside and _active(model, equation.outvars):
+            items.append(((equation,), None))
+    return items
+
+
+def _active(model: FlatModel, atoms: Iterable[Any]) -> list[Var]:
+    return [v for v in variables(atoms) if is_active(model, v)]
+
+
+def _readers(model: FlatModel) -> dict[Var, set[int]]:
+    readers: dict[Var, set[int]] = {v: {-1} for v in variables(model.outputs)}
+    for equation in model.jaxpr.eqns:
+        for v in variables(equation.invars):
+            readers.setdefault(v, set()).add(id(equation))
+    return readers
+
+
+def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> Node:
+    equations = tuple(e for group, _ in items for e in group)
+    layer = items[0][1]
+    inside = {id(e) for e in equations}
+    made = {v for e in equations for v in e.outvars}
+    read_vars = dict.fromkeys(
+        v for e in equations for v in variables(e.invars) if v not in made
+    )
+    by_role = {role: tuple(v for v in read_vars if model.roles[v] is role) for role in Role}
+    outputs = tuple(
+        v
+        for e in equations
+        for v in _active(model, e.outvars)
+        if readers.get(v, set()) - inside
+    )
+    kind = "layer" if layer else _kind(model, equations)
+    return Node(
+        kind,
+        equations,
+        by_role[Role.ACTIVE] if layer is None else tuple(_active(model, [layer.input])),
+        by_role[Role.PASSIVE],
+        by_role[Role.CONSTANT] + by_role[Role.PARAMETER],
+        outputs,
+        layer,
+    )
+
+
+def _kind(model: FlatModel, equations: tuple[Equation, ...]) -> str:
+    if all(is_linear(model, e) for e in equations):
+        return "linear"
+    if all(is_elementwise(model, e) for e in equations):
+        return "elementwise"
+    return "general"

@@ -1,0 +1,305 @@
+"""Jacobians of nodes, each applied to blocks of the curvature in its cheapest form.
+
+Every Jacobian comes from automatic differentiation; the classes differ only in
+how they take the expectation over examples that the walk needs:
+
+    left(o, i, X) = E[J_oi'] X,    congruence({M_op}, i, j) = sum_op E[J_oi' M_op J_pj].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.graph import Node
+from kfgn.jaxpr import Array, Var, size
+from kfgn.linalg import congruence, congruence_diagonal, cross_moment, matmul
+
+Blocks = dict[tuple[Var, Var], Array]
+Values = dict[Var, Array]
+
+# Bytes that the per-example work of a general node may hold at once.
+_CHUNK_BYTES = 2**26
+
+
+class Jacobian(Protocol):
+    """The Jacobian of a node in every example of the batch."""
+
+    def left(self, o: Var, i: Var, block: Array) -> Array:
+        """`E[J_oi'] block`, `[D_i, D_v]` from `[D_o, D_v]`."""
+
+    def congruence(self, own: Blocks, i: Var, j: Var) -> Array:
+        """`sum_op E[J_oi' M_op J_pj]`, `[D_i, D_j]`."""
+
+    def congruence_diagonal(self, own: Blocks, i: Var) -> Array:
+        """The diagonal of `congruence(own, i, i)`; blocks may be diagonals themselves."""
+
+    def gradient(self, outs: Values) -> Values:
+        """Per-example gradients at the inputs from those at the outputs, `[N, ...]`."""
+
+
+def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
+    """The node's Jacobian at the given values."""
+    if node.layer is not None:
+        return _Dense(node, shared)
+    if node.kind == "linear":
+        return _Linear(node, shared, values)
+    if node.kind == "elementwise":
+        return _Elementwise(node, shared, values)
+    return _General(node, shared, values)
+
+
+class _Dense:
+    """`h = a W`: products with the kernel."""
+
+    def __init__(self, node: Node, shared: Values):
+        layer = node.layer
+        assert layer is not None
+        seen = shared[layer.kernel_value]
+        kernel = jnp.transpose(seen, layer.kernel_axes).reshape(layer.d_in, layer.d_out)
+        self.kernel = layer.in_input_order(kernel)
+        self.node = node
+
+    def _as(self, block: Array) -> Array:
+        return self.kernel.astype(block.dtype)
+
+    def left(self, o, i, block):
+        return matmul(self._as(block), block)
+
+    def congruence(self, own, i, j):
+        ((matrix),) = own.values()
+        return congruence(self._as(matrix), matrix)
+
+    def congruence_diagonal(self, own, i):
+        ((matrix),) = own.values()
+        return congruence_diagonal(self._as(matrix), matrix)
+
+    def gradient(self, outs):
+        ((g),) = outs.values()
+        (i,) = self.node.inputs
+        rows = g.reshape(g.shape[0], -1)
+        return {i: matmul(rows, self._as(rows).T).reshape(-1, *i.aval.shape)}
+
+
+class _Linear:
+    """The same vector-Jacobian product for every example."""
+
+    def __init__(self, node: Node, shared: Values, values: Values):
+        function = node.function(shared)
+        # Offsets do not move a linear node's Jacobian: zeros stand for them.
+        passive = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.passive]
+        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
+        self.pull = jax.vjp(lambda *x: function(*x, *passive), *zeros)[1]
+        self.node = node
+
+    def _rows(self, rows: dict[Var, Array], i: Var) -> Array:
+        """`sum_o rows_o J_oi`, `[R, D_i]` from `[R, D_o]`."""
+        return _pull_rows(self.node, self.pull, rows, i)
+
+    def left(self, o, i, block):
+        return self._rows({o: block.T}, i).T
+
+    def congruence(self, own, i, j):
+        return _congruence(own, self._rows, i, j)
+
+    def congruence_diagonal(self, own, i):
+        return jnp.diag(self.congruence(own, i, i))
+
+    def gradient(self, outs):
+        count = next(iter(outs.values())).shape[0]
+        flat = {o: g.reshape(count, -1) for o, g in outs.items()}
+        return {i: self._rows(flat, i).reshape(count, *i.aval.shape) for i in self.node.inputs}
+
+
+class _Elementwise:
+    """A diagonal per example: `E[J_i' M J_j] = M * (F_i'F_j / N)`."""
+
+    def __init__(self, node: Node, shared: Values, values: Values):
+        batched = _batched(node, shared, values)
+        inputs = [values[v] for v in node.inputs]
+        self.slopes: dict[tuple[Var, Var], Array] = {}
+        for position, i in enumerate(node.inputs):
+            ones = [
+                jnp.ones_like(x) if p == position else jnp.zeros_like(x)
+                for p, x in enumerate(inputs)
+            ]
+            _, tangents = jax.jvp(batched, inputs, ones)
+            for o, slope in zip(node.outputs, tangents, strict=True):
+                self.slopes[o, i] = slope.reshape(slope.shape[0], -1)
+        self.node = node
+
+    def _slope(self, o: Var, i: Var, block: Array) -> Array:
+        # One conversion per slope would break the symmetry test by identity.
+        slope = self.slopes[o, i]
+        return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
+
+    def left(self, o, i, block):
+        return jnp.mean(self._slope(o, i, block), axis=0)[:, None] * block
+
+    def congruence(self, own, i, j):
+        return sum(
+            block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
+            for (o, p), block in own.items()
+        )
+
+    def congruence_diagonal(self, own, i):
+        total = 0.0
+        for (o, p), block in own.items():
+            slopes = self._slope(o, i, block) * self._slope(p, i, block)
+            diagonal = jnp.diag(block) if block.ndim == 2 else block
+            total = total + diagonal * jnp.mean(slopes, axis=0)
+        return total
+
+    def gradient(self, outs):
+        result = {}
+        for i in self.node.inputs:
+            parts = [g * self.slopes[o, i].reshape(g.shape).astype(g.dtype) for o, g in outs.items()]
+            result[i] = sum(parts).reshape(-1, *i.aval.shape)
+        return result
+
+
+class _General:
+    """A vector-Jacobian product per example, in chunks of bounded memory."""
+
+    def __init__(self, node: Node, shared: Values, values: Values):
+        self.node = node
+        self.function = node.function(shared)
+        self.arguments = [values[v] for v in node.inputs + node.passive]
+        self.count = self.arguments[0].shape[0]
+
+    def _mean(self, of_rows: Callable[[Callable], Array], entries: int) -> Array:
+        """The mean over examples of `of_rows(rows_of_this_example)`."""
+
+        def one(arguments):
+            split = len(self.node.inputs)
+            inputs, passive = arguments[:split], arguments[split:]
+            pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
+            return of_rows(lambda rows, i: _pull_rows(self.node, pull, rows, i))
+
+        if self.count == 1:
+            return one([a[0] for a in self.arguments])
+        return _chunked_mean(one, self.arguments, self.count, entries)
+
+    def left(self, o, i, block):
+        entries = block.shape[1] * (size(o) + size(i))
+        return self._mean(lambda rows: rows({o: block.T}, i).T, entries)
+
+    def congruence(self, own, i, j):
+        entries = sum(size(o) for o in self.node.outputs) * (size(i) + size(j))
+        return self._mean(lambda rows: _congruence(own, rows, i, j), entries)
+
+    def congruence_diagonal(self, own, i):
+        return jnp.diag(self.congruence(own, i, i))
+
+    def gradient(self, outs):
+        def one(arguments, outs):
+            split = len(self.node.inputs)
+            inputs, passive = arguments[:split], arguments[split:]
+            pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
+            zeros = [jnp.zeros(o.aval.shape, o.aval.dtype) for o in self.node.outputs]
+            return pull([
+                outs[o].astype(z.dtype) if o in outs else z
+                for o, z in zip(self.node.outputs, zeros, strict=True)
+            ])
+
+        return dict(zip(self.node.inputs, jax.vmap(one)(self.arguments, outs), strict=True))
+
+
+def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> Blocks:
+    """The mean over examples of the node's own Hessian against its output gradients.
+
+    For an elementwise node these are the diagonals `f'' dE/da` of equation (10).
+    """
+    if node.layer is not None or node.kind == "linear":
+        return {}
+    batched = _batched(node, shared, values)
+    inputs = tuple(values[v] for v in node.inputs)
+    outputs = [(k, outs[o]) for k, o in enumerate(node.outputs) if o in outs]
+
+    def against_gradient(*x):
+        results = batched(*x)
+        return sum(jnp.sum(results[k] * g.astype(results[k].dtype)) for k, g in outputs)
+
+    gradient = jax.grad(against_gradient, argnums=tuple(range(len(inputs))))
+    if node.kind == "elementwise":
+        return _elementwise_curvature(node, gradient, inputs)
+    return _general_curvature(node, gradient, inputs)
+
+
+def _elementwise_curvature(node: Node, gradient: Callable, inputs: tuple) -> Blocks:
+    blocks = {}
+    for b, j in enumerate(node.inputs):
+        ones = tuple(jnp.ones_like(x) if p == b else jnp.zeros_like(x) for p, x in enumerate(inputs))
+        _, second = jax.jvp(gradient, inputs, ones)
+        for a, i in enumerate(node.inputs[: b + 1]):
+            blocks[i, j] = jnp.diag(jnp.mean(second[a].reshape(second[a].shape[0], -1), axis=0))
+    return blocks
+
+
+def _general_curvature(node: Node, gradient: Callable, inputs: tuple) -> Blocks:
+    """By forward over reverse; examples are independent, so one basis vector serves all."""
+    blocks = {}
+    for b, j in enumerate(node.inputs):
+        basis = jnp.eye(size(j), dtype=inputs[b].dtype).reshape(-1, *j.aval.shape)
+
+        def along(direction, b=b):
+            tangents = tuple(
+                jnp.broadcast_to(direction, x.shape) if p == b else jnp.zeros_like(x)
+                for p, x in enumerate(inputs)
+            )
+            _, second = jax.jvp(gradient, inputs, tangents)
+            return [jnp.mean(s.reshape(s.shape[0], -1), axis=0) for s in second]
+
+        columns = jax.vmap(along)(basis)
+        for a, i in enumerate(node.inputs[: b + 1]):
+            blocks[i, j] = columns[a].T
+    return blocks
+
+
+def _batched(node: Node, shared: Values, values: Values) -> Callable[..., list[Array]]:
+    """`(*inputs) -> outputs` with a leading batch axis."""
+    function = node.function(shared)
+    passive = [values[v] for v in node.passive]
+    return lambda *x: jax.vmap(function)(*x, *passive)
+
+
+def _pull_rows(node: Node, pull: Callable, rows: dict[Var, Array], i: Var) -> Array:
+    """`sum_o rows_o J_oi` by one vector-Jacobian product per row."""
+    count = next(iter(rows.values())).shape[0]
+    cotangents: list[Any] = []
+    for o in node.outputs:
+        if o in rows:
+            cotangents.append(rows[o].astype(o.aval.dtype).reshape(count, *o.aval.shape))
+        else:
+            cotangents.append(jnp.zeros((count, *o.aval.shape), o.aval.dtype))
+    pulled = jax.vmap(pull)(cotangents)[node.inputs.index(i)]
+    return pulled.reshape(count, -1).astype(next(iter(rows.values())).dtype)
+
+
+def _congruence(own: Blocks, rows: Callable, i: Var, j: Var) -> Array:
+    """`sum_op J_oi' M_op J_pj` of one example: rows first, then columns."""
+    outputs = dict.fromkeys(o for o, _ in own)
+    right = {
+        o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs
+    }
+    return rows({o: block.T for o, block in right.items()}, i).T
+
+
+def _chunked_mean(function: Callable, arguments: Any, count: int, entries: int) -> Array:
+    """The mean of `function` over examples, a chunk of them at a time."""
+    chunk = max(1, min(count, _CHUNK_BYTES // (4 * max(entries, 1))))
+    whole, left = divmod(count, chunk)
+
+    def total(arguments):
+        return jnp.sum(jax.vmap(function)(arguments), axis=0)
+
+    head = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in arguments]
+    shape = jax.eval_shape(total, [a[0] for a in head])
+    start = jnp.zeros(shape.shape, shape.dtype)
+    result, _ = jax.lax.scan(lambda acc, x: (acc + total(x), None), start, head)
+    if left:
+        result = result + total([a[whole * chunk :] for a in arguments])
+    return result / count

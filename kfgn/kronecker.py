@@ -1,0 +1,93 @@
+"""Kronecker algebra: damped inverses of `Q ⊗ G + k I`, products, traces.
+
+Blocks act on the row-major vec of `V` `[a, b]`, so `(Q ⊗ G) vec(V)` is
+`Q V G` for symmetric factors `Q` `[a, a]` and `G` `[b, b]`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.linalg import matmul
+from kfgn.spd import spd_inverse
+
+Array = jax.Array
+
+
+def kronecker_matvec(q: Array, g: Array, v: Array) -> Array:
+    """`(q ⊗ g) vec(v)` as a matrix like `v`."""
+    return matmul(matmul(q, v), g)
+
+
+def kronecker_dense(q: Array, g: Array) -> Array:
+    """`q ⊗ g` as one matrix; for small factors."""
+    return jnp.kron(q, g)
+
+
+def kronecker_trace(q: Array, g: Array) -> Array:
+    """`tr(q ⊗ g) = tr q tr g`."""
+    return jnp.trace(q) * jnp.trace(g)
+
+
+def kronecker_logdet(q: Array, g: Array) -> Array:
+    """`log det(q ⊗ g) = b log det q + a log det g` of positive definite factors."""
+    return g.shape[0] * jnp.linalg.slogdet(q)[1] + q.shape[0] * jnp.linalg.slogdet(g)[1]
+
+
+def factor_balance(q: Array, g: Array) -> Array:
+    """ω of eq. (38) with the trace norm: the factors' mean eigenvalues, `sqrt(q / g)`.
+
+    Where a factor vanishes (a layer whose units are all dead) there is nothing
+    to balance, and ω is 1.
+    """
+    mean_q, mean_g = jnp.trace(q) / q.shape[0], jnp.trace(g) / g.shape[0]
+    usable = (mean_q > 0) & (mean_g > 0)
+    ratio = jnp.where(usable, mean_q, 1) / jnp.where(usable, mean_g, 1)
+    return jnp.sqrt(ratio)
+
+
+class FactoredInverse(NamedTuple):
+    """`(q + ω√k I)^-1` and `(g + √k/ω I)^-1`, eq. (36)."""
+
+    left: Array
+    right: Array
+
+
+def factored_inverse(q: Array, g: Array, damping: Array) -> FactoredInverse:
+    """The factored approximation to `(q ⊗ g + damping I)^-1`, eqs. (36)-(38)."""
+    root = jnp.sqrt(damping)
+    balance = factor_balance(q, g)
+    return FactoredInverse(spd_inverse(q, balance * root), spd_inverse(g, root / balance))
+
+
+def apply_factored(inverse: FactoredInverse, v: Array) -> Array:
+    """The factored inverse times `vec(v)`."""
+    return kronecker_matvec(inverse.left, inverse.right, v)
+
+
+class Eigen(NamedTuple):
+    """Eigendecompositions of both factors."""
+
+    left_values: Array
+    left_vectors: Array
+    right_values: Array
+    right_vectors: Array
+
+
+def eigen(q: Array, g: Array) -> Eigen:
+    """Eigendecompositions of both factors; eigenvalues below zero are roundoff."""
+    left_values, left_vectors = jnp.linalg.eigh(q)
+    right_values, right_vectors = jnp.linalg.eigh(g)
+    return Eigen(
+        jnp.maximum(left_values, 0), left_vectors, jnp.maximum(right_values, 0), right_vectors
+    )
+
+
+def apply_eigen(decomposition: Eigen, damping: Array, v: Array) -> Array:
+    """`(q ⊗ g + damping I)^-1 vec(v)` exactly, eq. (35)."""
+    s, u, t, w = decomposition
+    rotated = matmul(matmul(u.T, v), w) / (s[:, None] * t[None, :] + damping)
+    return matmul(matmul(u, rotated), w.T)

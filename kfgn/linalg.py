@@ -1,0 +1,57 @@
+"""Matrix products of the factors, each at full precision whatever the default is."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def factor_dtype(*dtypes) -> jnp.dtype:
+    """The dtype factors live in: at least float32, also under bfloat16 compute."""
+    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def inner(a: Any, b: Any) -> Array:
+    """The inner product of two pytrees, accumulated in at least float32."""
+    leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    dtype = factor_dtype(*(x.dtype for pair in leaves for x in pair))
+    terms = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in leaves]
+    return sum(terms[1:], start=terms[0])
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """`a @ b` at full precision."""
+    return jnp.matmul(a, b, precision=PRECISION)
+
+
+def second_moment(a: Array) -> Array:
+    """`a'a / N` of rows `[N, D]`, the mean outer product `[D, D]`."""
+    if a.shape[0] == 1:
+        return a[0][:, None] * a[0][None, :]
+    return matmul(a.T, a) / a.shape[0]
+
+
+def cross_moment(a: Array, b: Array) -> Array:
+    """`a'b / N` of rows `[N, D]` and `[N, E]`."""
+    if a is b:
+        return second_moment(a)
+    if a.shape[0] == 1:
+        return a[0][:, None] * b[0][None, :]
+    return matmul(a.T, b) / a.shape[0]
+
+
+def congruence(w: Array, matrix: Array) -> Array:
+    """`w matrix w'` of a symmetric matrix."""
+    return matmul(matmul(w, matrix), w.T)
+
+
+def congruence_diagonal(w: Array, matrix: Array) -> Array:
+    """The diagonal of `w matrix w'`, without the second product."""
+    return jnp.sum(matmul(w, matrix) * w, axis=1)
