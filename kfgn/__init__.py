@@ -1,0 +1,64 @@
+"""kfgn: curvature of neural networks and second-order optimisation for JAX."""
+
+from kfgn import losses
+from kfgn.adaptive import scale_by_curvature
+from kfgn.alias import PRESETS, kfac, kflr, kfra
+from kfgn.blocks import Blocks, layers
+from kfgn.curvature import Curvature, Factors, value_grad_and_curvature
+from kfgn.damping import Damping
+from kfgn.errors import (
+    BatchError,
+    KfgnError,
+    LayerError,
+    LossError,
+    ModelError,
+    OptionError,
+    ParameterError,
+)
+from kfgn.exact import (
+    block_gauss_newton,
+    block_hessian,
+    gauss_newton_diagonal,
+    gauss_newton_vector_product,
+    hessian_diagonal,
+    hessian_vector_product,
+    pre_activation_gauss_newton,
+    pre_activation_hessian,
+)
+from kfgn.objective import Objective
+from kfgn.transform import average_parameters, scale_by_kronecker, scale_by_quadratic_model
+
+__all__ = [
+    "PRESETS",
+    "BatchError",
+    "Blocks",
+    "Curvature",
+    "Damping",
+    "Factors",
+    "KfgnError",
+    "LayerError",
+    "LossError",
+    "ModelError",
+    "Objective",
+    "OptionError",
+    "ParameterError",
+    "average_parameters",
+    "block_gauss_newton",
+    "block_hessian",
+    "gauss_newton_diagonal",
+    "gauss_newton_vector_product",
+    "hessian_diagonal",
+    "hessian_vector_product",
+    "kfac",
+    "kflr",
+    "kfra",
+    "layers",
+    "losses",
+    "pre_activation_gauss_newton",
+    "pre_activation_hessian",
+    "scale_by_curvature",
+    "scale_by_kronecker",
+    "scale_by_quadratic_model",
+    "value_grad_and_curvature",
+]
+__version__ = "0.1.0"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.linalg import matmul
-from kfgn.spd import spd_inverse
+from kfgn.spd import spd_inverses
 
 Array = jax.Array
 
@@ -56,11 +56,18 @@ class FactoredInverse(NamedTuple):
     right: Array
 
 
-def factored_inverse(q: Array, g: Array, damping: Array) -> FactoredInverse:
-    """The factored approximation to `(q ⊗ g + damping I)^-1`, eqs. (36)-(38)."""
-    root = jnp.sqrt(damping)
-    balance = factor_balance(q, g)
-    return FactoredInverse(spd_inverse(q, balance * root), spd_inverse(g, root / balance))
+def factored_inverses(
+    factors: dict[str, tuple[Array, Array]], damping: Array
+) -> dict[str, FactoredInverse]:
+    """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38)."""
+    matrices, shifts = [], []
+    for q, g in factors.values():
+        root = jnp.sqrt(damping).astype(q.dtype)
+        balance = factor_balance(q, g)
+        matrices += [q, g]
+        shifts += [balance * root, root / balance]
+    inverses = iter(spd_inverses(matrices, shifts))
+    return {name: FactoredInverse(next(inverses), next(inverses)) for name in factors}
 
 
 def apply_factored(inverse: FactoredInverse, v: Array) -> Array:

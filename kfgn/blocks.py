@@ -1,0 +1,112 @@
+"""The static description of an objective's layers that transformations are built from."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.curvature import Curvature, check_unassigned
+from kfgn.errors import OptionError, ParameterError
+from kfgn.graph import build_graph
+from kfgn.layer import Layer, require_blocks
+from kfgn.objective import Objective, check_batch, check_outputs
+from kfgn.paths import named_leaves
+
+Array = jax.Array
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks:
+    """Which parameters form which layer; no arrays, no values."""
+
+    layers: dict[str, Layer]
+    unassigned: tuple[str, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    def present(self, leaves: dict[str, Any]) -> dict[str, Layer]:
+        """The layers all of whose parameters are among the leaves.
+
+        Raises:
+          ParameterError: a leaf is unknown or has another shape, or a layer is
+            split: some of its parameters are there and some are masked out.
+        """
+        for name, leaf in leaves.items():
+            if name not in self.shapes:
+                raise ParameterError(
+                    f"parameter {name!r} is unknown to the objective that the optimiser was made "
+                    f"for, whose parameters are {', '.join(map(repr, self.shapes))}; make the "
+                    "optimiser from these params."
+                )
+            if jnp.shape(leaf) != self.shapes[name]:
+                raise ParameterError(
+                    f"parameter {name!r} has shape {jnp.shape(leaf)}, but the optimiser was made "
+                    f"for shape {self.shapes[name]}; make it from these params."
+                )
+        for layer in self.layers.values():
+            inside = [name for name in layer.parameters if name in leaves]
+            if inside and len(inside) < len(layer.parameters):
+                outside = [name for name in layer.parameters if name not in leaves]
+                raise ParameterError(
+                    f"layer {layer.name!r} is split: {', '.join(map(repr, inside))} is optimised "
+                    f"here but {', '.join(map(repr, outside))} is masked out; its block covers "
+                    "kernel and bias together, so select whole layers."
+                )
+        return {n: x for n, x in self.layers.items() if x.kernel.name in leaves}
+
+
+def layers(
+    objective: Objective, params: PyTree, batch: Any, *, unassigned: str = "raise"
+) -> Blocks:
+    """Finds the objective's layers from shapes alone, without computing anything.
+
+    Args:
+      objective: the objective.
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`.
+      batch: `(inputs, targets)`, likewise; values are checked where there are any.
+      unassigned: "raise" if a parameter belongs to no layer, or "gradient" to
+        let it through: it then takes damped gradient steps.
+
+    Raises:
+      LayerError: a parameter belongs to no layer.
+      BatchError, ModelError, LossError, ParameterError: the input does not fit.
+    """
+    check_unassigned(unassigned)
+    inputs, targets = check_batch(batch)
+    graph = build_graph(objective, params, inputs)
+    if unassigned == "raise":
+        require_blocks(graph.reasons)
+    outputs = jax.eval_shape(objective.model, _shapes(params), _shapes(inputs))
+    check_outputs(objective.loss, outputs, inputs, targets)
+    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(targets)):
+        objective.loss.check_targets(outputs, targets)
+    shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
+    return Blocks(graph.layers, tuple(graph.reasons), shapes)
+
+
+def require_curvature(curvature: Any, blocks: Blocks) -> None:
+    """Raises OptionError unless `curvature` is one for these layers."""
+    if curvature is None:
+        raise OptionError(
+            "optimizer.update needs the curvature of the batch: compute it with "
+            "(value, grads), curvature = kfgn.value_grad_and_curvature(objective, method)"
+            "(params, batch) and pass update(grads, state, params, curvature=curvature)."
+        )
+    if not isinstance(curvature, Curvature):
+        raise OptionError(
+            f"curvature must be a kfgn.Curvature, found a {type(curvature).__name__}; pass what "
+            "kfgn.value_grad_and_curvature(objective, method)(params, batch) returned."
+        )
+    missing = [name for name in blocks.layers if name not in curvature.factors]
+    if missing:
+        raise ParameterError(
+            f"the curvature has no factors for layer(s) {', '.join(map(repr, missing))}: it was "
+            "computed for another objective than the optimiser was made for."
+        )
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)

@@ -1,0 +1,71 @@
+"""Adaptive damping: Levenberg-Marquardt for τ, and the settings of both dampings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.errors import OptionError
+
+Array = jax.Array
+
+
+class Damping(NamedTuple):
+    """How one damping starts, is bounded, and adapts (appendix C.3).
+
+    Every `period` updates it may be multiplied or divided by `decay^period`.
+    A period of 0 keeps it fixed.
+    """
+
+    initial: float
+    minimum: float
+    maximum: float
+    period: int
+    decay: float = 0.95
+
+    @property
+    def factor(self) -> Any:
+        """ω of appendix C.3, below 1."""
+        return self.decay**self.period
+
+    def clip(self, value: Array) -> Array:
+        """The value within the bounds."""
+        return jnp.clip(value, self.minimum, self.maximum)
+
+    def due(self, count: Array) -> Array:
+        """Whether update number `count` (from 1) is one that adapts."""
+        if isinstance(self.period, int) and self.period == 0:
+            return jnp.array(False)
+        return count % self.period == 0
+
+
+def levenberg_marquardt(
+    damping: Damping, value: Array, ratio: Array, low: float, high: float
+) -> Array:
+    """Less damping where the model is trustworthy, more where it is not.
+
+    `ratio` is the reduction ratio ρ of eq. (42): above `high` the damping is
+    multiplied by ω, below `low`, or where ρ is not a number, divided by it.
+    """
+    factor = jnp.asarray(damping.factor, value.dtype)
+    lower = jnp.where(ratio > high, value * factor, value)
+    return damping.clip(jnp.where(ratio >= low, lower, value / factor))
+
+
+def check_damping(name: str, damping: Damping) -> None:
+    """Raises OptionError where concrete settings make no sense."""
+    numbers = (damping.initial, damping.minimum, damping.maximum, damping.decay)
+    if not all(isinstance(x, (int, float)) for x in numbers):
+        return
+    if not 0 <= damping.minimum <= damping.initial <= damping.maximum < math.inf:
+        raise OptionError(
+            f"{name} must start within its bounds, 0 <= minimum <= initial <= maximum; found "
+            f"minimum {damping.minimum}, initial {damping.initial}, maximum {damping.maximum}"
+        )
+    if not 0 < damping.decay < 1:
+        raise OptionError(f"{name}: decay must lie between 0 and 1, found {damping.decay}")
+    if isinstance(damping.period, int) and damping.period < 0:
+        raise OptionError(f"{name}: period must be at least 0, found {damping.period}")
