@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import optax
 
 from kfgn.blocks import Blocks, require_curvature
+from kfgn.checks import check_decay, check_flag, check_not_negative, check_pair, check_period
 from kfgn.curvature import Curvature, Factors
 from kfgn.damping import Damping, check_damping, levenberg_marquardt
 from kfgn.errors import OptionError
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.precondition import Preconditioner, all_finite, moving_average
 from kfgn.quadratic import Direction, Step, combine, minimise, push
-from kfgn.transform import check_decay, check_layers, check_period, keep_if, refresh_due
+from kfgn.transform import check_layers, check_state, keep_if, refresh_due
 
 Array = jax.Array
 Named = dict[str, Any]
@@ -75,11 +76,18 @@ def scale_by_curvature(
         raise OptionError("factor_damping needs a positive minimum: factors may be singular")
     check_decay("decay", decay)
     check_period("refresh_inverse_every", refresh_inverse_every)
-    low, high = thresholds
-    if low > high:
-        raise OptionError(f"thresholds must be (low, high) with low <= high, found {thresholds}")
+    check_flag("momentum", momentum)
+    check_not_negative("l2", l2)
+    low, high = check_pair("thresholds", thresholds)
     recipe = _Recipe(
-        Preconditioner(layers, inverse), l2, factor_damping, step_damping, (low, high), momentum
+        preconditioner=Preconditioner(layers, inverse),
+        l2=l2,
+        factor_damping=factor_damping,
+        step_damping=step_damping,
+        thresholds=(low, high),
+        decay=decay,
+        refresh_inverse_every=refresh_inverse_every,
+        momentum=momentum,
     )
 
     def init(params):
@@ -87,25 +95,13 @@ def scale_by_curvature(
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
-        require_curvature(curvature, layers)
+        check_state(state, ScaleByCurvatureState)
         gradient = named_leaves(updates)
+        require_curvature(curvature, layers, gradient)
         check_layers(layers, gradient, state.factors)
         new = {name: curvature.factors[name] for name in state.factors}
-
-        def advance():
-            count = state.count + 1
-            factors = moving_average(state.factors, new, count, decay)
-            due = refresh_due(state.count, refresh_inverse_every)
-            return recipe.advance(
-                state._replace(count=count, factors=factors), gradient, curvature, due
-            )
-
-        def skip():
-            zeros = {n: jnp.zeros_like(g) for n, g in gradient.items()}
-            return zeros, state._replace(skipped=state.skipped + 1)
-
         usable = all_finite((gradient, curvature.value, new))
-        step, state = jax.lax.cond(usable, advance, skip)
+        step, state = recipe.advance(state, gradient, new, curvature, usable)
         return with_leaves(updates, step), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -118,96 +114,132 @@ class _Recipe:
     factor_damping: Damping
     step_damping: Damping
     thresholds: tuple[float, float]
+    decay: Any
+    refresh_inverse_every: Any
     momentum: bool
 
     def init(self, leaves: Named) -> ScaleByCurvatureState:
         factors, inverses = self.preconditioner.init(leaves)
-        zero, number = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+
+        # Each an array of its own: buffers that are shared could not be donated.
+        def number(value: Any, dtype: Any = jnp.float32) -> Array:
+            return jnp.array(value, dtype)
+
         return ScaleByCurvatureState(
-            count=zero,
-            skipped=zero,
+            count=number(0, jnp.int32),
+            skipped=number(0, jnp.int32),
             factors=factors,
             inverses=inverses,
-            factor_damping=number + self.factor_damping.initial,
-            step_damping=number + self.step_damping.initial,
-            step_size=number,
-            momentum=number,
-            reduction_ratio=number + 1,
+            factor_damping=number(self.factor_damping.initial),
+            step_damping=number(self.step_damping.initial),
+            step_size=number(0),
+            momentum=number(0),
+            reduction_ratio=number(1),
             previous=jax.tree.map(jnp.zeros_like, leaves) if self.momentum else {},
         )
 
     def advance(
-        self, state: ScaleByCurvatureState, gradient: Named, curvature: Curvature, due: Array
+        self,
+        state: ScaleByCurvatureState,
+        gradient: Named,
+        new: Named,
+        curvature: Curvature,
+        usable: Array,
     ) -> tuple[Named, ScaleByCurvatureState]:
-        """One update from finite numbers; `state` already has the new factors and count."""
+        """One update; where the batch is not usable, no step and the state as it was.
+
+        The large arrays never pass through a conditional, which would copy
+        them: selections fuse into the operations that make the arrays.
+        """
+        count = state.count + 1
+        average = moving_average(state.factors, new, count, self.decay)
+        factors = keep_if(usable, average, state.factors)
+        due = usable & refresh_due(state.count, self.refresh_inverse_every)
+        adapts = usable & self.factor_damping.due(count)
         before = [push(curvature, state.previous)] if self.momentum else []
-        state, direction = self._precondition(state, gradient, curvature, due, before)
+        gamma, inverses, direction = self._precondition(
+            state, factors, gradient, curvature, due, adapts, before
+        )
         directions = [push(curvature, direction), *before]
         step = minimise(curvature, directions, state.step_damping + self.l2)
         moved = combine(directions, step.coefficients)
-        state, accepted = self._adapt_step_damping(state, curvature, step, moved)
-        number = jnp.float32
-        state = state._replace(
-            step_size=step.coefficients[0].astype(number),
-            momentum=step.coefficients[1].astype(number) if self.momentum else state.momentum,
-            previous=moved if self.momentum else {},
+        adapts = usable & self.step_damping.due(count)
+        ratio, tau, accepted = self._adapt_step_damping(state, curvature, step, moved, adapts)
+        good = usable & accepted & all_finite((step, moved))
+        moved = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), moved)
+        advanced = state._replace(
+            count=count,
+            factor_damping=gamma,
+            step_damping=tau,
+            step_size=step.coefficients[0].astype(jnp.float32),
+            momentum=step.coefficients[-1].astype(jnp.float32) * float(self.momentum),
+            reduction_ratio=ratio,
         )
-        return self._or_retreat(all_finite((step, moved)) & accepted, moved, state)
+        skipped = state._replace(skipped=state.skipped + 1)
+        numbers = _select(good, advanced, _select(usable, self._retreat(skipped), skipped))
+        previous = moved if self.momentum else {}
+        if self.momentum:
+            previous = keep_if(usable, moved, state.previous)
+        return moved, numbers._replace(factors=factors, inverses=inverses, previous=previous)
 
     def _precondition(
         self,
         state: ScaleByCurvatureState,
+        factors: Named,
         gradient: Named,
         curvature: Curvature,
         due: Array,
+        adapts: Array,
         before: list[Direction],
-    ) -> tuple[ScaleByCurvatureState, Named]:
-        """Refreshes inverses where due, trying three dampings where γ adapts.
+    ) -> tuple[Array, Named, Named]:
+        """γ, the inverses, and the direction; inverses are refreshed where that is due.
 
-        A loop of 0, 1 or 3 turns: what an inversion compiles to stands in the
-        program once.
+        A loop of no turn, one, or four: three dampings are tried where γ
+        adapts, then the best is inverted for good. What an inversion compiles
+        to so stands in the program once.
         """
-        adapts = self.factor_damping.due(state.count)
-        turns = jnp.where(adapts, 3, jnp.where(due, 1, 0))
-        parts = self.preconditioner.decompose(state.factors, state.inverses, turns > 0)
-        ratios = jnp.asarray([1.0, 1.0, 1.0], jnp.float32)
+        turns = jnp.where(adapts, 4, jnp.where(due, 1, 0))
+        parts = self.preconditioner.decompose(factors, state.inverses, turns > 0)
         factor = jnp.asarray(self.factor_damping.factor, jnp.float32)
-        ratios = jnp.stack([ratios[0], factor, 1 / factor])
+        ratios = jnp.stack([jnp.ones_like(factor), factor, 1 / factor])
+        candidates = self.factor_damping.clip(state.factor_damping * ratios)
 
         def model_value(inverses, gamma):
             direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
-            step = minimise(
-                curvature, [push(curvature, direction), *before], state.step_damping + self.l2
-            )
-            return jnp.where(jnp.isfinite(step.predicted), step.predicted, jnp.inf).astype(
-                jnp.float32
-            )
+            directions = [push(curvature, direction), *before]
+            step = minimise(curvature, directions, state.step_damping + self.l2)
+            value = step.predicted.astype(jnp.float32)
+            return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
         def turn(carry):
-            k, best, best_gamma, best_inverses = carry
-            gamma = self.factor_damping.clip(state.factor_damping * ratios[k])
-            inverses = self.preconditioner.invert(parts, gamma + self.l2)
+            k, best, gamma, _ = carry
+            last = k == turns - 1
+            tried = jnp.where(last, gamma, candidates[jnp.minimum(k, 2)])
+            inverses = self.preconditioner.invert(parts, tried + self.l2)
             value = jax.lax.cond(
-                turns > 1, model_value, lambda *_: jnp.zeros((), jnp.float32), inverses, gamma
+                last, lambda *_: jnp.asarray(jnp.inf, jnp.float32), model_value, inverses, tried
             )
-            better = (k == 0) | (value < best)
-            kept = jax.lax.cond(better, lambda: inverses, lambda: best_inverses)
-            return (
-                k + 1,
-                jnp.where(better, value, best),
-                jnp.where(better, gamma, best_gamma),
-                kept,
-            )
+            better = value < best
+            gamma = jnp.where(better, tried, gamma)
+            return k + 1, jnp.where(better, value, best), gamma, inverses
 
-        start = (jnp.zeros((), jnp.int32), jnp.float32(0), state.factor_damping, state.inverses)
+        infinite = jnp.asarray(jnp.inf, jnp.float32)
+        start = (jnp.zeros((), jnp.int32), infinite, state.factor_damping, state.inverses)
         *_, gamma, inverses = jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)
-        direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
-        return state._replace(factor_damping=gamma, inverses=inverses), direction
+        return gamma, inverses, self.preconditioner.apply(inverses, gamma + self.l2, gradient)
 
     def _adapt_step_damping(
-        self, state: ScaleByCurvatureState, curvature: Curvature, step: Step, moved: Named
-    ) -> tuple[ScaleByCurvatureState, Array]:
-        """Measures ρ where it is due; a step to where the objective is not finite is refused."""
+        self,
+        state: ScaleByCurvatureState,
+        curvature: Curvature,
+        step: Step,
+        moved: Named,
+        adapts: Array,
+    ) -> tuple[Array, Array, Array]:
+        """ρ, τ, and whether the step may be taken, measured where it is due.
+
+        A step to where the objective is not finite is refused.
+        """
 
         def measure():
             after = curvature.displaced(jax.tree.map(jnp.negative, moved))
@@ -220,27 +252,28 @@ class _Recipe:
         def keep():
             return state.reduction_ratio, state.step_damping, jnp.array(True)
 
-        due = self.step_damping.due(state.count)
-        ratio, tau, finite = jax.lax.cond(due, measure, keep)
-        return state._replace(reduction_ratio=ratio, step_damping=tau), finite
+        return jax.lax.cond(adapts, measure, keep)
 
-    def _or_retreat(
-        self, usable: Array, moved: Named, state: ScaleByCurvatureState
-    ) -> tuple[Named, ScaleByCurvatureState]:
-        """The step, or none and stronger damping where its numbers are not finite.
+    def _retreat(self, state: ScaleByCurvatureState) -> ScaleByCurvatureState:
+        """Stronger damping after a step whose numbers were not finite.
 
         The factors were finite, so it was their inversion, or the model along
         the step, that failed: retrying at the same dampings would fail again.
         """
-        zeros = jax.tree.map(jnp.zeros_like, moved)
-        retreat = state._replace(
+        return state._replace(
             count=jnp.zeros_like(state.count),  # refresh the inverses at once
-            skipped=state.skipped + 1,
-            inverses=jax.tree.map(jnp.zeros_like, state.inverses),
             factor_damping=self.factor_damping.clip(10 * state.factor_damping),
             step_damping=self.step_damping.clip(10 * state.step_damping),
-            step_size=jnp.zeros_like(state.step_size),
-            momentum=jnp.zeros_like(state.momentum),
-            previous=jax.tree.map(jnp.zeros_like, state.previous),
         )
-        return jax.lax.cond(usable, lambda: (moved, state), lambda: (zeros, retreat))
+
+
+def _select(
+    condition: Array, new: ScaleByCurvatureState, old: ScaleByCurvatureState
+) -> ScaleByCurvatureState:
+    """`new` where the condition holds, else `old`, in the fields that are numbers."""
+    fields = {
+        name: jnp.where(condition, getattr(new, name), getattr(old, name))
+        for name in ScaleByCurvatureState._fields
+        if name not in ("factors", "inverses", "previous")
+    }
+    return old._replace(**fields)

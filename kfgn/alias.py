@@ -12,6 +12,7 @@ import optax
 
 from kfgn.adaptive import scale_by_curvature
 from kfgn.blocks import layers
+from kfgn.checks import check_pair
 from kfgn.damping import Damping
 from kfgn.errors import OptionError
 from kfgn.objective import Objective
@@ -137,8 +138,10 @@ def optimizer(
         gradient steps.
     """
     blocks = layers(objective, params, batch, unassigned=unassigned)
-    gamma = Damping(factor_damping, *factor_damping_bounds, factor_damping_period, damping_decay)
-    tau = Damping(step_damping, *step_damping_bounds, step_damping_period, damping_decay)
+    gamma_bounds = check_pair("factor_damping_bounds", factor_damping_bounds)
+    tau_bounds = check_pair("step_damping_bounds", step_damping_bounds)
+    gamma = Damping(factor_damping, *gamma_bounds, factor_damping_period, damping_decay)
+    tau = Damping(step_damping, *tau_bounds, step_damping_period, damping_decay)
     parts = [
         scale_by_curvature(
             blocks,

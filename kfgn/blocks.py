@@ -12,7 +12,7 @@ from kfgn.curvature import Curvature, check_unassigned
 from kfgn.errors import OptionError, ParameterError
 from kfgn.graph import build_graph
 from kfgn.layer import Layer, require_blocks
-from kfgn.objective import Objective, check_batch, check_outputs
+from kfgn.objective import Objective, check_batch, check_outputs, is_concrete
 from kfgn.paths import named_leaves
 
 Array = jax.Array
@@ -81,14 +81,19 @@ def layers(
         require_blocks(graph.reasons)
     outputs = jax.eval_shape(objective.model, _shapes(params), _shapes(inputs))
     check_outputs(objective.loss, outputs, inputs, targets)
-    if all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(targets)):
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
         objective.loss.check_targets(outputs, targets)
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
     return Blocks(graph.layers, tuple(graph.reasons), shapes)
 
 
-def require_curvature(curvature: Any, blocks: Blocks) -> None:
-    """Raises OptionError unless `curvature` is one for these layers."""
+def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) -> None:
+    """Raises unless `curvature` is one for these layers and these leaves.
+
+    Raises:
+      OptionError: no curvature, or something else.
+      ParameterError: the curvature of other parameters.
+    """
     if curvature is None:
         raise OptionError(
             "optimizer.update needs the curvature of the batch: compute it with "
@@ -106,6 +111,14 @@ def require_curvature(curvature: Any, blocks: Blocks) -> None:
             f"the curvature has no factors for layer(s) {', '.join(map(repr, missing))}: it was "
             "computed for another objective than the optimiser was made for."
         )
+    for name, leaf in leaves.items():
+        found = jnp.shape(curvature.gradient[name]) if name in curvature.gradient else None
+        if found != jnp.shape(leaf):
+            raise ParameterError(
+                f"the update has a parameter {name!r} of shape {jnp.shape(leaf)}, for which the "
+                f"curvature has {'none' if found is None else f'shape {found}'}: it was computed "
+                "at other parameters; compute it at the ones that are updated."
+            )
 
 
 def _shapes(tree: PyTree) -> PyTree:

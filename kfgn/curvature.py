@@ -13,9 +13,9 @@ from jax.tree_util import Partial
 from kfgn.errors import OptionError
 from kfgn.graph import Graph, build_graph
 from kfgn.layer import require_blocks
-from kfgn.linalg import factor_dtype, second_moment
+from kfgn.linalg import factor_dtype, inner, second_moment
 from kfgn.loss import Loss, flatten_batch
-from kfgn.objective import Objective, check_batch, check_outputs
+from kfgn.objective import Objective, check_batch, check_outputs, mean_of
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.walk import Walk, needed_values, pre_activation_matrices
 
@@ -168,7 +168,7 @@ def _linearize(
     targets: PyTree,
     with_probes: bool,
 ) -> _Linearized:
-    leaves = named_leaves(params)
+    leaves = jax.tree.map(jnp.asarray, named_leaves(params))
     count = jax.tree.leaves(inputs)[0].shape[0]
     probes = graph.probes(count) if with_probes else {}
     keep = needed_values(graph)
@@ -183,8 +183,8 @@ def _linearize(
 def _value_and_gradient(
     model: _Linearized, objective: Objective, params: PyTree
 ) -> tuple[Array, dict[str, Array]]:
-    losses = jax.vmap(model.loss)(model.outputs, model.targets)
-    value = jnp.mean(losses) + objective.penalty(params).astype(losses.dtype)
+    loss = mean_of(jax.vmap(model.loss)(model.outputs, model.targets))
+    value = loss + objective.penalty(params).astype(loss.dtype)
     cotangent = model.loss.gradients(model.outputs, model.targets) / model.count
     gradient, _ = model.pull(cotangent)
     return value, {
@@ -273,7 +273,7 @@ class _OutputProduct:
 
     def __call__(self, outputs: PyTree, targets: PyTree, u: Array, v: Array) -> Array:
         product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
-        return jnp.sum(u * product) / u.shape[0]
+        return inner(u, product) / u.shape[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class _Displaced:
 
     def __call__(self, params: PyTree, batch: Any, direction: dict[str, Array]) -> Array:
         moved = {
-            name: leaf + direction[name].astype(leaf.dtype)
+            name: leaf + direction[name].astype(jnp.result_type(leaf))
             for name, leaf in named_leaves(params).items()
             if name in direction
         }

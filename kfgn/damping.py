@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kfgn.checks import check_fraction, check_not_negative, check_period, check_positive, in_order
 from kfgn.errors import OptionError
 
 Array = jax.Array
@@ -55,17 +55,20 @@ def levenberg_marquardt(
     return damping.clip(jnp.where(ratio >= low, lower, value / factor))
 
 
-def check_damping(name: str, damping: Damping) -> None:
-    """Raises OptionError where concrete settings make no sense."""
-    numbers = (damping.initial, damping.minimum, damping.maximum, damping.decay)
-    if not all(isinstance(x, (int, float)) for x in numbers):
-        return
-    if not 0 <= damping.minimum <= damping.initial <= damping.maximum < math.inf:
+def check_damping(name: str, damping: Any) -> None:
+    """Raises OptionError where settings make no sense."""
+    if not isinstance(damping, Damping):
         raise OptionError(
-            f"{name} must start within its bounds, 0 <= minimum <= initial <= maximum; found "
-            f"minimum {damping.minimum}, initial {damping.initial}, maximum {damping.maximum}"
+            f"{name} must be a kfgn.Damping(initial, minimum, maximum, period), found {damping!r}"
         )
-    if not 0 < damping.decay < 1:
-        raise OptionError(f"{name}: decay must lie between 0 and 1, found {damping.decay}")
-    if isinstance(damping.period, int) and damping.period < 0:
-        raise OptionError(f"{name}: period must be at least 0, found {damping.period}")
+    initial, minimum, maximum, period, decay = damping
+    check_not_negative(f"{name}: initial", initial)
+    check_not_negative(f"{name}: minimum", minimum)
+    check_positive(f"{name}: maximum", maximum)
+    check_period(f"{name}: period", period, least=0)
+    check_fraction(f"{name}: decay", decay)
+    if not in_order(minimum, initial, maximum):
+        raise OptionError(
+            f"{name} must start within its bounds, minimum <= initial <= maximum; found "
+            f"minimum {minimum}, initial {initial}, maximum {maximum}"
+        )

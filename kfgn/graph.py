@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from kfgn.cluster import Item, cluster_items, is_active
+from kfgn.errors import OptionError
 from kfgn.jaxpr import (
     Array,
     Equation,
@@ -122,6 +123,11 @@ class Graph:
 
 def build_graph(objective: Objective, params: PyTree, inputs: PyTree) -> Graph:
     """Traces the objective's model on one example of `inputs` (arrays or shapes)."""
+    if not isinstance(objective, Objective):
+        raise OptionError(
+            f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
+            "with kfgn.Objective(model, loss)."
+        )
     model = flatten_model(objective.model, params, inputs)
     layers, reasons = find_layers(model)
     return Graph(model, layers, reasons, _nodes(model, layers.values()))

@@ -195,17 +195,20 @@ class _General:
         return jnp.diag(self.congruence(own, i, i))
 
     def gradient(self, outs):
-        def one(arguments, outs):
+        present = list(outs)
+
+        def one(arguments, gradients):
             split = len(self.node.inputs)
             inputs, passive = arguments[:split], arguments[split:]
             pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
-            zeros = [jnp.zeros(o.aval.shape, o.aval.dtype) for o in self.node.outputs]
+            given = dict(zip(present, gradients, strict=True))
             return pull([
-                outs[o].astype(z.dtype) if o in outs else z
-                for o, z in zip(self.node.outputs, zeros, strict=True)
+                given[o].astype(o.aval.dtype) if o in given else jnp.zeros(o.aval.shape, o.aval.dtype)
+                for o in self.node.outputs
             ])
 
-        return dict(zip(self.node.inputs, jax.vmap(one)(self.arguments, outs), strict=True))
+        pulled = jax.vmap(one)(self.arguments, [outs[o] for o in present])
+        return dict(zip(self.node.inputs, pulled, strict=True))
 
 
 def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> Blocks:

@@ -18,7 +18,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from kfgn.errors import ModelError, ParameterError
-from kfgn.paths import named_leaves
+from kfgn.paths import named_leaves, path_name
 
 Array = jax.Array
 PyTree = Any
@@ -69,11 +69,13 @@ def flatten_model(
     """
     leaves = named_leaves(params)
     _check_parameters(leaves)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
-    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), inputs)
+    shapes = jax.tree.map(lambda a: _abstract(a, a.shape), params)
+    example = jax.tree.map(lambda a: _abstract(a, a.shape[1:]), inputs)
 
     def single(params, example):
-        outputs = model(params, jax.tree.map(lambda a: a[None], example))
+        outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
+        if not jax.tree.leaves(outputs):
+            raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
         for leaf in jax.tree.leaves(outputs):
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
                 raise ModelError(
@@ -98,6 +100,29 @@ def flatten_model(
         output_tree=jax.tree.structure(out),
         roles=_roles(jaxpr, parameters.values(), data),
     )
+
+
+def _abstract(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    # numpy's float64 means jax's default.
+    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype))
+
+
+def _call(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:
+    """The model's outputs; what goes wrong in it is told with the shapes it was given."""
+    try:
+        return model(params, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"the model failed with {type(error).__name__}: {error}\nIt was called as "
+            f"model(params, inputs) on a batch of one example, with params {_shapes(params)} and "
+            f"inputs {_shapes(inputs)}; check that they are the ones it was written for (for a "
+            "flax module pass model.apply)."
+        ) from error
+
+
+def _shapes(tree: PyTree) -> str:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return ", ".join(f"{path_name(path)} {jnp.shape(leaf)}".strip() for path, leaf in leaves)
 
 
 def _live(jaxpr: jex.Jaxpr) -> list[Equation]:

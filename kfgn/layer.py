@@ -33,11 +33,15 @@ _RELABELLING = _ORDER_KEEPING | {"transpose", "rev"}
 def keeps_order(equation: Equation) -> bool:
     """Whether the equation only reshapes or casts its one operand."""
     atoms = equation.invars
-    return (
-        equation.primitive.name in _ORDER_KEEPING
-        and len(atoms) == len(equation.outvars) == 1
-        and atoms[0].aval.size == equation.outvars[0].aval.size
-    )
+    if len(atoms) != 1 or len(equation.outvars) != 1:
+        return False
+    if equation.primitive.name == "transpose":
+        # Axes of one entry may go anywhere: vmap of `W @ x` leaves such a transpose.
+        shape = atoms[0].aval.shape
+        long = [axis for axis in equation.params["permutation"] if shape[axis] != 1]
+        return long == sorted(long)
+    same_size = atoms[0].aval.size == equation.outvars[0].aval.size
+    return equation.primitive.name in _ORDER_KEEPING and same_size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -15,7 +15,9 @@ PRECISION = jax.lax.Precision.HIGHEST
 
 def factor_dtype(*dtypes) -> jnp.dtype:
     """The dtype factors live in: at least float32, also under bfloat16 compute."""
-    return functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    with jax.numpy_dtype_promotion("standard"):  # whatever the user's setting is
+        dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    return jax.dtypes.canonicalize_dtype(dtype)  # numpy's float64 means jax's default
 
 
 def inner(a: Any, b: Any) -> Array:

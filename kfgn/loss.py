@@ -128,7 +128,14 @@ class Loss:
 
     def check_shapes(self, outputs: Outputs, targets: Any) -> None:
         """Raises LossError where one example's outputs and target do not fit."""
-        value = jax.eval_shape(self.function, outputs, targets)
+        try:
+            value = jax.eval_shape(self.function, outputs, targets)
+        except Exception as error:
+            raise LossError(
+                f"the loss {self.name!r} failed with {type(error).__name__}: {error}\nIt was "
+                f"called as loss(outputs, target) on one example, with outputs {outputs} and "
+                f"target {targets}."
+            ) from error
         if not hasattr(value, "shape") or value.shape != ():
             raise LossError(
                 f"the loss {self.name!r} must return a scalar for one example, but returned "

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfgn.checks import check_not_negative
 from kfgn.errors import BatchError, ModelError, OptionError
-from kfgn.linalg import inner
+from kfgn.linalg import factor_dtype, inner
 from kfgn.loss import Loss, from_function
 from kfgn.paths import path_name
 
@@ -47,8 +48,7 @@ class Objective:
             )
         if not isinstance(self.loss, Loss):
             object.__setattr__(self, "loss", from_function(self.loss))
-        if isinstance(self.l2, (int, float)) and not 0 <= self.l2 < float("inf"):
-            raise OptionError(f"l2 must be finite and at least 0, found {self.l2}")
+        check_not_negative("l2", self.l2)
 
     def __call__(self, params: PyTree, batch: tuple[PyTree, PyTree]) -> Array:
         return self.mean_loss(params, batch) + self.penalty(params)
@@ -58,11 +58,16 @@ class Objective:
         inputs, targets = check_batch(batch)
         outputs = self.model(params, inputs)
         check_outputs(self.loss, outputs, inputs, targets)
-        return jnp.mean(jax.vmap(self.loss)(outputs, targets))
+        return mean_of(jax.vmap(self.loss)(outputs, targets))
 
     def penalty(self, params: PyTree) -> Array:
         """`l2/2 |params|^2`."""
         return 0.5 * self.l2 * inner(params, params)
+
+
+def mean_of(losses: Array) -> Array:
+    """The mean of per-example losses, in at least float32: steps compare such means."""
+    return jnp.mean(losses, dtype=factor_dtype(losses.dtype))
 
 
 def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
@@ -71,7 +76,10 @@ def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
         found = f"a {type(batch).__name__}"
         if isinstance(batch, (tuple, list)):
             found += f" of length {len(batch)}"
-        raise BatchError(f"expected batch = (inputs, targets), found {found}")
+        raise BatchError(
+            f"expected batch = (inputs, targets), found {found}; for an autoencoder pass "
+            "(inputs, inputs)"
+        )
     inputs, targets = batch
     if not jax.tree.leaves(inputs):
         raise BatchError("the batch has no inputs: expected arrays with a leading batch axis")
@@ -81,7 +89,10 @@ def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
             name = "/".join(filter(None, (part, path_name(path))))
             shape = jnp.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
             if not shape:
-                raise BatchError(f"{name} is a scalar; expected a leading batch axis")
+                raise BatchError(
+                    f"{name} is a scalar (a {type(leaf).__name__}); expected an array with a "
+                    "leading batch axis"
+                )
             sizes[name] = shape[0]
     if len(set(sizes.values())) != 1:
         raise BatchError(
@@ -107,9 +118,10 @@ def check_outputs(loss: Loss, outputs: PyTree, inputs: PyTree, targets: PyTree) 
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), outputs)
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), targets)
     loss.check_shapes(example, target)
-    if all(_is_concrete(leaf) for leaf in jax.tree.leaves((outputs, targets))):
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves((outputs, targets))):
         loss.check_targets(outputs, targets)
 
 
-def _is_concrete(leaf: Any) -> bool:
+def is_concrete(leaf: Any) -> bool:
+    """Whether a leaf has values that can be looked at."""
     return not isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))

@@ -44,9 +44,17 @@ def moving_average(old: Named, new: Named, count: Array, decay: Any) -> Named:
 
 
 def all_finite(tree: Any) -> Array:
-    """Whether every entry of a pytree is finite, a scalar."""
-    checks = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
-    return jnp.all(jnp.stack(checks)) if checks else jnp.array(True)
+    """Whether every entry of a pytree is finite, a scalar.
+
+    Row sums of matrices are taken by a product: nothing that is not finite
+    survives a sum, and a product needs no code of its own compiled per shape.
+    """
+    sums = []
+    for leaf in jax.tree.leaves(tree):
+        if leaf.ndim == 2:
+            leaf = leaf @ jnp.ones((leaf.shape[1], 2), leaf.dtype)
+        sums.append(leaf.ravel().astype(jnp.float32))
+    return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,6 +70,11 @@ class Preconditioner:
     inverse: str = "factored"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Blocks):
+            raise OptionError(
+                "layers must be what kfgn.layers(objective, params, batch) returned, found a "
+                f"{type(self.blocks).__name__}"
+            )
         if self.inverse not in INVERSES:
             raise OptionError(
                 f"inverse must be one of {', '.join(INVERSES)}, found {self.inverse!r}"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from kfgn.blocks import Blocks, require_curvature
+from kfgn.checks import check_decay, check_flag, check_not_negative, check_period, check_positive
 from kfgn.curvature import Curvature, Factors
 from kfgn.errors import OptionError, ParameterError
 from kfgn.paths import named_leaves, with_leaves
@@ -63,9 +64,10 @@ def scale_by_kronecker(
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
-        require_curvature(curvature, layers)
         gradient = named_leaves(updates)
+        check_state(state, ScaleByKroneckerState)
         check_layers(layers, gradient, state.factors)
+        require_curvature(curvature, layers, gradient)
         new = {name: curvature.factors[name] for name in state.factors}
 
         def advance():
@@ -113,7 +115,8 @@ def scale_by_quadratic_model(
       momentum: minimise over the span of the direction and the previous step
         (Martens & Grosse 2015, section 7).
     """
-    check_positive("damping", damping, or_zero=True)
+    check_not_negative("damping", damping)
+    check_flag("momentum", momentum)
 
     def init(params):
         leaves = named_leaves(params)
@@ -123,8 +126,9 @@ def scale_by_quadratic_model(
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
-        require_curvature(curvature, _NO_BLOCKS)
         leaves = named_leaves(updates)
+        check_state(state, ScaleByQuadraticModelState)
+        require_curvature(curvature, _NO_BLOCKS, leaves)
         directions = [push(curvature, leaves)]
         if momentum:
             directions.append(push(curvature, state.previous))
@@ -162,7 +166,8 @@ def average_parameters(decay: Any = 0.95) -> optax.GradientTransformationExtraAr
     check_decay("decay", decay)
 
     def init(params):
-        return AverageParametersState(_zero(), jax.tree.map(jnp.asarray, params))
+        # A copy, so that params and state can both be donated.
+        return AverageParametersState(_zero(), jax.tree.map(jnp.array, params))
 
     def update(updates, state, params=None, **extra):
         del extra
@@ -190,6 +195,15 @@ def keep_if(condition: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
+def check_state(state: Any, kind: type) -> None:
+    """Raises OptionError for the state of another transformation."""
+    if not isinstance(state, kind):
+        raise OptionError(
+            f"the state must be a {kind.__name__}, found a {type(state).__name__}: pass the one "
+            "that this transformation's init or last update returned."
+        )
+
+
 def check_layers(layers: Blocks, leaves: Named, initialised: Named) -> None:
     """Raises ParameterError where updates do not match what init saw."""
     found = set(layers.present(leaves))
@@ -198,25 +212,6 @@ def check_layers(layers: Blocks, leaves: Named, initialised: Named) -> None:
             f"update got gradients of layers {sorted(found)}, but init saw {sorted(initialised)}; "
             "initialise the state from the same params (and the same mask)."
         )
-
-
-def check_positive(name: str, value: Any, or_zero: bool = False) -> None:
-    """Raises OptionError for a concrete number that is not positive (or zero)."""
-    if isinstance(value, (int, float)) and not (value > 0 or (or_zero and value == 0)):
-        bound = "at least 0" if or_zero else "positive"
-        raise OptionError(f"{name} must be {bound}, found {value}")
-
-
-def check_decay(name: str, value: Any) -> None:
-    """Raises OptionError for a concrete decay outside [0, 1)."""
-    if isinstance(value, (int, float)) and not 0 <= value < 1:
-        raise OptionError(f"{name} must lie in [0, 1), or be None for no average; found {value}")
-
-
-def check_period(name: str, value: Any) -> None:
-    """Raises OptionError for a concrete period below 1."""
-    if isinstance(value, (int, float)) and (value < 1 or value != int(value)):
-        raise OptionError(f"{name} must be a whole number of at least 1, found {value}")
 
 
 _NO_BLOCKS = Blocks({}, (), {})
