@@ -31,7 +31,7 @@ Named = dict[str, Any]
 class ScaleByCurvatureState(NamedTuple):
     """State of `scale_by_curvature`."""
 
-    count: Array  # updates made
+    count: Array  # type: ignore[assignment]  # updates made
     skipped: Array  # updates skipped, for numbers that were not finite
     factors: dict[str, Factors]  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
@@ -97,7 +97,7 @@ def scale_by_curvature(
         del params, extra
         check_state(state, ScaleByCurvatureState)
         gradient = named_leaves(updates)
-        require_curvature(curvature, layers, gradient)
+        curvature = require_curvature(curvature, layers, gradient)
         check_layers(layers, gradient, state.factors)
         new = {name: curvature.factors[name] for name in state.factors}
         usable = all_finite((gradient, curvature.value, new))
@@ -271,7 +271,7 @@ def _select(
     condition: Array, new: ScaleByCurvatureState, old: ScaleByCurvatureState
 ) -> ScaleByCurvatureState:
     """`new` where the condition holds, else `old`, in the fields that are numbers."""
-    fields = {
+    fields: dict[str, Any] = {
         name: jnp.where(condition, getattr(new, name), getattr(old, name))
         for name in ScaleByCurvatureState._fields
         if name not in ("factors", "inverses", "previous")

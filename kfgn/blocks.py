@@ -87,8 +87,8 @@ def layers(
     return Blocks(graph.layers, tuple(graph.reasons), shapes)
 
 
-def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) -> None:
-    """Raises unless `curvature` is one for these layers and these leaves.
+def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) -> Curvature:
+    """Returns `curvature`, checked to be one for these layers and these leaves.
 
     Raises:
       OptionError: no curvature, or something else.
@@ -119,6 +119,7 @@ def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) ->
                 f"curvature has {'none' if found is None else f'shape {found}'}: it was computed "
                 "at other parameters; compute it at the ones that are updated."
             )
+    return curvature
 
 
 def _shapes(tree: PyTree) -> PyTree:

@@ -104,9 +104,7 @@ def _in_order(parents: list[set[int]], cluster_of: dict[int, set[int]]) -> list[
     done: set[int] = set()
     waiting = list({id(c): c for c in cluster_of.values()}.values())
     while waiting:
-        ready = [
-            c for c in waiting if all(parents[k] <= done | c for k in c)
-        ]
+        ready = [c for c in waiting if all(parents[k] <= done | c for k in c)]
         if not ready:
             raise _Cycle
         for cluster in ready:

@@ -141,7 +141,7 @@ class _Linearized(NamedTuple):
     probes: dict[str, Array]
 
     @property
-    def count(self) -> int:
+    def examples(self) -> int:
         return jax.tree.leaves(self.outputs)[0].shape[0]
 
     @property
@@ -185,7 +185,7 @@ def _value_and_gradient(
 ) -> tuple[Array, dict[str, Array]]:
     loss = mean_of(jax.vmap(model.loss)(model.outputs, model.targets))
     value = loss + objective.penalty(params).astype(loss.dtype)
-    cotangent = model.loss.gradients(model.outputs, model.targets) / model.count
+    cotangent = model.loss.gradients(model.outputs, model.targets) / model.examples
     gradient, _ = model.pull(cotangent)
     return value, {
         name: g + jnp.asarray(objective.l2, g.dtype) * model.params[name]
@@ -210,6 +210,7 @@ def _pre_activation_factors(
         count, column = loss.sqrt_columns(outputs, targets)
         return _second_moments(model, column, jnp.arange(count))
     if method == "kfac":
+        assert key is not None  # checked on entry
         keys = jax.random.split(key, samples)
         total = _second_moments(model, lambda k: loss.sampled_gradients(k, outputs), keys)
         return {name: moment / samples for name, moment in total.items()}

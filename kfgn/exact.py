@@ -252,12 +252,11 @@ def _mean(function: Callable, arguments: Any, chunk_size: int) -> Any:
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(chunk))
 
     if size == 1:
+
         def total(chunk):
             return function(jax.tree.map(lambda a: a[0], chunk))
 
-    head = jax.tree.map(
-        lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), arguments
-    )
+    head = jax.tree.map(lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), arguments)
     shapes = jax.eval_shape(total, jax.tree.map(lambda a: a[0], head))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     result, _ = jax.lax.scan(

@@ -137,9 +137,7 @@ def _nodes(model: FlatModel, layers: Iterable[Layer]) -> tuple[Node, ...]:
     items = _items(model, layers)
     clusters = cluster_items(model, items)
     readers = _readers(model)
-    nodes = [
-        _node(model, [items[i] for i in sorted(members)], readers) for members in clusters
-    ]
+    nodes = [_node(model, [items[i] for i in sorted(members)], readers) for members in clusters]
     return tuple(nodes)
 
 
@@ -174,15 +172,10 @@ def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> 
     layer = items[0][1]
     inside = {id(e) for e in equations}
     made = {v for e in equations for v in e.outvars}
-    read_vars = dict.fromkeys(
-        v for e in equations for v in variables(e.invars) if v not in made
-    )
+    read_vars = dict.fromkeys(v for e in equations for v in variables(e.invars) if v not in made)
     by_role = {role: tuple(v for v in read_vars if model.roles[v] is role) for role in Role}
     outputs = tuple(
-        v
-        for e in equations
-        for v in _active(model, e.outvars)
-        if readers.get(v, set()) - inside
+        v for e in equations for v in _active(model, e.outvars) if readers.get(v, set()) - inside
     )
     kind = "layer" if layer else _kind(model, equations)
     return Node(

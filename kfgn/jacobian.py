@@ -146,7 +146,7 @@ class _Elementwise:
         )
 
     def congruence_diagonal(self, own, i):
-        total = 0.0
+        total: Any = 0.0
         for (o, p), block in own.items():
             slopes = self._slope(o, i, block) * self._slope(p, i, block)
             diagonal = jnp.diag(block) if block.ndim == 2 else block
@@ -156,7 +156,9 @@ class _Elementwise:
     def gradient(self, outs):
         result = {}
         for i in self.node.inputs:
-            parts = [g * self.slopes[o, i].reshape(g.shape).astype(g.dtype) for o, g in outs.items()]
+            parts = [
+                g * self.slopes[o, i].reshape(g.shape).astype(g.dtype) for o, g in outs.items()
+            ]
             result[i] = sum(parts).reshape(-1, *i.aval.shape)
         return result
 
@@ -202,10 +204,14 @@ class _General:
             inputs, passive = arguments[:split], arguments[split:]
             pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
             given = dict(zip(present, gradients, strict=True))
-            return pull([
-                given[o].astype(o.aval.dtype) if o in given else jnp.zeros(o.aval.shape, o.aval.dtype)
-                for o in self.node.outputs
-            ])
+            return pull(
+                [
+                    given[o].astype(o.aval.dtype)
+                    if o in given
+                    else jnp.zeros(o.aval.shape, o.aval.dtype)
+                    for o in self.node.outputs
+                ]
+            )
 
         pulled = jax.vmap(one)(self.arguments, [outs[o] for o in present])
         return dict(zip(self.node.inputs, pulled, strict=True))
@@ -235,7 +241,9 @@ def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> 
 def _elementwise_curvature(node: Node, gradient: Callable, inputs: tuple) -> Blocks:
     blocks = {}
     for b, j in enumerate(node.inputs):
-        ones = tuple(jnp.ones_like(x) if p == b else jnp.zeros_like(x) for p, x in enumerate(inputs))
+        ones = tuple(
+            jnp.ones_like(x) if p == b else jnp.zeros_like(x) for p, x in enumerate(inputs)
+        )
         _, second = jax.jvp(gradient, inputs, ones)
         for a, i in enumerate(node.inputs[: b + 1]):
             blocks[i, j] = jnp.diag(jnp.mean(second[a].reshape(second[a].shape[0], -1), axis=0))
@@ -285,9 +293,7 @@ def _pull_rows(node: Node, pull: Callable, rows: dict[Var, Array], i: Var) -> Ar
 def _congruence(own: Blocks, rows: Callable, i: Var, j: Var) -> Array:
     """`sum_op J_oi' M_op J_pj` of one example: rows first, then columns."""
     outputs = dict.fromkeys(o for o, _ in own)
-    right = {
-        o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs
-    }
+    right = {o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs}
     return rows({o: block.T for o, block in right.items()}, i).T
 
 

@@ -22,8 +22,8 @@ from kfgn.paths import named_leaves, path_name
 
 Array = jax.Array
 PyTree = Any
-Var = jex.Var
-Equation = jex.JaxprEqn
+Var = Any  # jex.Var, whose declared type hides the shape and dtype of its aval
+Equation = Any  # jex.JaxprEqn, whose operands are variables and literals
 
 # Calls that only group equations, with the parameter that holds their body.
 _TRANSPARENT = {
@@ -180,9 +180,7 @@ def as_function(
     equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Var]
 ) -> Callable[..., list[Any]]:
     """The function of `inputs` that evaluates the equations and returns `outputs`."""
-    jaxpr = _empty_jaxpr().replace(
-        invars=list(inputs), outvars=list(outputs), eqns=list(equations)
-    )
+    jaxpr = _empty_jaxpr().replace(invars=list(inputs), outvars=list(outputs), eqns=list(equations))
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
 
 
@@ -214,9 +212,7 @@ def _is_var(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
-def _roles(
-    jaxpr: jex.Jaxpr, parameters: Iterable[Var], inputs: Iterable[Var]
-) -> dict[Var, Role]:
+def _roles(jaxpr: jex.Jaxpr, parameters: Iterable[Var], inputs: Iterable[Var]) -> dict[Var, Role]:
     roles = dict.fromkeys(jaxpr.constvars, Role.CONSTANT)
     roles.update(dict.fromkeys(parameters, Role.PARAMETER))
     roles.update(dict.fromkeys(inputs, Role.PASSIVE))

@@ -93,7 +93,7 @@ class Layer:
 
     def activations(self, values: Array) -> Array:
         """The layer's inputs `[N, d_in (+ 1)]`, a 1 appended for the bias."""
-        axes = (0,) + tuple(axis + 1 for axis in self.input_axes)
+        axes = (0, *tuple(axis + 1 for axis in self.input_axes))
         a = jnp.transpose(values, axes).reshape(values.shape[0], self.d_in)
         if self.bias is None:
             return a
@@ -183,9 +183,7 @@ def _named(layers: Iterable[Layer]) -> dict[str, Layer]:
 
 def _sources(model: FlatModel) -> dict[Var, Source]:
     """The values that are relabelled copies of exactly one parameter."""
-    sources = {
-        v: Source(name, v.aval.shape, v.aval.dtype) for name, v in model.parameters.items()
-    }
+    sources = {v: Source(name, v.aval.shape, v.aval.dtype) for name, v in model.parameters.items()}
     for equation in model.jaxpr.eqns:
         ins, outs = equation.invars, equation.outvars
         if len(ins) != 1 or len(outs) != 1 or ins[0] not in variables(ins):
@@ -193,7 +191,7 @@ def _sources(model: FlatModel) -> dict[Var, Source]:
         source = sources.get(ins[0])
         relabels = equation.primitive.name in _RELABELLING
         if source is not None and relabels and outs[0].aval.size == ins[0].aval.size:
-            sources[outs[0]] = dataclasses.replace(source, steps=source.steps + (equation,))
+            sources[outs[0]] = dataclasses.replace(source, steps=(*source.steps, equation))
     return sources
 
 

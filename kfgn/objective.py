@@ -1,6 +1,6 @@
 """The objective: a model, a per-example loss, and an l2 penalty.
 
-    f(params) = (1/N) sum_n E(model(params, x_n), y_n) + l2/2 |params|^2
+f(params) = (1/N) sum_n E(model(params, x_n), y_n) + l2/2 |params|^2
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Preconditioner:
 
     def init(self, leaves: Named) -> tuple[Named, Named]:
         """Zero factors, and inverses of the right shapes, for the layers among the leaves."""
-        factors, inverses = {}, {}
+        factors: Named = {}
+        inverses: Named = {}
         for name, layer in self.blocks.present(leaves).items():
             dtype = factor_dtype(*(leaves[p].dtype for p in layer.parameters))
             q = jnp.zeros((layer.activation_size,) * 2, dtype)
@@ -108,7 +109,7 @@ class Preconditioner:
 
     def apply(self, inverses: Named, damping: Array, gradient: Named) -> Named:
         """The direction `C^-1 g` for every leaf; those without a block get `g / damping`."""
-        direction = {}
+        direction: Named = {}
         for name, inverse in inverses.items():
             layer: Layer = self.blocks.layers[name]
             matrix = layer.to_matrix(gradient)

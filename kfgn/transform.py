@@ -29,7 +29,7 @@ Named = dict[str, Any]
 class ScaleByKroneckerState(NamedTuple):
     """State of `scale_by_kronecker`."""
 
-    count: Array  # updates made
+    count: Array  # type: ignore[assignment]  # updates made
     skipped: Array  # updates skipped, for numbers that were not finite
     factors: dict[str, Factors]
     inverses: Named
@@ -67,7 +67,7 @@ def scale_by_kronecker(
         gradient = named_leaves(updates)
         check_state(state, ScaleByKroneckerState)
         check_layers(layers, gradient, state.factors)
-        require_curvature(curvature, layers, gradient)
+        curvature = require_curvature(curvature, layers, gradient)
         new = {name: curvature.factors[name] for name in state.factors}
 
         def advance():
@@ -128,7 +128,7 @@ def scale_by_quadratic_model(
         del params, extra
         leaves = named_leaves(updates)
         check_state(state, ScaleByQuadraticModelState)
-        require_curvature(curvature, _NO_BLOCKS, leaves)
+        curvature = require_curvature(curvature, _NO_BLOCKS, leaves)
         directions = [push(curvature, leaves)]
         if momentum:
             directions.append(push(curvature, state.previous))
@@ -153,7 +153,7 @@ def scale_by_quadratic_model(
 class AverageParametersState(NamedTuple):
     """State of `average_parameters`."""
 
-    count: Array
+    count: Array  # type: ignore[assignment]  # updates seen
     average: Any  # a pytree like params
 
 

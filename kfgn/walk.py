@@ -120,9 +120,7 @@ class _Frontier:
         """Replaces the node's outputs by its inputs."""
         own = {(o, p): b for o in live for p in live if (b := self.get(o, p)) is not None}
         rest = [v for v in self.live if v not in node.outputs]
-        cross = {
-            (o, v): b for o in live for v in rest if (b := self.get(o, v)) is not None
-        }
+        cross = {(o, v): b for o in live for v in rest if (b := self.get(o, v)) is not None}
         self.drop(node.outputs)
         for (o, v), block in cross.items():
             for i in node.inputs:

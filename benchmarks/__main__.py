@@ -1,0 +1,168 @@
+"""Command line: ``python -m benchmarks autoencoder ...`` or ``python -m benchmarks speed ...``."""
+
+import argparse
+import ast
+import importlib
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from benchmarks import BenchmarkError
+
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+FAILED = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Reports a bad command line like every other error, in one line and without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BenchmarkError(message)
+
+
+def positive_int(text: str) -> int:
+    """A whole number above zero."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above zero, not {text!r}")
+    return int(text)
+
+
+def seed_int(text: str) -> int:
+    """A whole number that can seed a generator."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**32, not {text!r}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """A finite number, zero or above."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number, zero or above, not {text!r}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A finite number above zero."""
+    if number(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a number above zero, not {text!r}")
+    return number(text)
+
+
+def widths(text: str) -> tuple[int, ...]:
+    """Layer widths, with commas between them."""
+    return tuple(positive_int(width.strip()) for width in text.split(","))
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names, with commas between them."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def option(text: str) -> tuple[str, Any]:
+    """``name=value``, the value a Python literal where it is one and a string elsewhere."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"must look like name=value, not {text!r}")
+    if value.lower() in ("true", "false", "none"):
+        value = value.capitalize()
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def add_autoencoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the autoencoder can be told."""
+    add = parser.add_argument
+    add("--data", default="curves", help="curves, mnist, faces, digits or fashion_mnist (curves)")
+    add("--data-dir", type=Path, help="read the data's files here, instead of downloading them")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--optimizer",
+        default="kfra",
+        help="kfra, kflr, kfac, adam, sgd, momentum or nesterov (kfra)",
+    )
+    which.add_argument(
+        "--compare", type=names, help="several, as in kfra,adam: same batches, same start"
+    )
+    add("--updates", type=positive_int, help="how long to train (minutes on two CPU cores)")
+    add("--batch-size", type=positive_int, default=1000, help="images per update (1000)")
+    add("--learning-rate", type=positive_number, help="for the first-order optimisers")
+    add("--decay-period", type=positive_int, help="halve the learning rate every so many updates")
+    add(
+        "--option",
+        type=option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="passed to kfgn's optimiser; may be repeated",
+    )
+    add("--l2", type=number, default=1e-5, help="weight of the L2 regularisation (1e-5)")
+    add("--layers", type=widths, help="widths of the encoder (1000,500,250,30)")
+    add("--seed", type=seed_int, default=0, help="of the parameters and the batches (0)")
+    add("--eval-every", type=positive_int, help="updates between evaluations (about 100 in all)")
+    add("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
+    add("--resume", action="store_true", help="continue the latest such run from its checkpoint")
+    add("--checkpoint-every", type=positive_int, help="updates between checkpoints (each minute)")
+    add("--no-sgd-yardstick", action="store_true", help="do not time an SGD step to compare with")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = OneLineParser(
+        prog="python -m benchmarks",
+        description="The papers' experiments, and measurements of speed.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_autoencoder_arguments(
+        commands.add_parser(
+            "autoencoder", help="train the paper's deep autoencoders", allow_abbrev=False
+        )
+    )
+    commands.add_parser("speed", help="time the curvature computations", add_help=False)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """Hands the arguments to the command they name."""
+    # The commands are imported only when asked for: each pulls in JAX, which takes seconds.
+    if argv[:1] == ["speed"]:  # it has a command line of its own
+        return int(importlib.import_module("benchmarks.speed").main(argv[1:]) or 0)
+    given = vars(build_parser().parse_args(argv))
+    del given["command"]
+    compared, single = given.pop("compare"), given.pop("optimizer")
+    if compared == ():
+        raise BenchmarkError("argument --compare: expected names with commas between them")
+    options = dict(given.pop("option"))
+    autoencoder = importlib.import_module("benchmarks.autoencoder")
+    request = autoencoder.Request(optimizers=compared or (single,), options=options, **given)
+    problems, interrupted = autoencoder.run(request)
+    if problems:
+        print(f"error: {problems[0]}", file=sys.stderr)
+    return INTERRUPTED if interrupted else FAILED if problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and turns what goes wrong into a line on stderr and an exit code."""
+    try:
+        return run(list(sys.argv[1:] if argv is None else argv))
+    except BenchmarkError as error:
+        problem = " ".join(str(error).split())
+    except ModuleNotFoundError as error:
+        problem = f"the package {error.name!r} is missing; install the benchmarks' requirements"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"error: {problem}", file=sys.stderr)
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
