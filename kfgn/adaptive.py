@@ -47,7 +47,7 @@ def scale_by_curvature(
     layers: Blocks,
     *,
     l2: Any,
-    factor_damping: Damping,
+    factor_damping: Damping | None,
     step_damping: Damping,
     thresholds: tuple[float, float] = (0.25, 0.75),
     decay: Any = 0.9,
@@ -61,7 +61,8 @@ def scale_by_curvature(
       layers: what `kfgn.layers` returned.
       l2: η, the weight of the objective's penalty.
       factor_damping: of the Kronecker factors, γ; it adapts greedily among
-        `{ωγ, γ, γ/ω}` by the quadratic model (appendix C.3.2).
+        `{ωγ, γ, γ/ω}` by the quadratic model (appendix C.3.2). None lets γ
+        follow τ, as the initial damping of Martens & Grosse does.
       step_damping: of the quadratic model, τ; it adapts by the reduction ratio
         (appendix C.3.1).
       thresholds: τ falls where ρ is above the second, rises below the first.
@@ -70,10 +71,13 @@ def scale_by_curvature(
       inverse: "factored" (eq. 36) or "eigen" (eq. 35).
       momentum: a second direction, the previous step, in the quadratic model.
     """
-    check_damping("factor_damping", factor_damping)
     check_damping("step_damping", step_damping)
-    if isinstance(factor_damping.minimum, (int, float)) and factor_damping.minimum <= 0:
-        raise OptionError("factor_damping needs a positive minimum: factors may be singular")
+    least, of = step_damping.minimum, "step_damping, which factor_damping follows,"
+    if factor_damping is not None:
+        check_damping("factor_damping", factor_damping)
+        least, of = factor_damping.minimum, "factor_damping"
+    if isinstance(least, (int, float)) and least <= 0:
+        raise OptionError(f"{of} needs a positive minimum: factors may be singular; found {least}")
     check_decay("decay", decay)
     check_period("refresh_inverse_every", refresh_inverse_every)
     check_flag("momentum", momentum)
@@ -111,7 +115,7 @@ def scale_by_curvature(
 class _Recipe:
     preconditioner: Preconditioner
     l2: Any
-    factor_damping: Damping
+    factor_damping: Damping | None
     step_damping: Damping
     thresholds: tuple[float, float]
     decay: Any
@@ -130,7 +134,7 @@ class _Recipe:
             skipped=number(0, jnp.int32),
             factors=factors,
             inverses=inverses,
-            factor_damping=number(self.factor_damping.initial),
+            factor_damping=number((self.factor_damping or self.step_damping).initial),
             step_damping=number(self.step_damping.initial),
             step_size=number(0),
             momentum=number(0),
@@ -155,10 +159,9 @@ class _Recipe:
         average = moving_average(state.factors, new, count, self.decay)
         factors = keep_if(usable, average, state.factors)
         due = usable & refresh_due(state.count, self.refresh_inverse_every)
-        adapts = usable & self.factor_damping.due(count)
         before = [push(curvature, state.previous)] if self.momentum else []
         gamma, inverses, direction = self._precondition(
-            state, factors, gradient, curvature, due, adapts, before
+            state, factors, gradient, curvature, due, usable, before
         )
         directions = [push(curvature, direction), *before]
         step = minimise(curvature, directions, state.step_damping + self.l2)
@@ -189,7 +192,7 @@ class _Recipe:
         gradient: Named,
         curvature: Curvature,
         due: Array,
-        adapts: Array,
+        usable: Array,
         before: list[Direction],
     ) -> tuple[Array, Named, Named]:
         """γ, the inverses, and the direction; inverses are refreshed where that is due.
@@ -198,6 +201,12 @@ class _Recipe:
         adapts, then the best is inverted for good. What an inversion compiles
         to so stands in the program once.
         """
+        if self.factor_damping is None:
+            gamma = jnp.where(due, state.step_damping, state.factor_damping)
+            inverses = self._refresh(state, factors, gamma, due)
+            return gamma, inverses, self.preconditioner.apply(inverses, gamma + self.l2, gradient)
+        # Counted before the update, as refreshes are, so that both fall together.
+        adapts = usable & (state.count > 0) & self.factor_damping.due(state.count)
         turns = jnp.where(adapts, 4, jnp.where(due, 1, 0))
         parts = self.preconditioner.decompose(factors, state.inverses, turns > 0)
         factor = jnp.asarray(self.factor_damping.factor, jnp.float32)
@@ -227,6 +236,17 @@ class _Recipe:
         start = (jnp.zeros((), jnp.int32), infinite, state.factor_damping, state.inverses)
         *_, gamma, inverses = jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)
         return gamma, inverses, self.preconditioner.apply(inverses, gamma + self.l2, gradient)
+
+    def _refresh(
+        self, state: ScaleByCurvatureState, factors: Named, gamma: Array, due: Array
+    ) -> Named:
+        """The inverses at γ where that is due, else the old ones; a loop of one turn at most."""
+        parts = self.preconditioner.decompose(factors, state.inverses, due)
+
+        def turn(carry):
+            return jnp.array(False), self.preconditioner.invert(parts, gamma + self.l2)
+
+        return jax.lax.while_loop(lambda carry: carry[0], turn, (due, state.inverses))[1]
 
     def _adapt_step_damping(
         self,
@@ -262,7 +282,9 @@ class _Recipe:
         """
         return state._replace(
             count=jnp.zeros_like(state.count),  # refresh the inverses at once
-            factor_damping=self.factor_damping.clip(10 * state.factor_damping),
+            factor_damping=(self.factor_damping or self.step_damping).clip(
+                10 * state.factor_damping
+            ),
             step_damping=self.step_damping.clip(10 * state.step_damping),
         )
 

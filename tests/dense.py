@@ -72,37 +72,37 @@ class Index(NamedTuple):
 
 def dense_truth(case: Case, row: LossRow, targets: Any) -> Truth:
     """All of it, for one batch."""
-    flat, unravel = ravel_pytree(case.perturbable())
-
-    def outputs_of(p, x):
-        outputs = case.model(unravel(p), jax.tree.map(lambda a: a[None], x))
-        return jax.tree.map(lambda a: a[0], outputs)
-
-    def loss_of(p, x, y):
-        return row.reference(outputs_of(p, x), y)
-
-    def mean_loss(p):
-        outputs = case.model(unravel(p), case.inputs)
-        return jnp.mean(jax.vmap(row.reference)(outputs, targets))
-
-    def one(x, y):
-        outputs, as_outputs = ravel_pytree(outputs_of(flat, x))
-        curvature = jax.hessian(lambda o: row.reference(as_outputs(o), y))(outputs)
-        return (
-            loss_of(flat, x, y),
-            jax.grad(loss_of)(flat, x, y),
-            jax.hessian(loss_of)(flat, x, y),
-            curvature if row.convex else _semi_definite(curvature),
-            jax.jacobian(lambda p: ravel_pytree(outputs_of(p, x))[0])(flat),
-        )
 
     @quick_jit
-    def everything(inputs, targets):
+    def everything(params, inputs, targets):
+        flat, unravel = ravel_pytree(params)
+
+        def outputs_of(p, x):
+            outputs = case.model(unravel(p), jax.tree.map(lambda a: a[None], x))
+            return jax.tree.map(lambda a: a[0], outputs)
+
+        def loss_of(p, x, y):
+            return row.reference(outputs_of(p, x), y)
+
+        def mean_loss(p):
+            return jnp.mean(jax.vmap(row.reference)(case.model(unravel(p), inputs), targets))
+
+        def one(x, y):
+            outputs, as_outputs = ravel_pytree(outputs_of(flat, x))
+            curvature = jax.hessian(lambda o: row.reference(as_outputs(o), y))(outputs)
+            return (
+                loss_of(flat, x, y),
+                jax.grad(loss_of)(flat, x, y),
+                jax.hessian(loss_of)(flat, x, y),
+                curvature if row.convex else _semi_definite(curvature),
+                jax.jacobian(lambda p: ravel_pytree(outputs_of(p, x))[0])(flat),
+            )
+
         value, gradient = jax.value_and_grad(mean_loss)(flat)
         losses, gradients, hessian, output_hessian, jacobian = jax.vmap(one)(inputs, targets)
         return Truth(value, losses, gradient, gradients, hessian, output_hessian, jacobian)
 
-    return jax.tree.map(np.asarray, everything(case.inputs, targets))
+    return jax.tree.map(np.asarray, everything(case.perturbable(), case.inputs, targets))
 
 
 def _semi_definite(matrix):

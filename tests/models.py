@@ -15,6 +15,7 @@ import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Array = jax.Array
@@ -48,7 +49,7 @@ def _with_bias(layer: Any) -> Any:
     if not isinstance(layer, dict) or "w" not in layer:
         return layer
     d_out = layer["w"].shape[-1]
-    return {"b": jnp.zeros(d_out, layer["w"].dtype), **layer}
+    return {"b": np.zeros(d_out, layer["w"].dtype), **layer}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,35 +84,29 @@ class Row:
     build: Callable[[Array, int, Any], Case] | None = None
 
     def case(self, dtype: Any, count: int = 4, seed: int = 0) -> Case:
-        key, data_key = jax.random.split(jax.random.key(seed))
         if self.build is not None:
-            return self.build(key, count, dtype)
-        params = {}
-        keys = jax.random.split(key, len(self.sizes))
-        for k, (name, (d_in, d_out)) in zip(keys, self.sizes.items(), strict=True):
-            params[name] = self._layer(k, name, d_in, d_out, dtype)
+            return self.build(jax.random.key(seed), count, dtype)
+        rng = np.random.default_rng(seed)
+        params = {name: self._layer(rng, name, *size, dtype) for name, size in self.sizes.items()}
         slots = {}
         for name in self.sizes:
             _, to_matrix = self.kernel_shapes.get(name, (None, lambda kernel: kernel))
             slots[name] = Slot(f"{name}/w", f"{name}/b", to_matrix)
-        return Case(self.model, params, make_inputs(data_key, self.inputs, count, dtype), slots)
+        return Case(self.model, params, make_inputs(rng, self.inputs, count, dtype), slots)
 
-    def _layer(self, key, name, d_in, d_out, dtype):
+    def _layer(self, rng, name, d_in, d_out, dtype):
         shape = self.kernel_shapes.get(name, ((d_in, d_out), None))[0]
-        k, kb = jax.random.split(key)
-        layer = {"w": 1.5 * jax.random.normal(k, shape, dtype) / d_in**0.5}
+        layer = {"w": jnp.asarray(1.5 * rng.normal(size=shape) / d_in**0.5, dtype)}
         if self.bias:
-            layer["b"] = 0.5 * jax.random.normal(kb, (d_out,), dtype)
+            layer["b"] = jnp.asarray(0.5 * rng.normal(size=d_out), dtype)
         return layer
 
 
-def make_inputs(key: Array, shapes: Any, count: int, dtype: Any) -> PyTree:
+def make_inputs(rng: np.random.Generator, shapes: Any, count: int, dtype: Any) -> PyTree:
     """Normal inputs of the given shape, or dictionary of shapes."""
     if isinstance(shapes, dict):
-        keys = jax.random.split(key, len(shapes))
-        pairs = zip(keys, shapes.items(), strict=True)
-        return {name: make_inputs(k, shape, count, dtype) for k, (name, shape) in pairs}
-    return jax.random.normal(key, (count, *shapes), dtype)
+        return {name: make_inputs(rng, shape, count, dtype) for name, shape in shapes.items()}
+    return jnp.asarray(rng.normal(size=(count, *shapes)), dtype)
 
 
 def dense(layer: dict[str, Array], x: Array) -> Array:
@@ -330,12 +325,14 @@ def bounded_output(p, x):
 # Neural network libraries.
 
 
-def _moved(key: Array, params: PyTree) -> PyTree:
+def _moved(params: PyTree) -> PyTree:
     """Parameters away from their initial values, whose biases are zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    noise = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(tree, [x + 0.5 * e for x, e in zip(leaves, noise, strict=True)])
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda x: x + jnp.asarray(0.5 * rng.normal(size=x.shape), x.dtype), params)
+
+
+def _some_inputs(count: int, dtype: Any) -> Array:
+    return make_inputs(np.random.default_rng(2), (4,), count, dtype)
 
 
 class LinenNet(nn.Module):
@@ -350,9 +347,8 @@ class LinenNet(nn.Module):
 
 
 def flax_linen(key, count, dtype):
-    k, kp, kx = jax.random.split(key, 3)
-    net, x = LinenNet(dtype), jax.random.normal(kx, (count, 4), dtype)
-    variables = _moved(kp, net.init(k, x))
+    net, x = LinenNet(dtype), _some_inputs(count, dtype)
+    variables = _moved(net.init(key, x))
     slots = {
         f"params/{name}": Slot(f"params/{name}/kernel", f"params/{name}/bias")
         for name in ("first", "second", "out")
@@ -371,17 +367,18 @@ class NnxNet(nnx.Module):
 
 
 def flax_nnx(key, count, dtype):
-    k, kp, kx = jax.random.split(key, 3)
-    graph, state = nnx.split(NnxNet(dtype, nnx.Rngs(k)))
+    graph, state = nnx.split(NnxNet(dtype, nnx.Rngs(key)))
     names = ("first", "layers/0", "layers/1")
     slots = {name: Slot(f"{name}/kernel", f"{name}/bias") for name in names}
-    x = jax.random.normal(kx, (count, 4), dtype)
-    return Case(lambda s, x: nnx.merge(graph, s)(x), _moved(kp, state), x, slots)
+
+    def model(s, x):
+        return nnx.merge(graph, s)(x)
+
+    return Case(model, _moved(state), _some_inputs(count, dtype), slots)
 
 
 def equinox(key, count, dtype):
-    k, kp, kx = jax.random.split(key, 3)
-    net = eqx.nn.MLP(4, 3, 5, depth=2, activation=jnp.tanh, key=k, dtype=dtype)
+    net = eqx.nn.MLP(4, 3, 5, depth=2, activation=jnp.tanh, key=key, dtype=dtype)
     params, static = eqx.partition(net, eqx.is_inexact_array)
     slots = {
         f"layers/{i}": Slot(f"layers/{i}/weight", f"layers/{i}/bias", lambda w: w.T)
@@ -391,8 +388,7 @@ def equinox(key, count, dtype):
     def model(p, x):
         return jax.vmap(eqx.combine(p, static))(x)
 
-    x = jax.random.normal(kx, (count, 4), dtype)
-    return Case(model, _moved(kp, params), x, slots)
+    return Case(model, _moved(params), _some_inputs(count, dtype), slots)
 
 
 TWO = {"first": (4, 4), "out": (4, 3)}

@@ -11,7 +11,7 @@ import kfgn
 from tests.dense import quick_jit, submatrix
 from tests.losses import LOSSES
 from tests.models import MODELS
-from tests.table import L2, close, compare, setting
+from tests.table import L2, by_path, close, compare, setting
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -27,11 +27,14 @@ ROWS += [
 every_row = pytest.mark.parametrize(
     ("model", "loss"), ROWS, ids=[f"{model}-{loss}" for model, loss in ROWS]
 )
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def chosen(condition):
     """Parametrises by the models of the table for which a theorem holds."""
-    return pytest.mark.parametrize("model", [name for name, row in MODELS.items() if condition(row)])
+    return pytest.mark.parametrize(
+        "model", [name for name, row in MODELS.items() if condition(row)]
+    )
 
 
 def eigenvalues(blocks):
@@ -53,11 +56,11 @@ def test_pre_activation_matrices(model, loss, kind):
         close(found[name], submatrix(dense, place.pre_activation), name)
 
 
-@every_row
+@every_model
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-def test_blocks(model, loss, kind):
+def test_blocks(model, kind):
     """Blocks, their diagonals and products, on the row-major vec of kernel and bias."""
-    _, _, truth, index, _, direction, ours = compare(model, loss)
+    _, _, truth, index, _, direction, ours = compare(model)
     dense = np.mean(getattr(truth, kind), axis=0)
     assert set(ours[f"block_{kind}"]) == set(ours[f"{kind}_diagonal"]) == set(index)
     for name, place in index.items():
@@ -70,11 +73,11 @@ def test_blocks(model, loss, kind):
     close(product, expected.reshape(place.shape), name)
 
 
-@every_row
+@every_model
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
-def test_full_products(model, loss, kind):
+def test_full_products(model, kind):
     """The R-operator with the whole matrix, eq. (13)."""
-    case, _, truth, _, own, direction, ours = compare(model, loss)
+    case, _, truth, _, own, direction, ours = compare(model)
     product = ours[f"{kind}_product"]
     assert jax.tree.structure(product) == jax.tree.structure(case.params)
     expected = np.mean(getattr(truth, kind), axis=0) @ direction
@@ -110,10 +113,8 @@ def test_linearised_model(model, loss):
     value, gradient = ours["empirical"]["value_and_grad"]
     close(found["value"], value)
     assert sum(leaf.size for leaf in found["gradient"].values()) == own.size
-    for ours_by_name, leaf in zip(
-        found["gradient"].values(), jax.tree.leaves(gradient), strict=True
-    ):
-        close(ours_by_name, leaf)
+    for name, leaf in by_path(gradient).items():
+        close(found["gradient"][name], leaf, name)
 
 
 # Factors.
@@ -283,9 +284,7 @@ def test_without_jit():
     for method in ("kfra", "kflr"):
         _, curvature = kfgn.value_grad_and_curvature(objective, method)(case.params, batch)
         for name, factors in curvature.factors.items():
-            for found, matrix in zip(
-                factors, expected[method]["factors"][name], strict=True
-            ):
+            for found, matrix in zip(factors, expected[method]["factors"][name], strict=True):
                 close(found, matrix, f"{method} {name}")
 
 

@@ -146,7 +146,9 @@ def test_own_sampling():
     """A loss from a function samples as it is told: the mixture's gradients have mean 0."""
     loss = LOSSES["mixture"].loss
     outputs = jnp.asarray([[0.4, 1.5, -0.8]])
-    gradients = np.asarray(loss.sampled_gradients(jax.random.key(2), jnp.repeat(outputs, 20_000, 0)))
+    gradients = np.asarray(
+        loss.sampled_gradients(jax.random.key(2), jnp.repeat(outputs, 20_000, 0))
+    )
     error = np.std(gradients, axis=0) / 20_000**0.5
     assert np.all(np.abs(np.mean(gradients, axis=0)) <= 5 * error)
 
