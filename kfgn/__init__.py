@@ -3,6 +3,7 @@
 from kfgn import losses
 from kfgn.adaptive import scale_by_curvature
 from kfgn.alias import PRESETS, kfac, kflr, kfra
+from kfgn.averaging import average_curvature
 from kfgn.blocks import Blocks, layers
 from kfgn.curvature import Curvature, Factors, value_grad_and_curvature
 from kfgn.damping import Damping
@@ -42,6 +43,7 @@ __all__ = [
     "Objective",
     "OptionError",
     "ParameterError",
+    "average_curvature",
     "average_parameters",
     "block_gauss_newton",
     "block_hessian",

@@ -15,7 +15,7 @@ from tests.losses import LOSSES
 from tests.table import by_path, close, setting
 
 # Around the sizes at which the algorithm changes, and some between.
-SIZES = (1, 2, 3, 15, 16, 17, 50, 127, 128, 129, 200, 257, 300)
+SIZES = (1, 2, 7, 50, 127, 128, 129, 200, 257, 300)
 
 
 def spd_matrix(size, condition, seed=0, scale=1.0):
@@ -34,12 +34,15 @@ def lapack_inverse(matrix):
 
 
 def precise_inverse(matrix):
-    """In float64, with a step of Newton's iteration in extended precision."""
-    x = np.linalg.inv(matrix.astype(np.float64)).astype(np.longdouble)
+    """In float64, and for float64 with a step of Newton's iteration in extended precision."""
+    if matrix.dtype == np.float32:
+        return np.linalg.inv(matrix.astype(np.float64))
+    x = np.linalg.inv(matrix).astype(np.longdouble)
     a = matrix.astype(np.longdouble)
     return x + x @ (np.eye(len(matrix)) - a @ x)
 
 
+all_inverses = quick_jit(spd.spd_inverses)
 extended = np.finfo(np.longdouble).eps < 1e-18
 
 
@@ -62,7 +65,7 @@ def test_inverses_are_as_good_as_lapack(dtype, condition):
     matrices = [spd_matrix(size, condition).astype(dtype) for size in SIZES]
     shifts = [dtype(0)] * len(matrices)
     with jax.enable_x64(dtype is np.float64):
-        found = quick_jit(spd.spd_inverses)([jnp.asarray(a) for a in matrices], shifts)
+        found = all_inverses([jnp.asarray(a) for a in matrices], shifts)
     for matrix, inverse in zip(matrices, found, strict=True):
         exact = precise_inverse(matrix)
         scale = np.max(np.abs(exact))

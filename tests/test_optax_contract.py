@@ -128,7 +128,6 @@ CASES = {
     ),
     "apply_if_finite": Case(lambda: optax.apply_if_finite(recipe(), 3)),
     "MultiSteps": Case(lambda: optax.MultiSteps(recipe(), 2), strict=False),
-    "schedule_free": Case(lambda: optax.contrib.schedule_free(recipe(), learning_rate=1.0)),
 }
 
 
@@ -410,20 +409,6 @@ def test_multi_steps_averages_gradients_and_keeps_the_last_curvature(first):
     expected, _ = update_once(kronecker(), params, mean, last)
     assert_close(updates, expected, 1e-5)
     assert int(state.gradient_step) == 1
-
-
-def test_factors_of_micro_batches_can_be_averaged():
-    # Exact for "kflr", whose factors are means over the examples.
-    params, (inputs, labels) = make_params(), make_batch(count=32)
-    (_, grads), whole = measure("kflr", params, (inputs, labels))
-    halves = [measure("kflr", params, (inputs[s], labels[s])) for s in (slice(16), slice(16, 32))]
-    (((_, one), first), ((_, two), second)) = halves
-    factors = jax.tree.map(lambda a, b: (a + b) / 2, first.factors, second.factors)
-    assert_close(factors, whole.factors, 1e-5)
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, two)
-    updates, _ = update_once(kronecker(), params, mean, second._replace(factors=factors))
-    expected, _ = update_once(kronecker(), params, grads, whole)
-    assert_close(updates, expected, 1e-4)
 
 
 def test_average_decay_averages_the_parameters():
