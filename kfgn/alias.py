@@ -98,7 +98,7 @@ def optimizer(
     batch: Any,
     *,
     learning_rate: Any = 0.8,
-    decay: Any = 0.95,
+    decay: Any = 0.9,
     factor_damping: Any = None,
     factor_damping_bounds: tuple[Any, Any] = (1e-9, 1e6),
     factor_damping_period: int = 20,

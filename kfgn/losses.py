@@ -131,12 +131,10 @@ class _SoftmaxCrossEntropy(Loss):
         return jax.scipy.linalg.block_diag(*blocks)
 
     def hessian_sqrt(self, outputs, target):
-        p = jax.nn.softmax(outputs)
-
-        def root(q):
-            return jnp.diag(jnp.sqrt(q)) - jnp.outer(q, jnp.sqrt(q))
-
-        return jax.scipy.linalg.block_diag(*jax.vmap(root)(_rows(p)))
+        p = _rows(jax.nn.softmax(outputs))
+        columns = jnp.arange(p.shape[-1] - 1)
+        roots = jax.vmap(lambda q: jax.vmap(lambda k: _cholesky_column(q, k))(columns).T)(p)
+        return jax.scipy.linalg.block_diag(*roots)
 
     def gauss_newton_product(self, outputs, target, vector):
         p = _rows(jax.nn.softmax(outputs))
@@ -158,14 +156,16 @@ class _SoftmaxCrossEntropy(Loss):
         p = p.reshape(count, -1, classes)
         positions = p.shape[1]
 
-        def column(k):
-            unit = jax.nn.one_hot(k, positions * classes, dtype=p.dtype)
-            unit = unit.reshape(positions, classes)
-            root = jnp.sum(jnp.sqrt(p) * unit, axis=-1, keepdims=True)
-            here = jnp.sum(unit, axis=-1, keepdims=True)
-            return (root * (unit - p) * here).reshape(count, -1)
+        # One class less than there are: the Hessian of a position is singular.
+        rank = classes - 1
 
-        return positions * classes, column
+        def column(k):
+            position, index = k // rank, k % rank
+            here = jax.nn.one_hot(position, positions, dtype=p.dtype)
+            column = _cholesky_column(jnp.take(p, position, axis=1), index)
+            return (here[None, :, None] * column[:, None, :]).reshape(count, -1)
+
+        return positions * rank, column
 
     def check_shapes(self, outputs, targets):
         _require_array(self, outputs)
@@ -199,6 +199,22 @@ class _SoftmaxCrossEntropy(Loss):
                 f"{float(jnp.max(total)):g}; use one-hot vectors, or "
                 "softmax_cross_entropy_with_integer_labels for indices."
             )
+
+
+def _cholesky_column(p: Array, k: Array) -> Array:
+    """Column k of the Cholesky factor of `diag(p) - pp'`, for `p` `[..., K]`, k below K - 1.
+
+    In closed form: with the tail sums `t_k = sum_{i>k} p_i`, entry k is
+    `sqrt(p_k t_k / t_{k-1})`, and entry i > k is `-p_i sqrt(p_k / (t_{k-1} t_k))`.
+    """
+    tail = jnp.cumsum(p[..., ::-1], axis=-1)[..., ::-1]  # from k on, k included
+    p_k = jnp.take(p, k, axis=-1)[..., None]
+    before, after = jnp.take(tail, k, axis=-1)[..., None], jnp.take(tail, k + 1, axis=-1)[..., None]
+    tiny = jnp.finfo(p.dtype).tiny
+    ratio = jnp.sqrt(p_k / jnp.maximum(before, tiny))
+    index = jnp.arange(p.shape[-1])
+    below = -p * ratio / jnp.sqrt(jnp.maximum(after, tiny))
+    return jnp.where(index == k, ratio * jnp.sqrt(after), jnp.where(index > k, below, 0))
 
 
 def _rows(p: Array) -> Array:

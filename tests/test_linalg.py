@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,15 @@ from tests.table import by_path, close, setting
 SIZES = (1, 2, 7, 50, 127, 128, 129, 200, 257, 300)
 
 
-def spd_matrix(size, condition, seed=0, scale=1.0):
+@functools.cache
+def rotation(size):
+    """A random orthogonal matrix."""
+    return np.linalg.qr(np.random.default_rng(size).normal(size=(size, size)))[0]
+
+
+def spd_matrix(size, condition, scale=1.0):
     """A random matrix with eigenvalues from `scale / condition` to `scale`."""
-    rng = np.random.default_rng([size, seed])
-    vectors = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    vectors = rotation(size)
     values = np.geomspace(1 / condition, 1, size) if size > 1 else np.ones(1)
     matrix = scale * (vectors * values) @ vectors.T
     return (matrix + matrix.T) / 2
