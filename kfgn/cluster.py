@@ -7,7 +7,7 @@ between; a merge that would put the graph into a cycle is left undone.
 
 from __future__ import annotations
 
-from kfgn.jaxpr import Equation, FlatModel, Role, variables
+from kfgn.jaxpr import Equation, FlatModel, Role, is_complex, variables
 from kfgn.layer import Layer
 from kfgn.rules import is_heavy, is_linear, joins_freely
 
@@ -17,12 +17,15 @@ Item = tuple[tuple[Equation, ...], Layer | None]
 def cluster_items(model: FlatModel, items: list[Item]) -> list[set[int]]:
     """Merges nonlinear items that a path without layers connects, keeping the order acyclic."""
     parents = _parents(model, items)
+    # Blocks of the curvature are real: complex values have to stay inside nodes.
+    inner = [layer is None and _is_complex(equations[0]) for equations, layer in items]
     barrier = [
-        layer is not None or (is_linear(model, equations[0]) and is_heavy(equations[0]))
-        for equations, layer in items
+        layer is not None
+        or (is_linear(model, equations[0]) and is_heavy(equations[0]) and not inner[i])
+        for i, (equations, layer) in enumerate(items)
     ]
     seed = [
-        not barrier[i] and (joins_freely(model, e[0]) or not is_linear(model, e[0]))
+        not barrier[i] and (inner[i] or joins_freely(model, e[0]) or not is_linear(model, e[0]))
         for i, (e, _) in enumerate(items)
     ]
     cluster_of = {i: {i} for i in range(len(items))}
@@ -51,6 +54,11 @@ def _parents(model: FlatModel, items: list[Item]) -> list[set[int]]:
 def is_active(model: FlatModel, variable) -> bool:
     """Whether the walk goes through this value."""
     return model.roles.get(variable) is Role.ACTIVE
+
+
+def _is_complex(equation: Equation) -> bool:
+    """Whether the equation reads or makes a complex value."""
+    return any(map(is_complex, (*equation.invars, *equation.outvars)))
 
 
 def _upstream_seeds(j, parents, barrier, seed) -> list[int]:

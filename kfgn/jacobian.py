@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from kfgn.errors import ModelError
 from kfgn.graph import Node
-from kfgn.jaxpr import Array, Var, size
+from kfgn.jaxpr import Array, Var, is_complex, size
 from kfgn.linalg import congruence, congruence_diagonal, cross_moment, matmul
 
 Blocks = dict[tuple[Var, Var], Array]
@@ -43,6 +44,11 @@ class Jacobian(Protocol):
 
 def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
     """The node's Jacobian at the given values."""
+    if any(map(is_complex, node.inputs + node.outputs)):
+        raise ModelError(
+            "a complex value is used before and after a layer, or is an output: the recursions "
+            "carry real values only; take real and imaginary parts before the layer."
+        )
     if node.layer is not None:
         return _Dense(node, shared)
     if node.kind == "linear":

@@ -208,6 +208,11 @@ def size(variable: Var) -> int:
     return int(variable.aval.size)
 
 
+def is_complex(atom: Any) -> bool:
+    """Whether a variable or literal holds complex numbers."""
+    return bool(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating))
+
+
 def _is_var(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 

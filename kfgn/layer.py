@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.errors import LayerError
-from kfgn.jaxpr import Equation, FlatModel, Role, Var, bind, variables
+from kfgn.jaxpr import Equation, FlatModel, Role, Var, bind, is_complex, variables
 
 Array = jax.Array
 
@@ -185,7 +185,8 @@ def _sources(model: FlatModel) -> dict[Var, Source]:
     """The values that are relabelled copies of exactly one parameter."""
     sources = {v: Source(name, v.aval.shape, v.aval.dtype) for name, v in model.parameters.items()}
     for equation in model.jaxpr.eqns:
-        ins, outs = equation.invars, equation.outvars
+        ins: list[Any] = equation.invars
+        outs: list[Any] = equation.outvars
         if len(ins) != 1 or len(outs) != 1 or ins[0] not in variables(ins):
             continue
         source = sources.get(ins[0])
@@ -248,7 +249,7 @@ def _match_dense(
         return None
     side = is_kernel.index(True)
     kernel, data = equation.invars[side], equation.invars[1 - side]
-    if model.roles[data] < Role.PASSIVE:
+    if model.roles[data] < Role.PASSIVE or is_complex(data):
         return None
     contracted, batch = equation.params["dimension_numbers"]
     if any(batch):

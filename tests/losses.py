@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ def coupled(outputs, target):
 
 def _coupled_targets(key, outputs):
     leaves = jax.tree.leaves(outputs)
-    size = sum(leaf[0].size for leaf in leaves)
+    size = sum(math.prod(leaf.shape[1:]) for leaf in leaves)
     return jax.random.normal(key, (leaves[0].shape[0], size), leaves[0].dtype)
 
 

@@ -242,6 +242,28 @@ def maxout(p, x):
     return dense(p["out"], jax.nn.relu(dense(p["second"], h)))
 
 
+def fourier(p, x):
+    spectrum = jnp.fft.rfft(jnp.tanh(dense(p["first"], x)), axis=1)
+    h = jnp.fft.irfft(spectrum * jnp.asarray([1, 0.5j, 1 - 1j], spectrum.dtype), axis=1)
+    return dense(p["out"], jax.nn.silu(h) + jnp.abs(spectrum[:, 1:2]))
+
+
+def rearranged(p, x):
+    h = jnp.sort(dense(p["first"], x), axis=1)
+    h = jnp.cumsum(jnp.tanh(h), axis=1)[:, jnp.asarray([3, 1, 1, 0])]
+    h = jnp.take_along_axis(dense(p["second"], h), jnp.argsort(x, axis=1), axis=1)
+    return dense(p["out"], jnp.roll(jnp.sin(h), 1, axis=1))
+
+
+def looped(p, x):
+    h, sums = jax.lax.scan(
+        lambda h, scale: (jnp.tanh(scale * h), jnp.sum(h, axis=1)),
+        dense(p["first"], x),
+        jnp.asarray([1.5, 0.5], x.dtype),
+    )
+    return dense(p["out"], h * sums[1][:, None])
+
+
 # Kernels in other layouts.
 
 
@@ -457,6 +479,9 @@ MODELS: dict[str, Row] = {
     "maxout": Row(
         maxout, {"first": (4, 6), "second": (3, 4), "out": (4, 3)}, piecewise_linear=True
     ),
+    "fourier": Row(fourier, TWO),
+    "rearranged": Row(rearranged, {"first": (4, 4), "second": (4, 4), "out": (4, 3)}),
+    "looped": Row(looped, TWO),
     # Layouts of kernels.
     "transposed_kernel": Row(transposed, TWO, kernel_shapes=_turned(TWO)),
     "vmapped": Row(vmapped, TWO, kernel_shapes=_turned(TWO)),

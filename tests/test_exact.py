@@ -10,7 +10,7 @@ import pytest
 import kfgn
 from tests.dense import quick_jit, submatrix
 from tests.losses import LOSSES
-from tests.models import MODELS
+from tests.models import MODELS, dense
 from tests.table import L2, by_path, close, compare, setting
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -310,3 +310,33 @@ def test_directions_may_be_partial():
     close(curvature.linearized(part), comparison.truth.jacobian @ direction)
     second = {**case.params["second"], "w": case.params["second"]["w"] + part["second/w"]}
     close(curvature.displaced(part), objective({**case.params, "second": second}, batch))
+
+
+# Values that the recursions do not carry.
+
+
+def complex_across_a_layer(p, x):
+    spectrum = jnp.fft.fft(jnp.tanh(dense(p["first"], x)), axis=1)
+    h = dense(p["second"], jnp.real(spectrum))
+    return dense(p["out"], jnp.real(spectrum * h.astype(spectrum.dtype)))
+
+
+def complex_layer(p, x):
+    h = jnp.fft.fft(x, axis=1) @ p["first"]["w"].astype(jnp.complex128)
+    return dense(p["out"], dense(p["second"], jnp.abs(h) + p["first"]["b"]))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (complex_across_a_layer, kfgn.ModelError, "before the layer"),
+        (complex_layer, kfgn.LayerError, "no dense layer"),
+    ],
+)
+def test_complex_values_are_refused(model, error, words):
+    """Their imaginary parts would be lost; within a node they do no harm ("fourier")."""
+    case, objective, batch = setting("residual")
+    objective = kfgn.Objective(model, objective.loss)
+    params = {name: case.params[name] for name in ("first", "second", "out")}
+    with pytest.raises(error, match=words):
+        kfgn.pre_activation_gauss_newton(objective)(params, batch)
