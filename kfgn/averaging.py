@@ -38,9 +38,12 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     def mean(*leaves: Array) -> Array:
         return sum(leaves[1:], start=leaves[0]) / count
 
-    averaged = jax.tree.map(mean, *[(c.factors, c.value, c.gradient) for c in curvatures])
+    numbers = [(c.factors, c.value, c.gradient) for c in curvatures]
+    factors, value, gradient = jax.tree.map(mean, *numbers)
     return Curvature(
-        *averaged,
+        factors=factors,
+        value=value,
+        gradient=gradient,
         linearized=Partial(_Each(), [c.linearized for c in curvatures]),
         output_product=Partial(_MeanProduct(), [c.output_product for c in curvatures]),
         displaced=Partial(_Mean(), [c.displaced for c in curvatures]),

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from kfgn.graph import Graph, Node
-from kfgn.jacobian import Jacobian, jacobian_of, node_curvature
+from kfgn.jacobian import Jacobian, jacobian_of
 from kfgn.jaxpr import Array, Var, size, variables
+from kfgn.node_curvature import node_curvature
 
 PyTree = Any
 
