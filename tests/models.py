@@ -192,6 +192,17 @@ def several_depths(p, x):
     return dense(p["out"], a + b * c) + c
 
 
+def around_a_layer(p, x):
+    # One node of all that is not linear here would have the second layer inside.
+    h = jnp.tanh(dense(p["first"], x))
+    return dense(p["out"], jnp.tanh(h * jnp.sin(dense(p["second"], h))) + h)
+
+
+def one_wide(p, x):
+    h = normalise(jnp.concatenate([dense(p["first"], x), x], axis=1))
+    return dense(p["out"], h * jnp.tanh(dense(p["second"], x)))
+
+
 def stopped(p, x):
     h = jnp.tanh(dense(p["first"], x))
     still = jax.lax.stop_gradient(jnp.tanh(dense(p["second"], h)))
@@ -463,6 +474,8 @@ MODELS: dict[str, Row] = {
         {"first": (4, 3), "second": (3, 3), "third": (3, 3), "out": (3, 3)},
         bias=False,
     ),
+    "around_a_layer": Row(around_a_layer, {"first": (4, 4), "second": (4, 4), "out": (4, 3)}),
+    "one_wide": Row(one_wide, {"first": (4, 1), "second": (4, 1), "out": (5, 3)}),
     "stopped": Row(stopped, RESIDUAL),
     "selected": Row(selected, {"first": (4, 4), "second": (4, 4), "out": (4, 3)}),
     "times_data": Row(times_data, TWO, loss="squared_error", last=()),
