@@ -5,7 +5,7 @@ from kfgn.adaptive import scale_by_curvature
 from kfgn.alias import PRESETS, kfac, kflr, kfra
 from kfgn.averaging import average_curvature
 from kfgn.blocks import Blocks, layers
-from kfgn.curvature import Curvature, Factors, value_grad_and_curvature
+from kfgn.curvature import Curvature, value_grad_and_curvature
 from kfgn.damping import Damping
 from kfgn.errors import (
     BatchError,
@@ -26,8 +26,11 @@ from kfgn.exact import (
     pre_activation_gauss_newton,
     pre_activation_hessian,
 )
+from kfgn.factors import Diagonal, Factors
+from kfgn.forms import register_layer
 from kfgn.objective import Objective
 from kfgn.transform import average_parameters, scale_by_kronecker, scale_by_quadratic_model
+from kfgn.use import Form
 
 __all__ = [
     "PRESETS",
@@ -35,7 +38,9 @@ __all__ = [
     "Blocks",
     "Curvature",
     "Damping",
+    "Diagonal",
     "Factors",
+    "Form",
     "KfgnError",
     "LayerError",
     "LossError",
@@ -58,6 +63,7 @@ __all__ = [
     "losses",
     "pre_activation_gauss_newton",
     "pre_activation_hessian",
+    "register_layer",
     "scale_by_curvature",
     "scale_by_kronecker",
     "scale_by_quadratic_model",

@@ -16,7 +16,7 @@ import optax
 
 from kfgn.blocks import Blocks, require_curvature
 from kfgn.checks import check_decay, check_flag, check_not_negative, check_pair, check_period
-from kfgn.curvature import Curvature, Factors
+from kfgn.curvature import Curvature
 from kfgn.damping import Damping, check_damping, levenberg_marquardt
 from kfgn.errors import OptionError
 from kfgn.paths import named_leaves, with_leaves
@@ -33,7 +33,7 @@ class ScaleByCurvatureState(NamedTuple):
 
     count: Array  # type: ignore[assignment]  # updates made
     skipped: Array  # updates skipped, for numbers that were not finite
-    factors: dict[str, Factors]  # their moving averages, Q and G
+    factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
     factor_damping: Array  # γ
     step_damping: Array  # τ

@@ -137,8 +137,9 @@ def optimizer(
         & Grosse 2015, section 7), at the cost of one more linear pass.
       average_decay: β of the average of the parameters, eq. (44), kept in the
         state as `average`; None keeps none.
-      unassigned: "raise", or "gradient" to give parameters in no layer damped
-        gradient steps.
+      unassigned: "raise"; "diagonal" to precondition parameters in no layer by
+        the exact diagonal of the Gauss-Newton matrix; "gradient" to give them
+        damped gradient steps. Say the same to `value_grad_and_curvature`.
     """
     blocks = layers(objective, params, batch, unassigned=unassigned)
     gamma_bounds = check_pair("factor_damping_bounds", factor_damping_bounds)

@@ -24,8 +24,9 @@ class Blocks:
     """Which parameters form which layer; no arrays, no values."""
 
     layers: dict[str, Layer]
-    unassigned: tuple[str, ...]
+    unassigned: tuple[str, ...]  # parameters in no layer
     shapes: dict[str, tuple[int, ...]]
+    treatment: str = "raise"  # of those in no layer
 
     def present(self, leaves: dict[str, Any]) -> dict[str, Layer]:
         """The layers all of whose parameters are among the leaves.
@@ -55,7 +56,11 @@ class Blocks:
                     f"here but {', '.join(map(repr, outside))} is masked out; its block covers "
                     "kernel and bias together, so select whole layers."
                 )
-        return {n: x for n, x in self.layers.items() if x.kernel.name in leaves}
+        return {n: x for n, x in self.layers.items() if x.parameters[0] in leaves}
+
+    def diagonals(self, leaves: dict[str, Any]) -> list[str]:
+        """The parameters among the leaves that are preconditioned by a diagonal."""
+        return [n for n in self.unassigned if n in leaves and self.treatment == "diagonal"]
 
 
 def layers(
@@ -67,8 +72,9 @@ def layers(
       objective: the objective.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: `(inputs, targets)`, likewise; values are checked where there are any.
-      unassigned: "raise" if a parameter belongs to no layer, or "gradient" to
-        let it through: it then takes damped gradient steps.
+      unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
+        precondition it by the exact diagonal of the Gauss-Newton matrix;
+        "gradient" to give it damped gradient steps.
 
     Raises:
       LayerError: a parameter belongs to no layer.
@@ -84,7 +90,7 @@ def layers(
     if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
         objective.loss.check_targets(outputs, targets)
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    return Blocks(graph.layers, tuple(graph.reasons), shapes)
+    return Blocks(graph.layers, tuple(graph.reasons), shapes, unassigned)
 
 
 def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) -> Curvature:
@@ -105,7 +111,8 @@ def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) ->
             f"curvature must be a kfgn.Curvature, found a {type(curvature).__name__}; pass what "
             "kfgn.value_grad_and_curvature(objective, method)(params, batch) returned."
         )
-    missing = [name for name in blocks.layers if name not in curvature.factors]
+    wanted = [*blocks.layers, *blocks.diagonals(blocks.shapes)]
+    missing = [name for name in wanted if name not in curvature.factors]
     if missing:
         raise ParameterError(
             f"the curvature has no factors for layer(s) {', '.join(map(repr, missing))}: it was "

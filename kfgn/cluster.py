@@ -1,6 +1,6 @@
 """Which equations between two layers become one node.
 
-An *item* is an equation, or a whole layer. Items that are not linear are
+An *item* is an equation, or a whole use. Items that are not linear are
 merged wherever a path without layers connects them, together with what lies
 between; a merge that would put the graph into a cycle is left undone.
 """
@@ -8,21 +8,21 @@ between; a merge that would put the graph into a cycle is left undone.
 from __future__ import annotations
 
 from kfgn.jaxpr import Equation, FlatModel, Role, is_complex, variables
-from kfgn.layer import Layer
 from kfgn.rules import is_heavy, is_linear, joins_freely
+from kfgn.use import Use
 
-Item = tuple[tuple[Equation, ...], Layer | None]
+Item = tuple[tuple[Equation, ...], Use | None]
 
 
 def cluster_items(model: FlatModel, items: list[Item]) -> list[set[int]]:
     """Merges nonlinear items that a path without layers connects, keeping the order acyclic."""
     parents = _parents(model, items)
     # Blocks of the curvature are real: complex values have to stay inside nodes.
-    inner = [layer is None and _is_complex(equations[0]) for equations, layer in items]
+    inner = [use is None and _is_complex(equations[0]) for equations, use in items]
     barrier = [
-        layer is not None
+        use is not None
         or (is_linear(model, equations[0]) and is_heavy(equations[0]) and not inner[i])
-        for i, (equations, layer) in enumerate(items)
+        for i, (equations, use) in enumerate(items)
     ]
     seed = [
         not barrier[i] and (inner[i] or joins_freely(model, e[0]) or not is_linear(model, e[0]))

@@ -11,25 +11,30 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from kfgn.errors import OptionError
+from kfgn.factors import (
+    Diagonal,
+    Factors,
+    Moments,
+    activation_moments,
+    assemble,
+    check_sharing,
+    gradient_moments,
+    matrix_moments,
+)
 from kfgn.graph import Graph, build_graph
 from kfgn.layer import require_blocks
-from kfgn.linalg import factor_dtype, inner, second_moment
+from kfgn.linalg import factor_dtype, inner
 from kfgn.loss import Loss, flatten_batch
 from kfgn.objective import Objective, check_batch, check_outputs, mean_of
 from kfgn.paths import named_leaves, with_leaves
-from kfgn.walk import Walk, needed_values, pre_activation_matrices
+from kfgn.walk import Walk, needed_values, walk_back
 
 Array = jax.Array
 PyTree = Any
 
 METHODS = ("kfra", "kflr", "kfac", "empirical")
-
-
-class Factors(NamedTuple):
-    """The Kronecker factors of one layer's block, `activation ⊗ pre_activation`."""
-
-    activation: Array  # Q, `[d_in (+ 1), d_in (+ 1)]`, eq. (21)
-    pre_activation: Array  # G, `[d_out, d_out]`, eq. (25) or (26)
+# What may be done with parameters in no layer.
+UNASSIGNED = ("raise", "diagonal", "gradient")
 
 
 class Curvature(NamedTuple):
@@ -40,7 +45,7 @@ class Curvature(NamedTuple):
     stand for zeros.
     """
 
-    factors: dict[str, Factors]
+    factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
     value: Array  # the objective, l2 included
     gradient: dict[str, Array]  # its gradient, l2 included
     linearized: Partial  # direction -> the outputs' change to first order, `[N, K]`
@@ -53,6 +58,7 @@ def value_grad_and_curvature(
     method: str = "kfra",
     *,
     samples: int = 1,
+    sharing: str = "expand",
     unassigned: str = "raise",
 ) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`.
@@ -67,15 +73,21 @@ def value_grad_and_curvature(
         function then takes `key=`. "empirical": gradients at the batch's own
         targets.
       samples: for "kfac", the number of targets drawn per example.
-      unassigned: "raise" if a parameter belongs to no layer, or "gradient" to
-        leave it without a block.
+      sharing: what stands for the block of a kernel that is used in several
+        places of one example (Eschenhagen et al. 2023). "expand": the places
+        are like examples of their own; "reduce": the block of their sums.
+      unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
+        compute the exact diagonal of the Gauss-Newton matrix for it, at the
+        cost of one backward pass per column of the output Hessian's root;
+        "gradient" to leave it without curvature.
 
     Raises:
-      OptionError: unknown method, samples below 1, or no key for "kfac".
+      OptionError: an unknown option, samples below 1, or no key for "kfac".
       LayerError: a parameter belongs to no layer.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
     """
     check_method(method, samples)
+    check_sharing(sharing)
     check_unassigned(unassigned)
 
     def curvature_fn(params, batch, *, key=None):
@@ -85,11 +97,14 @@ def value_grad_and_curvature(
         if unassigned == "raise":
             require_blocks(graph.reasons)
         model = _linearize(graph, objective, params, inputs, targets, method != "kfra")
-        pre_activation = _pre_activation_factors(model, method, samples, key)
-        factors = {
-            name: Factors(_activation_factor(model, name), pre_activation[name])
-            for name in graph.layers
-        }
+        gradients = _gradient_moments(model, method, samples, sharing, key)
+        factors: dict[str, Factors | Diagonal] = {}
+        for name, layer in graph.layers.items():
+            values = {n: model.values[use.input] for n, use in layer.uses.items()}
+            activation = activation_moments(layer, values, sharing, model.dtype)
+            factors[name] = assemble(layer, activation, gradients[name])
+        if unassigned == "diagonal" and graph.reasons:
+            factors.update(_diagonals(model, inputs))
         value, gradient = _value_and_gradient(model, objective, params)
         curvature = Curvature(
             factors,
@@ -114,8 +129,10 @@ def check_method(method: str, samples: int = 1) -> None:
 
 def check_unassigned(unassigned: str) -> None:
     """Raises OptionError unless it is a known treatment of parameters without a block."""
-    if unassigned not in ("raise", "gradient"):
-        raise OptionError(f'unassigned must be "raise" or "gradient", found {unassigned!r}')
+    if unassigned not in UNASSIGNED:
+        raise OptionError(
+            f"unassigned must be one of {', '.join(UNASSIGNED)}, found {unassigned!r}"
+        )
 
 
 def _check_key(method: str, key: Any) -> None:
@@ -193,49 +210,80 @@ def _value_and_gradient(
     }
 
 
-def _activation_factor(model: _Linearized, name: str) -> Array:
-    layer = model.graph.layers[name]
-    return second_moment(layer.activations(model.values[layer.input]).astype(model.dtype))
-
-
-def _pre_activation_factors(
-    model: _Linearized, method: str, samples: int, key: Array | None
-) -> dict[str, Array]:
-    loss, outputs, targets = model.loss, model.outputs, model.targets
+def _gradient_moments(
+    model: _Linearized, method: str, samples: int, sharing: str, key: Array | None
+) -> dict[str, Moments]:
+    """G of every layer."""
+    loss, outputs, targets, layers = model.loss, model.outputs, model.targets, model.graph.layers
     if method == "kfra":
         hessian = loss.mean_hessian(outputs, targets).astype(model.dtype)
         shared = model.graph.shared_values(model.params)
-        return pre_activation_matrices(Walk(model.graph, shared, model.values), hessian)
+        matrices = walk_back(Walk(model.graph, shared, model.values), hessian).uses
+        return {
+            name: matrix_moments(layer, {n: matrices[n] for n in layer.uses}, sharing)
+            for name, layer in layers.items()
+        }
+
+    def moments(column: Array) -> dict[str, Moments]:
+        _, cotangents = model.pull(column)
+        return {
+            name: gradient_moments(
+                layer, {n: cotangents[n] for n in layer.uses}, sharing, model.dtype
+            )
+            for name, layer in layers.items()
+        }
+
     if method == "kflr":
         count, column = loss.sqrt_columns(outputs, targets)
-        return _second_moments(model, column, jnp.arange(count))
+        return _summed(lambda k: moments(column(k)), jnp.arange(count))
     if method == "kfac":
         assert key is not None  # checked on entry
         keys = jax.random.split(key, samples)
-        total = _second_moments(model, lambda k: loss.sampled_gradients(k, outputs), keys)
-        return {name: moment / samples for name, moment in total.items()}
-    return _second_moments(model, lambda _: loss.gradients(outputs, targets), jnp.arange(1))
+        total = _summed(lambda k: moments(loss.sampled_gradients(k, outputs)), keys)
+        return jax.tree.map(lambda x: x / samples, total)
+    return moments(loss.gradients(outputs, targets))
 
 
-def _second_moments(model: _Linearized, column: Callable, indices: Array) -> dict[str, Array]:
-    """`sum_k C_k'C_k / N` at every layer, the columns pulled back one at a time."""
+def _diagonals(model: _Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:
+    """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
 
-    def moments(index):
-        _, cotangents = model.pull(column(index))
+    `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
+    example sees a copy of the parameters, whose gradients are so its own.
+    """
+
+    def outputs_of(own, example):
+        batch = jax.tree.map(lambda a: a[None], example)
+        outputs, _ = model.graph.forward({**model.params, **own}, batch)
+        return jax.tree.map(lambda a: a[0], outputs)
+
+    copies = {
+        name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))
+        for name in model.graph.reasons
+    }
+    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, inputs), copies)
+    count, column = model.loss.sqrt_columns(model.outputs, model.targets)
+
+    def squares(index):
+        (gradients,) = pull(_as_outputs(column(index), model.outputs))
         return {
-            name: second_moment(c.reshape(c.shape[0], -1).astype(model.dtype))
-            for name, c in cotangents.items()
+            name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
+            for name, g in gradients.items()
         }
 
-    if indices.shape[0] == 1:
-        return moments(indices[0])
-    shapes = jax.eval_shape(moments, indices[0])
+    return dict(_summed(squares, jnp.arange(count)))
+
+
+def _summed(function: Callable[[Array], Any], items: Array) -> Any:
+    """The sum of a function's results, one item at a time."""
+    if items.shape[0] == 1:
+        return function(items[0])
+    shapes = jax.eval_shape(function, items[0])
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total, index):
-        return jax.tree.map(jnp.add, total, moments(index)), None
+    def add(total, item):
+        return jax.tree.map(jnp.add, total, function(item)), None
 
-    return jax.lax.scan(add, start, indices)[0]
+    return jax.lax.scan(add, start, items)[0]
 
 
 def _as_outputs(flat: Array, outputs: PyTree) -> PyTree:

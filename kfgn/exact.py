@@ -7,19 +7,21 @@ curvature is `l2` times the identity.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfgn.errors import OptionError
 from kfgn.graph import Graph, build_graph
-from kfgn.layer import Layer, require_blocks
+from kfgn.layer import Layer
 from kfgn.linalg import PRECISION, factor_dtype, matmul
 from kfgn.loss import flatten_batch
 from kfgn.objective import Objective, check_batch, check_outputs
 from kfgn.paths import named_leaves, with_leaves
-from kfgn.walk import Walk, needed_values, pre_activation_matrices
+from kfgn.use import Use
+from kfgn.walk import Walk, Walked, needed_values, walk_back
 
 Array = jax.Array
 PyTree = Any
@@ -129,16 +131,32 @@ def gauss_newton_vector_product(
 
 # How the walk is run example by example.
 
-_Prepared = tuple[Graph, Callable[..., dict[str, Array]], list[Any]]
+
+class _Prepared(NamedTuple):
+    """A batch's forward pass, and the walk of one example of it."""
+
+    graph: Graph
+    walk_one: Callable[[Any], Walked]
+    arguments: list[Any]  # of `walk_one`, for all examples
+    place: dict[Any, int]  # of each kept value among an example's values
+    dtype: Any
+
+    def activations(self, use: Use, arguments: Any) -> Array:
+        """One example's inputs of a use, `[s, t, i]`."""
+        values = arguments[0][self.place[use.input]]
+        return use.activations(values[None], self.dtype)[0]
 
 
 def _prepare(
-    objective: Objective, params: PyTree, batch: Batch, hessian: bool, diagonal: bool
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    hessian: bool,
+    diagonal: bool = False,
+    exact: bool = True,
 ) -> _Prepared:
-    """The graph, the walk of one example, and its arguments for all examples."""
     inputs, targets = check_batch(batch)
-    graph = build_graph(objective, params, inputs)
-    require_blocks(graph.reasons)
+    graph = build_graph(objective, params, inputs, exact)
     leaves, keep, loss = named_leaves(params), needed_values(graph), objective.loss
     outputs, kept = graph.forward(leaves, inputs, keep=keep)
     check_outputs(loss, outputs, inputs, targets)
@@ -151,11 +169,10 @@ def _prepare(
         one_of = jax.tree.map(lambda a: a[None], (output, target))
         gradient = loss.gradients(*one_of).astype(dtype) if hessian else None
         matrix = loss.hessian if hessian else loss.gauss_newton_hessian
-        return pre_activation_matrices(
-            walk, matrix(output, target).astype(dtype), gradient, diagonal
-        )
+        return walk_back(walk, matrix(output, target).astype(dtype), gradient, diagonal)
 
-    return graph, one, [kept, outputs, targets]
+    place = {v: k for k, v in enumerate(keep)}
+    return _Prepared(graph, one, [kept, outputs, targets], place, dtype)
 
 
 def _per_example(objective: Objective, hessian: bool, reduce: str | None, chunk_size: int):
@@ -163,7 +180,12 @@ def _per_example(objective: Objective, hessian: bool, reduce: str | None, chunk_
         raise OptionError(f'reduce must be None or "mean", found {reduce!r}')
 
     def matrices(params, batch):
-        _, one, arguments = _prepare(objective, params, batch, hessian, diagonal=False)
+        prepared = _prepare(objective, params, batch, hessian, exact=False)
+        arguments = prepared.arguments
+
+        def one(example):
+            return prepared.walk_one(example).uses
+
         if reduce is None:
             return jax.lax.map(one, arguments, batch_size=_batch_size(arguments, chunk_size))
         return _mean(one, arguments, chunk_size)
@@ -173,63 +195,151 @@ def _per_example(objective: Objective, hessian: bool, reduce: str | None, chunk_
 
 def _diagonals(objective: Objective, hessian: bool, chunk_size: int):
     def diagonals(params, batch):
-        graph, one, arguments = _prepare(objective, params, batch, hessian, diagonal=True)
-        rows = jax.lax.map(one, arguments, batch_size=_batch_size(arguments, chunk_size))
-        inputs = dict(zip(needed_values(graph), arguments[0], strict=True))
-        result = {}
-        for name, layer in graph.layers.items():
-            squares = jnp.square(layer.activations(inputs[layer.input]).astype(rows[name].dtype))
-            result[name] = matmul(squares.T, rows[name]) / squares.shape[0]
-        return result
+        prepared = _prepare(objective, params, batch, hessian, diagonal=True)
+        arguments = prepared.arguments
+
+        def one(example):
+            walked = prepared.walk_one(example)
+            whole, rows = _free_matrices(prepared.graph, walked, params), {}
+            result = {name: jnp.diagonal(block, axis1=-2, axis2=-1) for name, block in whole.items()}
+            for name, use in prepared.graph.kept_uses.items():
+                if use.form.positions == 1:
+                    rows[name] = walked.uses[name]
+                else:
+                    a = prepared.activations(use, example)
+                    result[name] = _shared_diagonal(use, a, walked.uses[name])
+            return rows, result
+
+        rows, found = jax.lax.map(one, arguments, batch_size=_batch_size(arguments, chunk_size))
+        found = {name: jnp.mean(x, axis=0) for name, x in found.items()}
+        inputs = dict(zip(prepared.place, arguments[0], strict=True))
+        for name, row in rows.items():
+            use = prepared.graph.kept_uses[name]
+            found[name] = _single_diagonal(use, inputs[use.input], row)
+        return _in_shape(prepared.graph, params, found)
 
     return diagonals
 
 
+def _single_diagonal(use: Use, values: Array, rows: Array) -> Array:
+    """`mean_n a_n^2 ⊗ diag(H_n)` of a use in one place, `[s, i, o]`."""
+    squares = jnp.square(use.activations(values, rows.dtype))[:, :, 0]
+    places = use.pre_activations(np.arange(rows.shape[1]).reshape(use.output.aval.shape))
+    curved = rows if _is_range(places) else rows[:, places.reshape(-1)]
+    if use.form.groups == 1:
+        return (matmul(squares[:, 0].T, curved) / rows.shape[0])[None]
+    curved = curved.reshape(rows.shape[0], use.form.groups, use.form.d_out)
+    return jnp.einsum("nsi,nso->sio", squares, curved, precision=PRECISION) / rows.shape[0]
+
+
+def _shared_diagonal(use: Use, a: Array, matrix: Array) -> Array:
+    """The diagonal of one example's block of a use in several places, `[s, i, o]`."""
+    places = use.pre_activations(np.arange(matrix.shape[0]).reshape(use.output.aval.shape))
+    own = np.moveaxis(places, 1, 2)  # `[s, o, t]`
+    between = matrix[own[..., :, None], own[..., None, :]]
+    return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=PRECISION)
+
+
+def _in_shape(graph: Graph, params: PyTree, found: dict[str, Array]) -> dict[str, Array]:
+    """Diagonals by use, or by block, as one per layer in the shape of its matrix."""
+    leaves, result = named_leaves(params), {}
+    for name, layer in graph.layers.items():
+        parts = [found[name]] if name in found else [found[use] for use in layer.uses]
+        result[name] = jnp.concatenate([p.reshape(-1) for p in parts]).reshape(layer.matrix_shape)
+    for name in graph.reasons:
+        result[name] = found[name].reshape(jnp.shape(leaves[name]))
+    return result
+
+
 def _dense_blocks(objective: Objective, hessian: bool):
     def blocks(params, batch):
-        graph, one, arguments = _prepare(objective, params, batch, hessian, diagonal=False)
-        inputs = dict.fromkeys(needed_values(graph))
-        position = {v: k for k, v in enumerate(inputs)}
+        prepared = _prepare(objective, params, batch, hessian)
+        graph = prepared.graph
 
         def block(example):
-            matrices = one(example)
-            result = {}
+            walked = prepared.walk_one(example)
+            result = _free_matrices(graph, walked, params)
             for name, layer in graph.layers.items():
-                a = layer.activations(example[0][position[layer.input]][None])[0]
-                a = a.astype(matrices[name].dtype)
-                result[name] = jnp.einsum("i,j,ab->iajb", a, a, matrices[name], precision=PRECISION)
+                if name not in result:
+                    slots = [
+                        _use_block(use, prepared.activations(use, example), walked.uses[key])
+                        for key, use in layer.uses.items()
+                    ]
+                    result[name] = slots[0] if len(slots) == 1 else jnp.stack(slots)
             return result
 
-        means = _mean(block, arguments, 1)
-        return {name: _square(graph.layers[name], mean) for name, mean in means.items()}
+        return _mean(block, prepared.arguments, 1)
 
     return blocks
 
 
-def _square(layer: Layer, block: Array) -> Array:
-    size = layer.activation_size * layer.d_out
-    return block.reshape(size, size)
+def _use_block(use: Use, a: Array, matrix: Array) -> Array:
+    """One example's block of a use, from its inputs and the matrix at its pre-activation."""
+    groups, positions, d_out = use.form.groups, use.form.positions, use.form.d_out
+    places = use.pre_activations(np.arange(matrix.shape[0]).reshape(use.output.aval.shape))
+    if not _is_range(places):
+        matrix = matrix[places.reshape(-1)][:, places.reshape(-1)]
+    between = matrix.reshape(groups, positions, d_out, groups, positions, d_out)
+    block = jnp.einsum("sti,stoupq,upj->sioujq", a, between, a, precision=PRECISION)
+    return block.reshape(2 * (groups * use.width * d_out,))
+
+
+def _is_range(places: np.ndarray) -> bool:
+    return bool(np.all(places.reshape(-1) == np.arange(places.size)))
+
+
+def _free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Array]:
+    """Blocks of free parameters: of tied layers by layer, of those in no layer by parameter."""
+    leaves = named_leaves(params)
+    result = {name: walked.free[name, name] for name in graph.reasons if name in graph.free}
+    for layer_name, layer in graph.layers.items():
+        if layer.first.kernel.name not in graph.free:
+            continue
+        own = {name: leaves[name] for name in layer.parameters}
+        whole = jnp.block([[walked.free[p, q] for q in own] for p in own])
+        edges = np.cumsum([np.size(leaf) for leaf in own.values()])[:-1]
+
+        def read(row, own=own, edges=edges, layer=layer):
+            parts = zip(jnp.split(row, edges), own.items(), strict=True)
+            return layer.to_matrix({n: x.reshape(leaf.shape) for x, (n, leaf) in parts}).reshape(-1)
+
+        block = jax.vmap(read)(jax.vmap(read)(whole).T)
+        slots = len(layer.slots)
+        if slots > 1:
+            split = block.reshape(slots, block.shape[0] // slots, slots, -1)
+            block = jnp.stack([split[k, :, k] for k in range(slots)])
+        result[layer_name] = block
+    return result
 
 
 def _block_matvecs(objective: Objective, full_product: Callable):
-    """The full product with a direction in one layer, read in the same layer: its block."""
+    """The full product with a direction in one block, read in the same block."""
 
     def matvecs(params, batch):
         inputs, _ = check_batch(batch)
         graph = build_graph(objective, params, inputs)
-        require_blocks(graph.reasons)
         product = full_product(objective)
+
+        def along(leaves: dict[str, Array]) -> dict[str, Array]:
+            direction = with_leaves(jax.tree.map(jnp.zeros_like, params), leaves)
+            return named_leaves(product(params, batch, direction))
 
         def matvec_of(layer: Layer):
             def matvec(matrix: Array) -> Array:
-                direction = with_leaves(
-                    jax.tree.map(jnp.zeros_like, params), layer.from_matrix(matrix)
-                )
-                return layer.to_matrix(named_leaves(product(params, batch, direction)))
+                slots = matrix.reshape(len(layer.slots), -1)
+                parts = []
+                for k in range(len(layer.slots)):
+                    alone = jnp.zeros_like(slots).at[k].set(slots[k]).reshape(layer.matrix_shape)
+                    moved = layer.to_matrix(along(layer.from_matrix(alone)))
+                    parts.append(moved.reshape(slots.shape)[k])
+                return jnp.stack(parts).reshape(layer.matrix_shape)
 
             return matvec
 
-        return {name: matvec_of(layer) for name, layer in graph.layers.items()}
+        result: dict[str, Any] = {n: matvec_of(layer) for n, layer in graph.layers.items()}
+        for name in graph.reasons:
+            result[name] = lambda vector, name=name: along({name: vector})[name]
+        return result
 
     return matvecs
 

@@ -27,10 +27,14 @@ from kfgn.jaxpr import (
     flatten_model,
     read,
     variables,
+    with_roles,
 )
 from kfgn.layer import Layer, find_layers
+from kfgn.match import constant_states
 from kfgn.objective import Objective
 from kfgn.rules import is_elementwise, is_linear
+from kfgn.source import find_sources
+from kfgn.use import Use
 
 PyTree = Any
 
@@ -40,7 +44,7 @@ class Node:
     """A group of equations, seen as one function of its differentiable inputs.
 
     `kind` says what its Jacobian is: "linear" (the same for every example),
-    "elementwise" (a diagonal per example) or "general"; a "layer" is linear.
+    "elementwise" (a diagonal per example) or "general"; a "use" is linear.
     """
 
     kind: str
@@ -49,7 +53,7 @@ class Node:
     passive: tuple[Var, ...]  # per example, not differentiated
     shared: tuple[Var, ...]  # the same for every example
     outputs: tuple[Var, ...]
-    layer: Layer | None = None
+    use: Use | None = None
 
     def function(self, shared: dict[Var, Array]) -> Callable[..., list[Array]]:
         """`(*inputs, *passive) -> outputs` on one example."""
@@ -67,6 +71,17 @@ class Graph:
     layers: dict[str, Layer]
     reasons: dict[str, str]  # parameters in no layer, and why
     nodes: tuple[Node, ...]
+    free: tuple[str, ...] = ()  # parameters that the walk differentiates like data
+
+    @property
+    def uses(self) -> dict[str, Use]:
+        """The uses of all layers by their names."""
+        return {name: use for layer in self.layers.values() for name, use in layer.uses.items()}
+
+    @property
+    def kept_uses(self) -> dict[str, Use]:
+        """The uses of layers whose parameters are not free."""
+        return {n: use for n, use in self.uses.items() if use.kernel.name not in self.free}
 
     def shared_values(self, params: dict[str, Array]) -> dict[Var, Array]:
         """The values that are the same for every example."""
@@ -84,11 +99,11 @@ class Graph:
     ) -> tuple[PyTree, list[Array]]:
         """The outputs of a batch and the values of `keep`, each with a leading `N`.
 
-        A probe `[N, ...]` is added to a layer's pre-activation: its cotangent
+        A probe `[N, ...]` is added to a use's pre-activation: its cotangent
         is the gradient there.
         """
         shared = self.shared_values(params)
-        layer_of = {layer.output: name for name, layer in self.layers.items()}
+        use_of = {use.output: name for name, use in self.uses.items()}
         keep = list(keep)
 
         def one(leaves, probes):
@@ -98,8 +113,8 @@ class Graph:
                     continue
                 evaluate([equation], env)
                 for v in equation.outvars:
-                    if probes and layer_of.get(v) in probes:
-                        env[v] = env[v] + probes[layer_of[v]]
+                    if probes and use_of.get(v) in probes:
+                        env[v] = env[v] + probes[use_of[v]]
             return [read(env, v) for v in self.model.outputs], [env[v] for v in keep]
 
         outputs, kept = jax.vmap(one)(jax.tree.leaves(inputs), probes or {})
@@ -108,8 +123,8 @@ class Graph:
     def probes(self, count: int) -> dict[str, Array]:
         """Zero probes for `count` examples."""
         return {
-            name: jax.numpy.zeros((count, *layer.output.aval.shape), layer.output.aval.dtype)
-            for name, layer in self.layers.items()
+            name: jax.numpy.zeros((count, *use.output.aval.shape), use.output.aval.dtype)
+            for name, use in self.uses.items()
         }
 
     def is_active(self, variable: Var) -> bool:
@@ -121,35 +136,53 @@ class Graph:
         return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
 
 
-def build_graph(objective: Objective, params: PyTree, inputs: PyTree) -> Graph:
-    """Traces the objective's model on one example of `inputs` (arrays or shapes)."""
+def build_graph(
+    objective: Objective, params: PyTree, inputs: PyTree, exact: bool = False
+) -> Graph:
+    """Traces the objective's model on one example of `inputs` (arrays or shapes).
+
+    With `exact`, parameters in no layer, and those of tied layers, are *free*:
+    the walk differentiates them like data, so that it ends with their own
+    exact blocks, whatever becomes of them in the model.
+    """
     if not isinstance(objective, Objective):
         raise OptionError(
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss)."
         )
     model = flatten_model(objective.model, params, inputs)
-    layers, reasons = find_layers(model)
-    return Graph(model, layers, reasons, _nodes(model, layers.values()))
+    sources = find_sources(model)
+    states = constant_states(model, sources)
+    if states:
+        model = with_roles(model, passive=states)
+    layers, reasons = find_layers(model, sources)
+    free: tuple[str, ...] = ()
+    if exact:
+        tied = {n: x for n, x in layers.items() if any(len(slot) > 1 for slot in x.slots)}
+        free = (*reasons, *(name for layer in tied.values() for name in layer.parameters))
+        model = with_roles(model, passive=states, active=[model.parameters[n] for n in free])
+    uses = [use for layer in layers.values() for use in layer.uses.values()]
+    kept = [use for use in uses if use.kernel.name not in free]
+    return Graph(model, layers, reasons, _nodes(model, kept), free)
 
 
-def _nodes(model: FlatModel, layers: Iterable[Layer]) -> tuple[Node, ...]:
-    items = _items(model, layers)
+def _nodes(model: FlatModel, uses: Iterable[Use]) -> tuple[Node, ...]:
+    items = _items(model, uses)
     clusters = cluster_items(model, items)
     readers = _readers(model)
     nodes = [_node(model, [items[i] for i in sorted(members)], readers) for members in clusters]
     return tuple(nodes)
 
 
-def _items(model: FlatModel, layers: Iterable[Layer]) -> list[Item]:
-    """Layers, each at its last equation's place, and single equations, in order."""
-    last = {id(layer.equations[-1]): layer for layer in layers}
-    inside = {id(e) for layer in last.values() for e in layer.equations}
+def _items(model: FlatModel, uses: Iterable[Use]) -> list[Item]:
+    """Uses, each at its last equation's place, and single equations, in order."""
+    last = {id(use.equations[-1]): use for use in uses}
+    inside = {id(e) for use in last.values() for e in use.equations}
     items: list[Item] = []
     for equation in model.jaxpr.eqns:
         if id(equation) in last:
-            layer = last[id(equation)]
-            items.append((layer.equations, layer))
+            use = last[id(equation)]
+            items.append((use.equations, use))
         elif id(equation) not in inside and _active(model, equation.outvars):
             items.append(((equation,), None))
     return items
@@ -169,7 +202,7 @@ def _readers(model: FlatModel) -> dict[Var, set[int]]:
 
 def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> Node:
     equations = tuple(e for group, _ in items for e in group)
-    layer = items[0][1]
+    use = items[0][1]
     inside = {id(e) for e in equations}
     made = {v for e in equations for v in e.outvars}
     read_vars = dict.fromkeys(v for e in equations for v in variables(e.invars) if v not in made)
@@ -177,15 +210,15 @@ def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> 
     outputs = tuple(
         v for e in equations for v in _active(model, e.outvars) if readers.get(v, set()) - inside
     )
-    kind = "layer" if layer else _kind(model, equations)
+    kind = "use" if use else _kind(model, equations)
     return Node(
         kind,
         equations,
-        by_role[Role.ACTIVE] if layer is None else tuple(_active(model, [layer.input])),
+        by_role[Role.ACTIVE],
         by_role[Role.PASSIVE],
         by_role[Role.CONSTANT] + by_role[Role.PARAMETER],
         outputs,
-        layer,
+        use,
     )
 
 

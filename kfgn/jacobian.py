@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfgn.errors import ModelError
 from kfgn.graph import Node
@@ -49,8 +50,12 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
             "a complex value is used before and after a layer, or is an output: the recursions "
             "carry real values only; take real and imaginary parts before the layer."
         )
-    if node.layer is not None:
-        return _Dense(node, shared)
+    if node.use is not None and node.use.order is None:
+        form = node.use.form
+        if form.kind == "dense" and form.groups * form.positions == 1:
+            return _Dense(node, shared)
+        if form.kind in ("scale", "shift"):
+            return _Diagonal(node, shared)
     if node.kind == "linear":
         return _Linear(node, shared, values)
     if node.kind == "elementwise":
@@ -62,11 +67,12 @@ class _Dense:
     """`h = a W`: products with the kernel."""
 
     def __init__(self, node: Node, shared: Values):
-        layer = node.layer
-        assert layer is not None
-        seen = shared[layer.kernel_value]
-        kernel = jnp.transpose(seen, layer.kernel_axes).reshape(layer.d_in, layer.d_out)
-        self.kernel = layer.in_input_order(kernel)
+        use = node.use
+        assert use is not None and use.input is not None
+        kernel = use.form.kernel(shared[use.kernel_value])[0]
+        entries = np.arange(size(use.input)).reshape(1, *use.input.aval.shape)
+        rows = np.argsort(use.form.activations(entries).reshape(-1))
+        self.kernel = kernel if np.all(np.diff(rows) == 1) else kernel[rows]
         self.node = node
 
     def _as(self, block: Array) -> Array:
@@ -88,6 +94,37 @@ class _Dense:
         (i,) = self.node.inputs
         rows = g.reshape(g.shape[0], -1)
         return {i: matmul(rows, self._as(rows).T).reshape(-1, *i.aval.shape)}
+
+
+class _Diagonal:
+    """A scale or a shift: one slope per entry, the same for every example."""
+
+    def __init__(self, node: Node, shared: Values):
+        function = node.function(shared)
+        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
+        outputs, pull = jax.vjp(function, *zeros)
+        (slope,) = pull([jnp.ones_like(o) for o in outputs])
+        self.slope = slope.reshape(-1)
+        self.node = node
+
+    def left(self, o, i, block):
+        return self.slope.astype(block.dtype)[:, None] * block
+
+    def congruence(self, own, i, j):
+        ((matrix),) = own.values()
+        slope = self.slope.astype(matrix.dtype)
+        return slope[:, None] * matrix * slope[None, :]
+
+    def congruence_diagonal(self, own, i):
+        ((matrix),) = own.values()
+        diagonal = jnp.diag(matrix) if matrix.ndim == 2 else matrix
+        return jnp.square(self.slope.astype(matrix.dtype)) * diagonal
+
+    def gradient(self, outs):
+        ((g),) = outs.values()
+        (i,) = self.node.inputs
+        flat = g.reshape(g.shape[0], -1) * self.slope.astype(g.dtype)
+        return {i: flat.reshape(-1, *i.aval.shape)}
 
 
 class _Linear:

@@ -217,17 +217,31 @@ def _is_var(atom: Any) -> bool:
     return not isinstance(atom, jex.Literal)
 
 
-def _roles(jaxpr: jex.Jaxpr, parameters: Iterable[Var], inputs: Iterable[Var]) -> dict[Var, Role]:
+def with_roles(model: FlatModel, passive: Iterable[Var], active: Iterable[Var] = ()) -> FlatModel:
+    """The model with some constants seen as data, and some parameters as values to go through."""
+    forced = {**dict.fromkeys(passive, Role.PASSIVE), **dict.fromkeys(active, Role.ACTIVE)}
+    roles = _roles(model.jaxpr, model.parameters.values(), model.inputs, forced)
+    return model._replace(roles=roles)
+
+
+def _roles(
+    jaxpr: jex.Jaxpr,
+    parameters: Iterable[Var],
+    inputs: Iterable[Var],
+    forced: dict[Var, Role] | None = None,
+) -> dict[Var, Role]:
+    forced = forced or {}
     roles = dict.fromkeys(jaxpr.constvars, Role.CONSTANT)
     roles.update(dict.fromkeys(parameters, Role.PARAMETER))
     roles.update(dict.fromkeys(inputs, Role.PASSIVE))
+    roles.update(forced)
     for equation in jaxpr.eqns:
         found = {roles[v] for v in variables(equation.invars)} or {Role.CONSTANT}
         role = max(found)
         if role is Role.PASSIVE and Role.PARAMETER in found:
             role = Role.ACTIVE
         for out in equation.outvars:
-            roles[out] = _without_derivative(role, equation, out)
+            roles[out] = forced.get(out, _without_derivative(role, equation, out))
     return roles
 
 

@@ -1,162 +1,161 @@
-"""Layers: the equations where a parameter meets data, and the matrix each acts as.
+"""Layers: the parameters that share a block of the curvature, and all their uses.
 
-A dense layer is a `dot_general` of one kernel with data, with the bias that is
-added to its result. What happens to the parameter on the way (transpose,
-reshape, cast) is followed, so that kernel and bias can be read as one matrix
-`[d_in + 1, d_out]` and written back in their own layout.
+A kernel that is used several times (tied weights, time steps of a recurrent
+network) has several uses; one that stacks the kernels of many layers, each
+used through its own slice, has several *slots*.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kfgn.errors import LayerError
-from kfgn.jaxpr import Equation, FlatModel, Role, Var, bind, is_complex, variables
+from kfgn.jaxpr import FlatModel, Role, Var, variables
+from kfgn.match import find_uses, meets
+from kfgn.source import Source
+from kfgn.use import Use
 
 Array = jax.Array
-
-# Operations that only relabel the entries of an array; those of the second set
-# also keep their row-major order.
-_ORDER_KEEPING = {
-    "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type",
-    "copy", "copy_p", "reduce_precision", "optimization_barrier",
-}  # fmt: skip
-_RELABELLING = _ORDER_KEEPING | {"transpose", "rev"}
-
-
-def keeps_order(equation: Equation) -> bool:
-    """Whether the equation only reshapes or casts its one operand."""
-    atoms = equation.invars
-    if len(atoms) != 1 or len(equation.outvars) != 1:
-        return False
-    if equation.primitive.name == "transpose":
-        # Axes of one entry may go anywhere: vmap of `W @ x` leaves such a transpose.
-        shape = atoms[0].aval.shape
-        long = [axis for axis in equation.params["permutation"] if shape[axis] != 1]
-        return long == sorted(long)
-    same_size = atoms[0].aval.size == equation.outvars[0].aval.size
-    return equation.primitive.name in _ORDER_KEEPING and same_size
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """A parameter, and the relabelling steps from it to the value a layer uses."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
-    steps: tuple[Equation, ...] = ()
-
-    def follow(self, value: Array) -> Array:
-        """The parameter's entries in the layout that the layer sees, uncast."""
-        for equation in self.steps:
-            if equation.primitive.name not in ("convert_element_type", "reduce_precision"):
-                (value,) = bind(equation, [value])
-        return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """One block of the curvature: a kernel, its bias if any, and where they act.
 
-    `h = a W + b` for one example, with `a` `[d_in]` read from the value `input`
-    and `h` `[d_out]` the value `output`, the pre-activation.
+    With slots and groups stacked in a leading axis `[S]`, which is left out
+    where there is one of each, the block of slot s is `Q[s] ⊗ G[s]`.
     """
 
     name: str
-    kernel: Source
-    bias: Source | None
-    d_in: int
-    d_out: int
-    input: Var
-    output: Var
-    equations: tuple[Equation, ...]
-    kernel_value: Var  # the kernel as the equation sees it, cast to the compute dtype
-    kernel_axes: tuple[int, ...]  # the contracted axes of the kernel, then the others
-    input_axes: tuple[int, ...]  # the free axes of the input, then the contracted ones
+    slots: tuple[tuple[Use, ...], ...]
+    flipped: frozenset[Use] = frozenset()  # uses that see the kernel transposed
+
+    @property
+    def uses(self) -> dict[str, Use]:
+        """Every use by a name of its own, which is the layer's where there is one."""
+        flat = [use for slot in self.slots for use in slot]
+        if len(flat) == 1:
+            return {self.name: flat[0]}
+        return {f"{self.name}#{k}": use for k, use in enumerate(flat)}
+
+    @property
+    def first(self) -> Use:
+        """A use that sees the kernel in the layer's own orientation."""
+        return self.slots[0][0]
+
+    @property
+    def kind(self) -> str:
+        """ "dense", "conv", "embedding", "scale", "shift", or a registered kind."""
+        return self.first.form.kind
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the layer's parameters, kernel first."""
-        return (self.kernel.name,) + ((self.bias.name,) if self.bias else ())
+        return tuple(source.name for source in self.sources)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        first = self.first
+        return (first.kernel,) + ((first.bias.source,) if first.bias else ())
+
+    @property
+    def stack(self) -> int:
+        """The number of slots times that of groups."""
+        return len(self.slots) * self.first.form.groups
+
+    @property
+    def d_out(self) -> int:
+        """The size of a pre-activation factor."""
+        return self.first.form.d_out
 
     @property
     def activation_size(self) -> int:
-        """The size of the activation factor: `d_in`, and one more with a bias."""
-        return self.d_in + (self.bias is not None)
+        """The size of an activation factor: `d_in`, and one more with a bias."""
+        return self.first.width
 
-    def activations(self, values: Array) -> Array:
-        """The layer's inputs `[N, d_in (+ 1)]`, a 1 appended for the bias."""
-        axes = (0, *tuple(axis + 1 for axis in self.input_axes))
-        a = jnp.transpose(values, axes).reshape(values.shape[0], self.d_in)
-        if self.bias is None:
-            return a
-        return jnp.concatenate([a, jnp.ones((a.shape[0], 1), a.dtype)], axis=1)
+    @property
+    def indexed(self) -> bool:
+        """Whether activation factors are diagonals, kept as vectors."""
+        return self.first.form.indexed and not self.flipped
 
-    def in_input_order(self, matrix: Array) -> Array:
-        """Rows of `[d_in, ...]` put in the row-major order of the value `input`."""
-        shape = [self.input.aval.shape[axis] for axis in self.input_axes]
-        order = [self.input_axes.index(axis) for axis in range(len(shape))]
-        split = matrix.reshape(*shape, *matrix.shape[1:])
-        rest = range(len(shape), split.ndim)
-        return jnp.transpose(split, (*order, *rest)).reshape(matrix.shape)
+    def positions(self, slot: int) -> int:
+        """The number of places where a slot's kernel is used in one example."""
+        return sum(use.form.positions for use in self.slots[slot])
 
-    def kernel_matrix(self, kernel: Array) -> Array:
-        """The kernel as `[d_in, d_out]`."""
-        seen = self.kernel.follow(kernel)
-        return jnp.transpose(seen, self.kernel_axes).reshape(self.d_in, self.d_out)
+    @property
+    def activation_shape(self) -> tuple[int, ...]:
+        """The shape of the activation factor."""
+        size = self.activation_size
+        return self._stacked((size,) if self.indexed else (size, size))
+
+    @property
+    def pre_activation_shape(self) -> tuple[int, ...]:
+        """The shape of the pre-activation factor."""
+        return self._stacked((self.d_out, self.d_out))
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of the parameters as a matrix, `[S, d_in (+ 1), d_out]`."""
+        return self._stacked((self.activation_size, self.d_out))
+
+    def _stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape if self.stack == 1 else (self.stack, *shape)
 
     def to_matrix(self, leaves: dict[str, Array]) -> Array:
-        """The layer's parameters as one matrix `[d_in (+ 1), d_out]`."""
-        kernel = self.kernel_matrix(leaves[self.kernel.name])
-        if self.bias is None:
-            return kernel
-        bias = self.bias.follow(leaves[self.bias.name]).reshape(1, self.d_out)
-        return jnp.concatenate([kernel, bias.astype(kernel.dtype)])
+        """The layer's parameters as one matrix `[d_in (+ 1), d_out]`, or a stack of them."""
+        parts = [slot[0].matrix(leaves) for slot in self.slots]
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return whole.reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Array) -> dict[str, Array]:
         """The inverse of `to_matrix`, in each parameter's own shape and dtype.
 
-        `to_matrix` permutes entries, so its inverse is its transpose.
+        `to_matrix` moves entries, so its inverse is its transpose; entries that
+        no use reads come back as zeros.
         """
         shapes = {s.name: jax.ShapeDtypeStruct(s.shape, matrix.dtype) for s in self.sources}
         (leaves,) = jax.linear_transpose(self.to_matrix, shapes)(matrix)
         return {s.name: leaves[s.name].astype(s.dtype) for s in self.sources}
 
-    @property
-    def sources(self) -> tuple[Source, ...]:
-        return (self.kernel,) + ((self.bias,) if self.bias else ())
 
-
-def find_layers(model: FlatModel) -> tuple[dict[str, Layer], dict[str, str]]:
+def find_layers(
+    model: FlatModel, sources: dict[Var, Source]
+) -> tuple[dict[str, Layer], dict[str, str]]:
     """The model's layers by name, and the parameters in no layer with the reason."""
-    sources = _sources(model)
-    consumers = _consumers(model)
-    uses, matched = _data_uses(model, sources), []
-    for equation in model.jaxpr.eqns:
-        layer = _match_dense(model, equation, sources, consumers)
+    met = _data_uses(model)
+    without_bias: frozenset[Var] = frozenset()
+    while True:
+        uses = find_uses(model, sources, without_bias)
+        again = without_bias | _unjoined(uses, met)
+        if again == without_bias:
+            break
+        without_bias = again
+    covered: dict[str, set[int]] = {name: set() for name in model.parameters}
+    for name, place in (pair for use in uses for pair in meets(use)):
+        covered[name].add(place)
+    layers, reasons = [], {}
+    for name in dict.fromkeys(use.kernel.name for use in uses):
+        own = [use for use in uses if use.kernel.name == name]
+        names = dict.fromkeys(n for use in own for n, _ in meets(use))
+        lacking = [n for n in names if set(met[n]) - covered[n]]
+        layer = None if lacking else _grouped(name, own)
         if layer is not None:
-            matched.append(layer)
-    reasons, kept = {}, []
-    used = [s.name for layer in matched for s in layer.sources]
-    for layer in matched:
-        tied = [n for n in layer.parameters if used.count(n) > 1 or len(uses[n]) > 1]
-        if tied:
-            text = f"is used {max(len(uses[tied[0]]), 2)} times (tied parameters)"
-            reasons.update(dict.fromkeys(layer.parameters, text))
-        else:
-            kept.append(layer)
-    in_layers = {name for layer in kept for name in layer.parameters}
+            layers.append(layer)
+            continue
+        for n in names:
+            reasons[n] = _reason(model, n, met[n]) if not lacking or n in lacking else (
+                f"shares a layer with {lacking[0]!r}, which has no block"
+            )  # fmt: skip
+    inside = {name for layer in layers for name in layer.parameters}
     for name in model.parameters:
-        if name not in in_layers:
-            reasons.setdefault(name, _reason(model, name, uses[name]))
-    return _named(kept), reasons
+        if name not in inside:
+            reasons.setdefault(name, _reason(model, name, met[name]))
+    return _named(layers), reasons
 
 
 def require_blocks(reasons: dict[str, str]) -> None:
@@ -165,128 +164,120 @@ def require_blocks(reasons: dict[str, str]) -> None:
         lines = "\n".join(f"  {name!r} {reason}" for name, reason in reasons.items())
         raise LayerError(
             f"{len(reasons)} parameter(s) belong to no layer that kfgn has a block for:\n{lines}\n"
-            'Pass unassigned="gradient" to give them plain damped gradient steps, or keep them '
-            "out of params and close over them."
+            'Pass unassigned="diagonal" to precondition them by the exact diagonal of the '
+            'Gauss-Newton matrix, unassigned="gradient" to give them plain damped gradient steps, '
+            "or keep them out of params and close over them."
         )
 
 
-def _named(layers: Iterable[Layer]) -> dict[str, Layer]:
+def _named(layers: list[Layer]) -> dict[str, Layer]:
     """Layers keyed by their kernel's path without its leaf, where that is unique."""
-    layers = list(layers)
     short = [layer.name.rpartition("/")[0] for layer in layers]
-    names = [s if s and short.count(s) == 1 else n.name for s, n in zip(short, layers, strict=True)]
+    names = [s if s and short.count(s) == 1 else x.name for s, x in zip(short, layers, strict=True)]
     return {
         name: dataclasses.replace(layer, name=name)
         for name, layer in zip(names, layers, strict=True)
     }
 
 
-def _sources(model: FlatModel) -> dict[Var, Source]:
-    """The values that are relabelled copies of exactly one parameter."""
-    sources = {v: Source(name, v.aval.shape, v.aval.dtype) for name, v in model.parameters.items()}
-    for equation in model.jaxpr.eqns:
-        ins: list[Any] = equation.invars
-        outs: list[Any] = equation.outvars
-        if len(ins) != 1 or len(outs) != 1 or ins[0] not in variables(ins):
+def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
+    """Results whose bias has to be a layer of its own.
+
+    Kernel and bias make one block only where every use of the one is a use of
+    the other, in the same order.
+    """
+    partners: dict[str, list[Use]] = {}
+    for use in uses:
+        for name in dict.fromkeys(n for n, _ in meets(use)):
+            partners.setdefault(name, []).append(use)
+    bad: set[Var] = set()
+    for use in uses:
+        if use.bias is None:
             continue
-        source = sources.get(ins[0])
-        relabels = equation.primitive.name in _RELABELLING
-        if source is not None and relabels and outs[0].aval.size == ins[0].aval.size:
-            sources[outs[0]] = dataclasses.replace(source, steps=(*source.steps, equation))
-    return sources
+        name = use.bias.source.name
+        own, others = partners[name], partners[use.kernel.name]
+        alike = len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
+        alone = len(met[name]) == len(own)
+        whole = all(u.bias is not None and u.bias.source.name == name for u in others)
+        if not (alike and alone and whole):
+            bad.add(use.equations[0].outvars[0])
+    return bad
 
 
-def _consumers(model: FlatModel) -> dict[Var, list[Equation | None]]:
-    """The equations that read each value; None stands for the model's output."""
-    consumers: dict[Var, list[Equation | None]] = {}
-    for equation in model.jaxpr.eqns:
-        for v in set(variables(equation.invars)):
-            consumers.setdefault(v, []).append(equation)
-    for v in variables(model.outputs):
-        consumers.setdefault(v, []).append(None)
-    return consumers
+def _grouped(name: str, uses: list[Use]) -> Layer | None:
+    """One layer of all uses of a kernel, or None where they do not fit together."""
+    if len(uses) == 1:
+        return Layer(name, ((uses[0],),))
+    labels = [use.labels() for use in uses]
+    slots: list[list[int]] = []
+    flipped: set[Use] = set()
+    for k, seen in enumerate(labels):
+        for slot in slots:
+            known = labels[slot[0]]
+            if _same(known, seen) and _fit(uses[slot[0]], uses[k]):
+                slot.append(k)
+                break
+            if _transposed(known, seen) and uses[k].bias is uses[slot[0]].bias is None:
+                slot.append(k)
+                flipped.add(uses[k])
+                break
+        else:
+            slots.append([k])
+    first = [labels[slot[0]] for slot in slots]
+    if any(x.shape != first[0].shape for x in first):
+        return None
+    used = np.concatenate([x.reshape(-1) for x in first])
+    if np.unique(used).size != used.size or (flipped and len(slots) > 1):
+        return None
+    if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
+        return None
+    order = sorted(slots, key=lambda slot: labels[slot[0]].min())
+    return Layer(name, tuple(tuple(uses[k] for k in slot) for slot in order), frozenset(flipped))
 
 
-def _data_uses(model: FlatModel, sources: dict[Var, Source]) -> dict[str, list[str]]:
-    """For each parameter, the primitives where it, or what is made of it, meets data."""
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(np.all(a == b))
+
+
+def _transposed(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape[0] == b.shape[0] == 1 and _same(a, b.swapaxes(-1, -2))
+
+
+def _fit(a: Use, b: Use) -> bool:
+    """Whether two uses of the same kernel entries have the same bias entries."""
+    if a.bias is None or b.bias is None:
+        return a.bias is b.bias
+    return _same(a.bias.order, b.bias.order)
+
+
+def _data_uses(model: FlatModel) -> dict[str, dict[int, str]]:
+    """For each parameter, the equations where it, or what is made of it, meets data."""
     made_of: dict[Var, frozenset[str]] = {v: frozenset([n]) for n, v in model.parameters.items()}
-    uses: dict[str, list[str]] = {name: [] for name in model.parameters}
+    uses: dict[str, dict[int, str]] = {name: {} for name in model.parameters}
     for equation in model.jaxpr.eqns:
         ins = [v for v in variables(equation.invars) if model.roles[v] is Role.PARAMETER]
         names = frozenset().union(*(made_of.get(v, frozenset()) for v in ins))
-        pure = all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars))
-        for out in equation.outvars:
-            if pure:
-                made_of[out] = names
-        if not pure:
-            for name in names:
-                uses[name].append(equation.primitive.name)
+        if all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars)):
+            made_of.update(dict.fromkeys(equation.outvars, names))
+            continue
+        for name in names:
+            uses[name][id(equation)] = _description(equation, names - {name})
     for v in variables(model.outputs):
         for name in made_of.get(v, ()):
-            uses[name].append("the model's output")
+            uses[name][id(v)] = "the model's output itself"
     return uses
 
 
-def _reason(model: FlatModel, name: str, uses: list[str]) -> str:
+def _description(equation: Any, others: frozenset[str]) -> str:
+    with_others = f" together with {', '.join(map(repr, sorted(others)))}" if others else ""
+    return f"`{equation.primitive.name}`{with_others}"
+
+
+def _reason(model: FlatModel, name: str, met: dict[int, str]) -> str:
     shape = model.parameters[name].aval.shape
-    if not uses:
+    if not met:
         return f"(shape {shape}) never meets data: the outputs do not depend on it"
-    if len(uses) > 1:
-        return f"(shape {shape}) meets data {len(uses)} times: in {', '.join(uses)}"
-    return f"(shape {shape}) meets data in `{uses[0]}`, in a way that is no dense layer"
-
-
-def _match_dense(
-    model: FlatModel,
-    equation: Equation,
-    sources: dict[Var, Source],
-    consumers: dict[Var, list[Equation | None]],
-) -> Layer | None:
-    if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
-        return None
-    is_kernel = [v in sources for v in equation.invars]
-    if sum(is_kernel) != 1:
-        return None
-    side = is_kernel.index(True)
-    kernel, data = equation.invars[side], equation.invars[1 - side]
-    if model.roles[data] < Role.PASSIVE or is_complex(data):
-        return None
-    contracted, batch = equation.params["dimension_numbers"]
-    if any(batch):
-        return None
-    kernel_in, data_in = contracted[side], contracted[1 - side]
-    kernel_free = [a for a in range(kernel.aval.ndim) if a not in kernel_in]
-    data_free = [a for a in range(data.aval.ndim) if a not in data_in]
-    if math.prod(data.aval.shape[a] for a in data_free) != 1:
-        return None  # weight sharing over positions has blocks of its own
-    output, bias, chain = _match_bias(model, equation.outvars[0], sources, consumers)
-    return Layer(
-        name=sources[kernel].name,
-        kernel=sources[kernel],
-        bias=bias,
-        d_in=math.prod(kernel.aval.shape[a] for a in kernel_in),
-        d_out=math.prod(kernel.aval.shape[a] for a in kernel_free),
-        input=data,
-        output=output,
-        equations=(equation, *chain),
-        kernel_value=kernel,
-        kernel_axes=(*kernel_in, *kernel_free),
-        input_axes=(*data_free, *data_in),
-    )
-
-
-def _match_bias(model, value, sources, consumers):
-    """Follows the product to the addition of a bias: `(pre-activation, bias, equations)`."""
-    start, chain = value, []
-    while len(consumers.get(value, ())) == 1 and (equation := consumers[value][0]) is not None:
-        chain.append(equation)
-        if equation.primitive.name in ("add", "add_any"):
-            other = [a for a in equation.invars if a is not value]
-            source = sources.get(other[0]) if other and other[0] in variables(other) else None
-            if source is not None and math.prod(source.shape) == value.aval.size:
-                return equation.outvars[0], source, tuple(chain)
-            break
-        if not keeps_order(equation):
-            break
-        value = equation.outvars[0]
-    return start, None, ()
+    where = ", ".join(met.values())
+    if len(met) > 1:
+        return f"(shape {shape}) meets data {len(met)} times: in {where}"
+    return f"(shape {shape}) meets data in {where}, in a way that is no layer"

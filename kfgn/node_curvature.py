@@ -20,7 +20,7 @@ def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> 
 
     For an elementwise node these are the diagonals `f'' dE/da` of equation (10).
     """
-    if node.layer is not None or node.kind == "linear":
+    if node.use is not None or node.kind == "linear":
         return {}
     batched = batched_function(node, shared, values)
     inputs = tuple(values[v] for v in node.inputs)

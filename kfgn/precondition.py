@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.blocks import Blocks
-from kfgn.curvature import Factors
 from kfgn.errors import OptionError
+from kfgn.factors import Diagonal, Factors
 from kfgn.kronecker import (
     Eigen,
     FactoredInverse,
@@ -81,36 +81,57 @@ class Preconditioner:
             )
 
     def init(self, leaves: Named) -> tuple[Named, Named]:
-        """Zero factors, and inverses of the right shapes, for the layers among the leaves."""
+        """Zero factors, and inverses of the right shapes, for what is among the leaves."""
         factors: Named = {}
         inverses: Named = {}
         for name, layer in self.blocks.present(leaves).items():
             dtype = factor_dtype(*(leaves[p].dtype for p in layer.parameters))
-            q = jnp.zeros((layer.activation_size,) * 2, dtype)
-            g = jnp.zeros((layer.d_out,) * 2, dtype)
+            q = jnp.zeros(layer.activation_shape, dtype)
+            g = jnp.zeros(layer.pre_activation_shape, dtype)
             factors[name] = Factors(q, g)
             if self.inverse == "factored":
                 inverses[name] = FactoredInverse(jnp.zeros_like(q), jnp.zeros_like(g))
             else:
-                inverses[name] = Eigen(q[0], jnp.zeros_like(q), g[0], jnp.zeros_like(g))
+                vectors = None if layer.indexed else jnp.zeros_like(q)
+                values = q if layer.indexed else q[..., 0]
+                inverses[name] = Eigen(
+                    jnp.zeros_like(values), vectors, g[..., 0], jnp.zeros_like(g)
+                )
+        for name in self.blocks.diagonals(leaves):
+            zeros = jnp.zeros(leaves[name].shape, factor_dtype(leaves[name].dtype))
+            factors[name] = Diagonal(zeros)
+            inverses[name] = Diagonal(jnp.zeros_like(zeros))
         return factors, inverses
 
     def decompose(self, factors: Named, old: Named, due: Array) -> Named:
         """What does not depend on the damping, recomputed where it is due."""
         if self.inverse == "factored":
             return factors
-        return jax.lax.cond(due, lambda: {n: eigen(*f) for n, f in factors.items()}, lambda: old)
+
+        def new():
+            return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
+
+        return jax.lax.cond(due, new, lambda: old)
 
     def invert(self, decomposed: Named, damping: Array) -> Named:
         """The inverses at a damping, from what `decompose` gave."""
         if self.inverse == "eigen":
             return decomposed
-        return factored_inverses(decomposed, damping)
+        kronecker = {n: f for n, f in decomposed.items() if isinstance(f, Factors)}
+        inverses: Named = factored_inverses(kronecker, damping)
+        for name, found in decomposed.items():
+            if isinstance(found, Diagonal):
+                diagonal = found.diagonal
+                inverses[name] = Diagonal(1 / (diagonal + damping.astype(diagonal.dtype)))
+        return inverses
 
     def apply(self, inverses: Named, damping: Array, gradient: Named) -> Named:
-        """The direction `C^-1 g` for every leaf; those without a block get `g / damping`."""
+        """The direction `C^-1 g` for every leaf; those without curvature get `g / damping`."""
         direction: Named = {}
         for name, inverse in inverses.items():
+            if isinstance(inverse, Diagonal):
+                direction[name] = self._apply_diagonal(inverse, damping, gradient[name])
+                continue
             layer: Layer = self.blocks.layers[name]
             matrix = layer.to_matrix(gradient)
             matrix = matrix.astype(jax.tree.leaves(inverse)[0].dtype)
@@ -123,3 +144,9 @@ class Preconditioner:
             if name not in direction:
                 direction[name] = leaf / damping.astype(leaf.dtype)
         return direction
+
+    def _apply_diagonal(self, inverse: Diagonal, damping: Array, gradient: Array) -> Array:
+        values = inverse.diagonal
+        if self.inverse == "eigen":
+            values = 1 / (values + damping.astype(values.dtype))
+        return (values * gradient.astype(values.dtype)).astype(gradient.dtype)

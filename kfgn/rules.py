@@ -8,7 +8,7 @@ by its vector-Jacobian product example by example.
 from __future__ import annotations
 
 from kfgn.jaxpr import Equation, FlatModel, Role, variables
-from kfgn.layer import keeps_order
+from kfgn.source import keeps_order
 
 # Linear in all differentiable operands together.
 _LINEAR = {

@@ -24,23 +24,59 @@ Array = jax.Array
 _LEAF = 128
 # Matrices whose sizes are the same up to this are padded to one size.
 _ROUND = 8
+# Stacks of matrices up to this size are eliminated, all at once.
+_SMALL = 16
 # Stands for infinity in an augmented factorisation: far above any inverse, and
 # its square root far below overflow.
 _LARGE = 1e30
 
 
 def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Array]:
-    """`(A + s I)^-1` of every matrix; NaN where a matrix is not positive definite."""
-    shifted = [
-        a + jnp.diag(jnp.broadcast_to(jnp.asarray(s, a.dtype), a.shape[:1]))
-        for a, s in zip(matrices, shifts, strict=True)
-    ]
-    return jax.lax.platform_dependent(shifted, cpu=_one_by_one, default=_stacked)
+    """`(A + s I)^-1` of every matrix; NaN where a matrix is not positive definite.
+
+    A stack of matrices `[S, n, n]` takes a shift for each, `[S]`.
+    """
+    shifted = [_shifted(a, jnp.asarray(s, a.dtype)) for a, s in zip(matrices, shifts, strict=True)]
+    single = [a for a in shifted if a.ndim == 2]
+    found = iter(
+        jax.lax.platform_dependent(single, cpu=_one_by_one, default=_stacked) if single else []
+    )
+    return [_inverse_of_stack(a) if a.ndim == 3 else next(found) for a in shifted]
 
 
 def spd_inverse(matrix: Array, shift: Array | float) -> Array:
     """`(matrix + shift I)^-1`; NaN where it is not positive definite."""
     return spd_inverses([matrix], [jnp.asarray(shift)])[0]
+
+
+def _shifted(matrix: Array, shift: Array) -> Array:
+    n = matrix.shape[-1]
+    return matrix + jnp.broadcast_to(shift[..., None, None], matrix.shape) * jnp.eye(
+        n, dtype=matrix.dtype
+    )
+
+
+def _inverse_of_stack(stack: Array) -> Array:
+    """Inverses of `[S, n, n]`: many small ones by elimination at once, large ones in turn."""
+    if stack.shape[-1] <= _SMALL:
+        return _eliminated(stack)
+    return jax.lax.platform_dependent(
+        stack,
+        cpu=lambda x: jax.lax.map(lambda a: _outer(_inverse_transpose(a)), x),
+        default=_by_batched_cholesky,
+    )
+
+
+def _eliminated(stack: Array) -> Array:
+    """Gauss-Jordan elimination, which needs no pivots where a matrix is positive definite."""
+    for k in range(stack.shape[-1]):
+        pivot = stack[:, k, k]
+        pivot = jnp.where(pivot > 0, pivot, jnp.nan)
+        row = (stack[:, k] / pivot[:, None]).at[:, k].set(1 / pivot)
+        column = stack[:, :, k].at[:, k].set(0)
+        rest = stack.at[:, :, k].set(0).at[:, k].set(0)
+        stack = (rest - column[:, :, None] * row[:, None, :]).at[:, k].set(row)
+    return stack
 
 
 def _one_by_one(matrices: list[Array]) -> list[Array]:
@@ -99,14 +135,18 @@ def _stacked(matrices: list[Array]) -> list[Array]:
     for members in groups.values():
         size = max(matrices[i].shape[0] for i in members)
         stack = jnp.stack([_padded(matrices[i], size) for i in members])
-        lower = jnp.linalg.cholesky(stack)
-        identity = jnp.broadcast_to(jnp.eye(size, dtype=stack.dtype), stack.shape)
-        half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
-        inverse = matmul(jnp.swapaxes(half, -1, -2), half)
+        inverse = _by_batched_cholesky(stack)
         for k, i in enumerate(members):
             n = matrices[i].shape[0]
             inverses[i] = inverse[k, :n, :n]
     return [inverses[i] for i in range(len(matrices))]
+
+
+def _by_batched_cholesky(stack: Array) -> Array:
+    lower = jnp.linalg.cholesky(stack)
+    identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
+    half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return matmul(jnp.swapaxes(half, -1, -2), half)
 
 
 def _padded(matrix: Array, size: int) -> Array:

@@ -16,7 +16,7 @@ import optax
 
 from kfgn.blocks import Blocks, require_curvature
 from kfgn.checks import check_decay, check_flag, check_not_negative, check_period, check_positive
-from kfgn.curvature import Curvature, Factors
+from kfgn.curvature import Curvature
 from kfgn.errors import OptionError, ParameterError
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.precondition import Preconditioner, all_finite, moving_average
@@ -31,7 +31,7 @@ class ScaleByKroneckerState(NamedTuple):
 
     count: Array  # type: ignore[assignment]  # updates made
     skipped: Array  # updates skipped, for numbers that were not finite
-    factors: dict[str, Factors]
+    factors: Named
     inverses: Named
 
 

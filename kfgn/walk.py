@@ -19,12 +19,16 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from kfgn.errors import ModelError
 from kfgn.graph import Graph, Node
 from kfgn.jacobian import Jacobian, jacobian_of
 from kfgn.jaxpr import Array, Var, size, variables
 from kfgn.node_curvature import node_curvature
 
 PyTree = Any
+
+# The largest single matrix that a walk forms.
+MATRIX_BYTES = 2**32
 
 
 class Walk(NamedTuple):
@@ -39,41 +43,54 @@ def needed_values(graph: Graph) -> list[Var]:
     """The per-example values that walks and activation factors read."""
     needed: list[Var] = []
     for node in graph.nodes:
-        if node.layer is not None:
-            needed.append(node.layer.input)
+        if node.use is not None:
+            needed.append(node.use.input)
         elif node.kind != "linear":
             needed.extend(node.inputs + node.passive)
     return list(dict.fromkeys(needed))
 
 
-def pre_activation_matrices(
+class Walked(NamedTuple):
+    """What a walk found."""
+
+    uses: dict[str, Array]  # by use: the matrix over its whole pre-activation, `[D, D]`
+    free: dict[tuple[str, str], Array]  # by pair of free parameters, `[P, P']`
+
+
+def walk_back(
     walk: Walk,
     output_hessian: Array,
     output_gradient: Array | None = None,
     diagonal: bool = False,
-) -> dict[str, Array]:
-    """Pre-activation curvature of every layer, `[d_out, d_out]`.
+) -> Walked:
+    """Pre-activation curvature of every use, and the blocks of the free parameters.
 
     Args:
       walk: the batch.
       output_hessian: `[K, K]`, with respect to the flattened outputs.
       output_gradient: `[N, K]`; if given, the curvature of the nodes is added
         (the Hessian); if None, it is left out (Gauss-Newton).
-      diagonal: return diagonals `[d_out]`, and never form a matrix that is not
-        needed further up: what lies above the first layers is formed as a
-        diagonal only.
+      diagonal: return diagonals `[D]` for uses in one place, and never form a
+        matrix that is not needed further up: what lies above the first layers
+        is formed as a diagonal only.
+
+    Raises:
+      ModelError: a matrix would be too large to form.
     """
-    graph = walk.graph
+    graph, dtype = walk.graph, output_hessian.dtype
     frontier = _Frontier(_diagonal_values(graph) if diagonal else frozenset())
+    _check_size(graph, frontier.diagonal_only, dtype)
     _start(frontier, graph, output_hessian)
     cotangents = {}
     if output_gradient is not None:
         cotangents = _split_outputs(graph, output_gradient)
+    name_of = {use: name for name, use in graph.uses.items()}
     result: dict[str, Array] = {}
     for node in reversed(graph.nodes):
         live = [o for o in node.outputs if o in frontier.live]
-        if node.layer is not None:
-            result[node.layer.name] = _record(frontier, node, output_hessian.dtype, diagonal)
+        if node.use is not None:
+            vector = diagonal and node.use.form.positions == 1
+            result[name_of[node.use]] = _record(frontier, node.outputs[0], dtype, vector)
         if not node.inputs or not (live or any(o in cotangents for o in node.outputs)):
             frontier.drop(node.outputs)
             continue
@@ -81,7 +98,31 @@ def pre_activation_matrices(
         frontier.pop(node, jacobian, live)
         if output_gradient is not None:
             _pop_gradient(frontier, node, walk, jacobian, cotangents)
-    return result
+    return Walked(result, _free_blocks(graph, frontier, dtype))
+
+
+def _free_blocks(graph: Graph, frontier: _Frontier, dtype: Any) -> dict[tuple[str, str], Array]:
+    blocks = {}
+    for p in graph.free:
+        for q in graph.free:
+            u, v = graph.model.parameters[p], graph.model.parameters[q]
+            found = frontier.get(u, v)
+            blocks[p, q] = jnp.zeros((size(u), size(v)), dtype) if found is None else found
+    return blocks
+
+
+def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
+    values = [v for node in graph.nodes for v in (*node.outputs, *node.inputs) if v not in vectors]
+    largest = max(map(size, values), default=0)
+    needed = largest**2 * jnp.dtype(dtype).itemsize
+    if needed > MATRIX_BYTES:
+        raise ModelError(
+            f"the recursion would form a matrix of {largest} x {largest} entries "
+            f"({needed / 2**30:.1f} GiB), for a value of {largest} entries per example; the most "
+            f"it forms is {MATRIX_BYTES / 2**30:.0f} GiB. For convolutions and sequences pass "
+            'spatial="homogeneous" to method "kfra", or use method "kflr" or "kfac", whose '
+            "factors have the size of the channels."
+        )
 
 
 class _Frontier:
@@ -188,13 +229,12 @@ def _pop_gradient(
         cotangents[i] = cotangents[i] + value if i in cotangents else value
 
 
-def _record(frontier: _Frontier, node: Node, dtype: Any, diagonal: bool) -> Array:
-    (output,) = node.outputs
+def _record(frontier: _Frontier, output: Var, dtype: Any, vector: bool) -> Array:
     block = frontier.get(output, output)
     if block is None:
         entries = size(output)
-        return jnp.zeros((entries,) if diagonal else (entries, entries), dtype)
-    return jnp.diag(block) if diagonal and block.ndim == 2 else block
+        return jnp.zeros((entries,) if vector else (entries, entries), dtype)
+    return jnp.diag(block) if vector and block.ndim == 2 else block
 
 
 def _diagonal_values(graph: Graph) -> frozenset[Var]:
@@ -205,12 +245,12 @@ def _diagonal_values(graph: Graph) -> frozenset[Var]:
     """
     result: set[Var] = set()
     for node in graph.nodes:
-        first_layer = node.layer is not None and not node.inputs
+        first_use = node.use is not None and not node.inputs and node.use.form.positions == 1
         carries = (
             node.kind == "elementwise"
             and len(node.inputs) == 1
             and all(i in result for i in node.inputs)
         )
-        if first_layer or carries:
+        if first_use or carries:
             result.update(node.outputs)
     return frozenset(result)

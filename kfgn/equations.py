@@ -1,0 +1,90 @@
+"""Equations of a jaxpr: what they read, and how they are evaluated.
+
+Equations are evaluated through `jaxpr_as_fun`, so nothing here depends on how
+a jax version binds its primitives.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+Array = jax.Array
+Var = Any  # jex.Var, whose declared type hides the shape and dtype of its aval
+Equation = Any  # jex.JaxprEqn, whose operands are variables and literals
+
+
+class Role(enum.IntEnum):
+    """What a value depends on, hence how the walk treats it."""
+
+    CONSTANT = 0  # neither parameters nor data
+    PARAMETER = 1  # parameters only: the same for all examples
+    PASSIVE = 2  # data, or not differentiable: differs per example, no derivative needed
+    ACTIVE = 3  # data and parameters: the walk goes through it
+
+
+def joined(roles: Iterable[Role]) -> Role:
+    """The role of what is made of values with these roles."""
+    found = {Role.CONSTANT, *roles}
+    if found >= {Role.PARAMETER, Role.PASSIVE}:
+        return Role.ACTIVE
+    return max(found)
+
+
+def read(env: dict[Var, Any], variable: Any) -> Any:
+    """The value of a variable in an environment, or of a literal."""
+    return variable.val if isinstance(variable, jex.Literal) else env[variable]
+
+
+def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation, custom derivative rules included."""
+    pairs = [(v, x) for v, x in zip(equation.invars, values, strict=True) if _is_var(v)]
+    unique = dict(pairs)
+    return as_function([equation], list(unique), equation.outvars)(*unique.values())
+
+
+def as_function(
+    equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Var]
+) -> Callable[..., list[Any]]:
+    """The function of `inputs` that evaluates the equations and returns `outputs`."""
+    jaxpr = _empty_jaxpr().replace(invars=list(inputs), outvars=list(outputs), eqns=list(equations))
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
+
+
+@functools.cache
+def _empty_jaxpr() -> jex.Jaxpr:
+    # A template carries the debug information that the constructor's
+    # signature, which differs between jax versions, would ask for.
+    return jax.make_jaxpr(lambda: ())().jaxpr
+
+
+def evaluate(equations: Iterable[Equation], env: dict[Var, Any]) -> None:
+    """Evaluates equations in order, adding their results to the environment."""
+    for equation in equations:
+        values = bind(equation, [read(env, v) for v in equation.invars])
+        env.update(zip(equation.outvars, values, strict=True))
+
+
+def variables(atoms: Iterable[Any]) -> list[Var]:
+    """The variables among variables and literals."""
+    return [v for v in atoms if _is_var(v)]
+
+
+def size(variable: Var) -> int:
+    """The number of entries of a value, for one example."""
+    return int(variable.aval.size)
+
+
+def is_complex(atom: Any) -> bool:
+    """Whether a variable or literal holds complex numbers."""
+    return bool(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating))
+
+
+def _is_var(atom: Any) -> bool:
+    return not isinstance(atom, jex.Literal)
