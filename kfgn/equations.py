@@ -42,6 +42,11 @@ def read(env: dict[Var, Any], variable: Any) -> Any:
     return variable.val if isinstance(variable, jex.Literal) else env[variable]
 
 
+def as_array(value: Any, aval: Any) -> Any:
+    """A value that may be a literal's Python number, as an array of its dtype."""
+    return value if isinstance(value, jax.Array) else jnp.asarray(value, aval.dtype)
+
+
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluates one equation, custom derivative rules included."""
     pairs = [(v, x) for v, x in zip(equation.invars, values, strict=True) if _is_var(v)]

@@ -143,13 +143,14 @@ def scale(equation: Equation, side: int, source: Source) -> Form | None:
     """`mul`: every entry of the parameter is a group of its own, one input to one output."""
     if is_complex(equation.outvars[0]):
         return None
-    places = _places(source, equation.outvars[0].aval.size)
+    places = _places(source, equation.outvars[0].aval.shape)
     if places is None:
         return None
     groups, positions = places.shape
 
     def activations(values):
-        return values.reshape(values.shape[0], -1)[:, places][..., None]
+        whole = jnp.broadcast_to(values, (values.shape[0], *equation.outvars[0].aval.shape))
+        return whole.reshape(values.shape[0], -1)[:, places][..., None]
 
     def read_kernel(value):
         return _entries_in_order(source, value)[:, None, None]
@@ -167,7 +168,7 @@ def shift(equation: Equation, side: int, source: Source) -> Form | None:
     """
     if is_complex(equation.outvars[0]):
         return None
-    places = _places(source, equation.outvars[0].aval.size)
+    places = _places(source, equation.outvars[0].aval.shape)
     if places is None:
         return None
     lengths = [n for n in source.shape if n != 1] or [1]
@@ -189,14 +190,12 @@ def shift(equation: Equation, side: int, source: Source) -> Form | None:
     return Form("shift", 1, rows.size, d_in, d_out, activations, read_kernel, outputs, indexed=True)
 
 
-def _places(source: Source, count: int) -> np.ndarray | None:
+def _places(source: Source, shape: tuple[int, ...]) -> np.ndarray | None:
     """For each entry of the parameter, where it stands among the result's entries.
 
     `[entries, positions]`; None where entries stand in unequally many places.
     """
-    labels = source.labels().reshape(-1)
-    if labels.size != count:
-        return None
+    labels = np.broadcast_to(source.labels(), shape).reshape(-1)
     found, counts = np.unique(labels, return_counts=True)
     if np.any(counts != counts[0]):
         return None

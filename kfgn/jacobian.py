@@ -54,7 +54,8 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
         form = node.use.form
         if form.kind == "dense" and form.groups * form.positions == 1:
             return _Dense(node, shared)
-        if form.kind in ("scale", "shift"):
+        same = all(i.aval.shape == o.aval.shape for i in node.inputs for o in node.outputs)
+        if form.kind in ("scale", "shift") and same:
             return _Diagonal(node, shared)
     if node.kind == "linear":
         return _Linear(node, shared, values)

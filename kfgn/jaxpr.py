@@ -1,49 +1,56 @@
 """The model's jaxpr on one example, flat, and what each of its values depends on.
 
-Nested calls that do not change derivatives (`jit`, `remat`, ...) are inlined by
-evaluating the jaxpr under a second trace; custom derivative rules are kept, as
-single equations. Equations are evaluated through `jaxpr_as_fun`, so nothing
-here depends on how a jax version binds its primitives.
+Nested calls that do not change derivatives (`jit`, `remat`, ...) are inlined,
+and loops over parameters unrolled; custom derivative rules are kept, as single
+equations.
 """
 
 from __future__ import annotations
 
-import enum
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from kfgn.equations import (
+    Array,
+    Equation,
+    Role,
+    Var,
+    as_function,
+    bind,
+    evaluate,
+    is_complex,
+    joined,
+    read,
+    size,
+    variables,
+)
 from kfgn.errors import ModelError, ParameterError
+from kfgn.inline import Value, inline
 from kfgn.paths import named_leaves, path_name
+from kfgn.rewrite import reassociate
 
-Array = jax.Array
 PyTree = Any
-Var = Any  # jex.Var, whose declared type hides the shape and dtype of its aval
-Equation = Any  # jex.JaxprEqn, whose operands are variables and literals
 
-# Calls that only group equations, with the parameter that holds their body.
-_TRANSPARENT = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-
-
-class Role(enum.IntEnum):
-    """What a value depends on, hence how the walk treats it."""
-
-    CONSTANT = 0  # neither parameters nor data
-    PARAMETER = 1  # parameters only: the same for all examples
-    PASSIVE = 2  # data, or not differentiable: differs per example, no derivative needed
-    ACTIVE = 3  # data and parameters: the walk goes through it
+__all__ = [
+    "Array",
+    "Equation",
+    "FlatModel",
+    "Role",
+    "Var",
+    "as_function",
+    "bind",
+    "evaluate",
+    "flatten_model",
+    "is_complex",
+    "read",
+    "size",
+    "variables",
+    "with_roles",
+]
 
 
 class FlatModel(NamedTuple):
@@ -86,9 +93,16 @@ def flatten_model(
 
     closed, out = jax.make_jaxpr(single, return_shape=True)(shapes, example)
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
-    flat = jax.make_jaxpr(lambda *args: _inline(closed.jaxpr, closed.consts, args))(*avals)
+    names = list(leaves)
+
+    def inlined(*args):
+        roles = [Role.PARAMETER if k < len(names) else Role.PASSIVE for k in range(len(args))]
+        return [v.array for v in inline(closed, list(map(Value, args, roles)))]
+
+    flat = jax.make_jaxpr(inlined)(*avals)
+    flat = jax.make_jaxpr(lambda *args: reassociate(flat, args, len(names)))(*avals)
     jaxpr = flat.jaxpr.replace(eqns=_live(flat.jaxpr))
-    names, invars = list(leaves), jaxpr.invars
+    invars = jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])
     return FlatModel(
@@ -104,7 +118,10 @@ def flatten_model(
 
 def _abstract(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     # numpy's float64 means jax's default.
-    return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype))
+    dtype = array.dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):  # a random key has a dtype of its own
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _call(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:
@@ -148,75 +165,6 @@ def _check_parameters(leaves: dict[str, Any]) -> None:
             )
 
 
-def _inline(jaxpr: jex.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, args, strict=True))
-    for equation in jaxpr.eqns:
-        values = [read(env, v) for v in equation.invars]
-        body = equation.params.get(_TRANSPARENT.get(equation.primitive.name, ""))
-        if body is None:
-            results = bind(equation, values)
-        elif isinstance(body, jex.ClosedJaxpr):
-            results = _inline(body.jaxpr, body.consts, values)
-        else:
-            results = _inline(body, (), values)
-        env.update(zip(equation.outvars, results, strict=True))
-    return [read(env, v) for v in jaxpr.outvars]
-
-
-def read(env: dict[Var, Any], variable: Any) -> Any:
-    """The value of a variable in an environment, or of a literal."""
-    return variable.val if isinstance(variable, jex.Literal) else env[variable]
-
-
-def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation, custom derivative rules included."""
-    pairs = [(v, x) for v, x in zip(equation.invars, values, strict=True) if _is_var(v)]
-    unique = dict(pairs)
-    return as_function([equation], list(unique), equation.outvars)(*unique.values())
-
-
-def as_function(
-    equations: Sequence[Equation], inputs: Sequence[Var], outputs: Sequence[Var]
-) -> Callable[..., list[Any]]:
-    """The function of `inputs` that evaluates the equations and returns `outputs`."""
-    jaxpr = _empty_jaxpr().replace(invars=list(inputs), outvars=list(outputs), eqns=list(equations))
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))
-
-
-@functools.cache
-def _empty_jaxpr() -> jex.Jaxpr:
-    # A template carries the debug information that the constructor's
-    # signature, which differs between jax versions, would ask for.
-    return jax.make_jaxpr(lambda: ())().jaxpr
-
-
-def evaluate(equations: Iterable[Equation], env: dict[Var, Any]) -> None:
-    """Evaluates equations in order, adding their results to the environment."""
-    for equation in equations:
-        values = bind(equation, [read(env, v) for v in equation.invars])
-        env.update(zip(equation.outvars, values, strict=True))
-
-
-def variables(atoms: Iterable[Any]) -> list[Var]:
-    """The variables among variables and literals."""
-    return [v for v in atoms if _is_var(v)]
-
-
-def size(variable: Var) -> int:
-    """The number of entries of a value, for one example."""
-    return int(variable.aval.size)
-
-
-def is_complex(atom: Any) -> bool:
-    """Whether a variable or literal holds complex numbers."""
-    return bool(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating))
-
-
-def _is_var(atom: Any) -> bool:
-    return not isinstance(atom, jex.Literal)
-
-
 def with_roles(model: FlatModel, passive: Iterable[Var], active: Iterable[Var] = ()) -> FlatModel:
     """The model with some constants seen as data, and some parameters as values to go through."""
     forced = {**dict.fromkeys(passive, Role.PASSIVE), **dict.fromkeys(active, Role.ACTIVE)}
@@ -236,10 +184,12 @@ def _roles(
     roles.update(dict.fromkeys(inputs, Role.PASSIVE))
     roles.update(forced)
     for equation in jaxpr.eqns:
-        found = {roles[v] for v in variables(equation.invars)} or {Role.CONSTANT}
-        role = max(found)
-        if role is Role.PASSIVE and Role.PARAMETER in found:
-            role = Role.ACTIVE
+        role = joined(roles[v] for v in variables(equation.invars))
+        if role is Role.CONSTANT and equation.primitive.name == "optimization_barrier":
+            # A recurrent layer's first state is data like the later ones, so that
+            # `state @ W` is the same kind of use at every step. It is always
+            # correct to treat a constant as data.
+            role = Role.PASSIVE
         for out in equation.outvars:
             roles[out] = forced.get(out, _without_derivative(role, equation, out))
     return roles

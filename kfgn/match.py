@@ -160,7 +160,9 @@ def _bias(
         return None
     source = sources.get(other) if variables([other]) else None
     form, count = use.form, use.form.groups * use.form.d_out
-    if source is None or other.aval.size != value.aval.size or source.name == use.kernel.name:
+    if source is None or source.name == use.kernel.name:
+        return None
+    if value.aval.shape != equation.outvars[0].aval.shape:
         return None
     # Which unit (s, o) stands at each entry of the product, and which bias is added there.
     places = form.outputs(np.arange(use.output.aval.size).reshape(use.output.aval.shape))
@@ -168,7 +170,7 @@ def _bias(
     names = np.arange(count).reshape(form.groups, 1, form.d_out)
     unit[places.reshape(-1)] = np.broadcast_to(names, places.shape).reshape(-1)
     units = _moved(use, moves, unit).reshape(-1)
-    added = source.labels().reshape(-1)
+    added = np.broadcast_to(source.labels(), value.aval.shape).reshape(-1)
     order = np.zeros(count, np.int64)
     order[units] = added
     if np.any(order[units] != added) or np.unique(order).size != count:

@@ -78,7 +78,7 @@ def walk_back(
       ModelError: a matrix would be too large to form.
     """
     graph, dtype = walk.graph, output_hessian.dtype
-    frontier = _Frontier(_diagonal_values(graph) if diagonal else frozenset())
+    frontier = _Frontier(_diagonal_values(graph) if diagonal else frozenset(), dtype)
     _check_size(graph, frontier.diagonal_only, dtype)
     _start(frontier, graph, output_hessian)
     cotangents = {}
@@ -132,7 +132,8 @@ class _Frontier:
     with itself is a vector, its diagonal.
     """
 
-    def __init__(self, diagonal_only: frozenset[Var]):
+    def __init__(self, diagonal_only: frozenset[Var], dtype: Any):
+        self.dtype = dtype
         self.diagonal_only = diagonal_only
         self.live: dict[Var, None] = {}
         self.blocks: dict[tuple[Var, Var], Array] = {}
@@ -224,7 +225,7 @@ def _pop_gradient(
     for (i, j), block in node_curvature(node, walk.shared, walk.values, outs).items():
         if i is j and i in frontier.diagonal_only:
             block = jnp.diag(block)
-        frontier.add(i, j, block)
+        frontier.add(i, j, block.astype(frontier.dtype))
     for i, value in jacobian.gradient(outs).items():
         cotangents[i] = cotangents[i] + value if i in cotangents else value
 

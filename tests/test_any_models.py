@@ -1,0 +1,256 @@
+"""Every model of the second table beside dense truth: blocks, factors, methods.
+
+Truth comes from `jax.hessian` and `jax.jacobian` with respect to the parameters
+themselves; kfgn tells only the order in which a block lists their entries.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import kfgn
+from kfgn.paths import named_leaves, with_leaves
+from tests.any_models import ROWS, Case, loss_row, make_targets
+from tests.dense import quick_jit
+
+pytestmark = pytest.mark.usefixtures("x64", "promotion")
+every_row = pytest.mark.parametrize("name", ROWS)
+# bfloat16 rounds at 2^-9; float64 at 1e-16, times a few hundred operations.
+exact_rows = pytest.mark.parametrize("name", [n for n, r in ROWS.items() if "bf16" not in r.tags])
+
+
+@pytest.fixture
+def promotion(request: pytest.FixtureRequest, strict_dtypes: None) -> Iterator[None]:
+    """Strict dtypes, except for the rows that say they cannot have them."""
+    name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
+    with jax.numpy_dtype_promotion(ROWS[name].promotion if name else "strict"):
+        yield
+
+
+class Compared(NamedTuple):
+    case: Case
+    tolerance: float
+    blocks: kfgn.Blocks
+    ours: dict[str, Any]
+    hessian: np.ndarray  # of the mean loss, `[P, P]`
+    gauss_newton: np.ndarray  # `[N, P, P]`
+    gradient: np.ndarray
+    names: dict[str, np.ndarray]  # places of each parameter's entries in the flat vector
+
+
+@functools.cache
+def compare(name: str) -> Compared:
+    case = ROWS[name].case()
+    targets = make_targets(name, case)
+    row = loss_row(name)
+    objective = kfgn.Objective(case.model, row.loss)
+    batch = (case.inputs, targets)
+    blocks = kfgn.layers(objective, case.params, batch, unassigned="gradient")
+    ours = quick_jit(functools.partial(_ours, objective))(case.params, batch)
+    flat, unravel = ravel_pytree(case.params)
+    places = named_leaves(unravel(jnp.arange(flat.size, dtype=flat.dtype)))
+    hessian, gauss_newton, gradient = quick_jit(functools.partial(_truth, case.model, row, unravel))(
+        flat, batch
+    )
+    return Compared(
+        case,
+        ROWS[name].tolerance,
+        blocks,
+        jax.tree.map(np.asarray, ours),
+        np.asarray(hessian),
+        np.asarray(gauss_newton),
+        np.asarray(gradient),
+        {n: np.asarray(x).astype(int) for n, x in places.items()},
+    )
+
+
+def _ours(objective, params, batch):
+    first = jax.tree.map(lambda a: a[:1], batch)
+
+    def factors(method, batch, **options):
+        function = kfgn.value_grad_and_curvature(objective, method, unassigned="diagonal", **options)
+        (_, gradient), curvature = function(params, batch)
+        return gradient, curvature.factors
+
+    gradient, kflr = factors("kflr", batch)
+    return {
+        "gradient": ravel_pytree(gradient)[0],
+        "block_hessian": kfgn.block_hessian(objective)(params, batch),
+        "block_gauss_newton": kfgn.block_gauss_newton(objective)(params, batch),
+        "hessian_diagonal": kfgn.hessian_diagonal(objective)(params, batch),
+        "pre_activation": kfgn.pre_activation_gauss_newton(objective)(params, batch),
+        "kflr": kflr,
+        "kflr_reduce": factors("kflr", batch, sharing="reduce")[1],
+        "kfra_first": factors("kfra", first)[1],
+        "kflr_first": factors("kflr", first)[1],
+    }
+
+
+def _truth(model, row, unravel, flat, batch):
+    inputs, targets = batch
+
+    def outputs(flat, x):
+        out = model(unravel(flat), jax.tree.map(lambda a: a[None], x))
+        return jax.tree.map(lambda a: a[0], out)
+
+    def losses(flat):
+        return jnp.mean(jax.vmap(lambda x, t: row.reference(outputs(flat, x), t))(inputs, targets))
+
+    def gauss_newton(x, t):
+        out, restore = ravel_pytree(outputs(flat, x))
+        jacobian = jax.jacobian(lambda p: ravel_pytree(outputs(p, x))[0])(flat)
+        curved = jax.hessian(lambda o: row.reference(restore(o), t))(out)
+        return jacobian.T @ curved @ jacobian
+
+    return jax.hessian(losses)(flat), jax.vmap(gauss_newton)(inputs, targets), jax.grad(losses)(flat)
+
+
+def order(compared: Compared, block: str) -> np.ndarray:
+    """Places of a block's entries among all parameters, `[S, n]` with slots."""
+    if block not in compared.blocks.layers:
+        return compared.names[block].reshape(1, -1)
+    layer = compared.blocks.layers[block]
+    own = {n: jnp.asarray(compared.names[n], float) for n in layer.parameters}
+    found = np.asarray(layer.to_matrix(own)).astype(int)
+    return found.reshape(len(layer.slots), -1)
+
+
+def dense_blocks(compared: Compared, block: str, matrix: np.ndarray) -> np.ndarray:
+    """The truth's blocks, `[..., n, n]`, with a leading axis of slots."""
+    rows = order(compared, block)
+    return np.stack([matrix[..., r[:, None], r[None, :]] for r in rows])
+
+
+def close(compared, found, expected):
+    """Up to roundoff of the row's dtype, relative to the largest entry; a few hundred operations."""
+    scale = max(1.0, float(np.max(np.abs(expected), initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=100 * compared.tolerance * scale)
+
+
+@every_row
+def test_layers(name):
+    """Every parameter is in the block it should be in, under its name."""
+    compared, row = compare(name), ROWS[name]
+    found = {n: layer.parameters for n, layer in compared.blocks.layers.items()}
+    assert found == row.expected
+    assert set(compared.blocks.unassigned) == set(row.unassigned)
+
+
+@exact_rows
+def test_gradient(name):
+    compared = compare(name)
+    close(compared, compared.ours["gradient"], compared.gradient)
+
+
+@exact_rows
+@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+def test_blocks(name, kind):
+    """Exact for every parameter, in a layer or not, with all cross terms of tied ones."""
+    compared = compare(name)
+    whole = compared.hessian if kind == "hessian" else compared.gauss_newton.mean(axis=0)
+    found = compared.ours[f"block_{kind}"]
+    assert set(found) == {*compared.blocks.layers, *compared.blocks.unassigned}
+    for block, ours in found.items():
+        truth = dense_blocks(compared, block, whole)
+        close(compared, ours.reshape(truth.shape), truth)
+
+
+@exact_rows
+def test_hessian_diagonal(name):
+    compared = compare(name)
+    for block, ours in compared.ours["hessian_diagonal"].items():
+        places = order(compared, block)
+        close(compared, ours.reshape(places.shape), np.diag(compared.hessian)[places])
+
+
+@exact_rows
+def test_unassigned_diagonal(name):
+    """The exact diagonal of the Gauss-Newton matrix."""
+    compared = compare(name)
+    for parameter in compared.blocks.unassigned:
+        places = compared.names[parameter]
+        truth = np.diag(compared.gauss_newton.mean(axis=0))[places]
+        close(compared, compared.ours["kflr"][parameter].diagonal, truth)
+
+
+@exact_rows
+def test_kfra_is_kflr_for_one_example(name):
+    """The recursion's expectations are then no approximations."""
+    compared = compare(name)
+    jax.tree.map(
+        lambda a, b: close(compared, a, b),
+        compared.ours["kfra_first"],
+        compared.ours["kflr_first"],
+    )
+
+
+@exact_rows
+def test_kflr_is_exact(name):
+    """G is the mean of the exact matrices at the pre-activations, summed over places."""
+    compared = compare(name)
+    for block, layer in compared.blocks.layers.items():
+        if layer.flipped or len(layer.uses) > 1 or layer.stack > 1:
+            continue
+        (use,) = layer.uses.values()
+        matrix = compared.ours["pre_activation"][block].mean(axis=0)
+        places = use.pre_activations(np.arange(len(matrix)).reshape(use.output.aval.shape))[0]
+        expand = sum(matrix[p[:, None], p[None, :]] for p in places) / len(places)
+        reduce = sum(matrix[p[:, None], q[None, :]] for p in places for q in places)
+        single = layer.indexed and layer.activation_size == 1
+        close(compared, compared.ours["kflr"][block].pre_activation, reduce if single else expand)
+        if not layer.indexed:
+            close(compared, compared.ours["kflr_reduce"][block].pre_activation, reduce)
+
+
+def kronecker(layer, factors: kfgn.Factors) -> np.ndarray:
+    """`Q ⊗ G` of every slot, `[slots, n, n]`, groups on the diagonal."""
+    q, g = factors
+    q = q.reshape(layer.stack, *layer.activation_shape[-1 if layer.indexed else -2 :])
+    g = g.reshape(layer.stack, layer.d_out, layer.d_out)
+    groups, slots = layer.first.form.groups, []
+    for slot in range(len(layer.slots)):
+        own = range(slot * groups, (slot + 1) * groups)
+        parts = [np.kron(np.diag(q[k]) if layer.indexed else q[k], g[k]) for k in own]
+        size = len(parts[0])
+        whole = np.zeros((groups * size,) * 2)
+        for k, part in enumerate(parts):
+            whole[k * size : (k + 1) * size, k * size : (k + 1) * size] = part
+        slots.append(whole)
+    return np.stack(slots)
+
+
+@exact_rows
+def test_kronecker_of_one_example_in_one_place(name):
+    """`Q ⊗ G` is the block itself where a kernel is used once per example, N = 1."""
+    compared = compare(name)
+    for block, layer in compared.blocks.layers.items():
+        once = all(layer.positions(k) == 1 for k in range(len(layer.slots)))
+        if not once or layer.first.form.groups > 1:
+            continue
+        truth = dense_blocks(compared, block, compared.gauss_newton[0])
+        close(compared, kronecker(layer, compared.ours["kflr_first"][block]), truth)
+
+
+@every_row
+def test_parameters_round_trip(name):
+    """`from_matrix` undoes `to_matrix`."""
+    compared = compare(name)
+    leaves = named_leaves(compared.case.params)
+    for layer in compared.blocks.layers.values():
+        back = layer.from_matrix(layer.to_matrix(leaves))
+        assert set(back) == set(layer.parameters)
+        for parameter, value in back.items():
+            assert value.dtype == leaves[parameter].dtype
+            whole = np.asarray(value) == np.asarray(leaves[parameter])
+            assert np.all(whole | (np.asarray(value) == 0))
+    assert jax.tree.structure(with_leaves(compared.case.params, leaves)) == jax.tree.structure(
+        compared.case.params
+    )
