@@ -7,6 +7,7 @@ from kfgn.averaging import average_curvature
 from kfgn.blocks import Blocks, layers
 from kfgn.curvature import Curvature, value_grad_and_curvature
 from kfgn.damping import Damping
+from kfgn.derivatives import UnknownPrimitiveWarning
 from kfgn.errors import (
     BatchError,
     KfgnError,
@@ -27,8 +28,9 @@ from kfgn.exact import (
     pre_activation_hessian,
 )
 from kfgn.factors import Diagonal, Factors
-from kfgn.forms import register_layer
+from kfgn.inspection import Inspection, inspect
 from kfgn.objective import Objective
+from kfgn.registry import register_layer, register_primitive
 from kfgn.transform import average_parameters, scale_by_kronecker, scale_by_quadratic_model
 from kfgn.use import Form
 
@@ -41,6 +43,7 @@ __all__ = [
     "Diagonal",
     "Factors",
     "Form",
+    "Inspection",
     "KfgnError",
     "LayerError",
     "LossError",
@@ -48,6 +51,7 @@ __all__ = [
     "Objective",
     "OptionError",
     "ParameterError",
+    "UnknownPrimitiveWarning",
     "average_curvature",
     "average_parameters",
     "block_gauss_newton",
@@ -56,6 +60,7 @@ __all__ = [
     "gauss_newton_vector_product",
     "hessian_diagonal",
     "hessian_vector_product",
+    "inspect",
     "kfac",
     "kflr",
     "kfra",
@@ -64,6 +69,7 @@ __all__ = [
     "pre_activation_gauss_newton",
     "pre_activation_hessian",
     "register_layer",
+    "register_primitive",
     "scale_by_curvature",
     "scale_by_kronecker",
     "scale_by_quadratic_model",

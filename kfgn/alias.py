@@ -97,12 +97,12 @@ def optimizer(
     params: PyTree,
     batch: Any,
     *,
-    learning_rate: Any = 0.8,
-    decay: Any = 0.9,
+    learning_rate: Any = 0.9,
+    decay: Any = 0.85,
     factor_damping: Any = None,
     factor_damping_bounds: tuple[Any, Any] = (1e-9, 1e6),
     factor_damping_period: int = 20,
-    step_damping: Any = 1.0,
+    step_damping: Any = 2.0,
     step_damping_bounds: tuple[Any, Any] = (1e-9, 1e6),
     step_damping_period: int = 5,
     damping_decay: float = 0.95,
@@ -119,7 +119,7 @@ def optimizer(
       objective, params, batch: as for `kfra`.
       learning_rate: a factor, or an optax schedule, on the step that the
         quadratic model picks; 1 takes it whole. The model is that of one
-        batch, so its minimum goes too far for the others: hence 0.8.
+        batch, so its minimum goes too far for the others: hence 0.9.
       decay: of the moving average of the factors; None uses each batch's own.
       factor_damping: the initial γ, added to the Kronecker factors; None lets
         it follow τ, which measures better and saves the search.

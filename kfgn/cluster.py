@@ -38,7 +38,42 @@ def cluster_items(model: FlatModel, items: list[Item]) -> list[set[int]]:
             merged = _closure(cluster_of[i] | cluster_of[j], parents, cluster_of)
             if not any(barrier[k] for k in merged) and _acyclic(merged, parents, cluster_of):
                 cluster_of.update(dict.fromkeys(merged, merged))
+    _absorb_inner(model, items, parents, barrier, cluster_of)
     return _in_order(parents, cluster_of)
+
+
+def _absorb_inner(
+    model: FlatModel,
+    items: list[Item],
+    parents: list[set[int]],
+    barrier: list[bool],
+    cluster_of: dict[int, set[int]],
+) -> None:
+    """Takes in linear items that lie between a cluster's inputs and the cluster alone.
+
+    A mean that a normalisation subtracts is such an item: outside, it would be
+    one more value between which and the others the walk carries blocks.
+    """
+    returned = set(variables(model.outputs))
+    children: dict[int, set[int]] = {}
+    for j, above in enumerate(parents):
+        for i in above:
+            children.setdefault(i, set()).add(j)
+    for j in reversed(range(len(items))):
+        if barrier[j] or len(cluster_of[j]) > 1 or returned.intersection(items[j][0][0].outvars):
+            continue
+        below = children.get(j, set())
+        targets = {id(cluster_of[k]): cluster_of[k] for k in below}
+        if len(targets) != 1:
+            continue
+        (cluster,) = targets.values()
+        reads = {v for k in cluster for v in _reads(model, items[k])}
+        if len(cluster) > 1 and _reads(model, items[j]) <= reads:
+            cluster_of.update(dict.fromkeys(cluster | {j}, cluster | {j}))
+
+
+def _reads(model: FlatModel, item: Item) -> set:
+    return {v for e in item[0] for v in variables(e.invars) if is_active(model, v)}
 
 
 def _parents(model: FlatModel, items: list[Item]) -> list[set[int]]:

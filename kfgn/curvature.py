@@ -19,9 +19,11 @@ from kfgn.factors import (
     assemble,
     check_sharing,
     gradient_moments,
-    matrix_moments,
+    over_places,
+    walked_moments,
 )
 from kfgn.graph import Graph, build_graph
+from kfgn.homogeneous import summed_over_positions, walk_channels
 from kfgn.layer import require_blocks
 from kfgn.linalg import factor_dtype, inner
 from kfgn.loss import Loss, flatten_batch
@@ -33,6 +35,8 @@ Array = jax.Array
 PyTree = Any
 
 METHODS = ("kfra", "kflr", "kfac", "empirical")
+# What the recursion of "kfra" carries where a value has positions.
+SPATIAL = ("joint", "homogeneous")
 # What may be done with parameters in no layer.
 UNASSIGNED = ("raise", "diagonal", "gradient")
 
@@ -59,6 +63,7 @@ def value_grad_and_curvature(
     *,
     samples: int = 1,
     sharing: str = "expand",
+    spatial: str = "joint",
     unassigned: str = "raise",
 ) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`.
@@ -76,6 +81,9 @@ def value_grad_and_curvature(
       sharing: what stands for the block of a kernel that is used in several
         places of one example (Eschenhagen et al. 2023). "expand": the places
         are like examples of their own; "reduce": the block of their sums.
+      spatial: for "kfra", "joint" to carry one matrix over all entries of a
+        value, or "homogeneous" to let all positions share the matrix of the
+        channels, for convolutions and long sequences (see `kfgn.homogeneous`).
       unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
         compute the exact diagonal of the Gauss-Newton matrix for it, at the
         cost of one backward pass per column of the output Hessian's root;
@@ -88,6 +96,7 @@ def value_grad_and_curvature(
     """
     check_method(method, samples)
     check_sharing(sharing)
+    _check_spatial(spatial, method)
     check_unassigned(unassigned)
 
     def curvature_fn(params, batch, *, key=None):
@@ -97,7 +106,7 @@ def value_grad_and_curvature(
         if unassigned == "raise":
             require_blocks(graph.reasons)
         model = _linearize(graph, objective, params, inputs, targets, method != "kfra")
-        gradients = _gradient_moments(model, method, samples, sharing, key)
+        gradients = _pre_activation_moments(model, method, samples, sharing, spatial, key)
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
             values = {n: model.values[use.input] for n, use in layer.uses.items()}
@@ -133,6 +142,13 @@ def check_unassigned(unassigned: str) -> None:
         raise OptionError(
             f"unassigned must be one of {', '.join(UNASSIGNED)}, found {unassigned!r}"
         )
+
+
+def _check_spatial(spatial: str, method: str) -> None:
+    if spatial not in SPATIAL:
+        raise OptionError(f"spatial must be one of {', '.join(SPATIAL)}, found {spatial!r}")
+    if spatial != "joint" and method != "kfra":
+        raise OptionError(f'spatial is an option of method "kfra", not of {method!r}')
 
 
 def _check_key(method: str, key: Any) -> None:
@@ -210,19 +226,14 @@ def _value_and_gradient(
     }
 
 
-def _gradient_moments(
-    model: _Linearized, method: str, samples: int, sharing: str, key: Array | None
+def _pre_activation_moments(
+    model: _Linearized, method: str, samples: int, sharing: str, spatial: str, key: Array | None
 ) -> dict[str, Moments]:
     """G of every layer."""
     loss, outputs, targets, layers = model.loss, model.outputs, model.targets, model.graph.layers
     if method == "kfra":
-        hessian = loss.mean_hessian(outputs, targets).astype(model.dtype)
-        shared = model.graph.shared_values(model.params)
-        matrices = walk_back(Walk(model.graph, shared, model.values), hessian).uses
-        return {
-            name: matrix_moments(layer, {n: matrices[n] for n in layer.uses}, sharing)
-            for name, layer in layers.items()
-        }
+        sums = _recursion(model, sharing, spatial)
+        return {name: walked_moments(layer, sums, sharing) for name, layer in layers.items()}
 
     def moments(column: Array) -> dict[str, Moments]:
         _, cotangents = model.pull(column)
@@ -242,6 +253,19 @@ def _gradient_moments(
         total = _summed(lambda k: moments(loss.sampled_gradients(k, outputs)), keys)
         return jax.tree.map(lambda x: x / samples, total)
     return moments(loss.gradients(outputs, targets))
+
+
+def _recursion(model: _Linearized, sharing: str, spatial: str) -> dict[str, Array]:
+    """What the mean matrix leaves at every use, summed over its places."""
+    graph = model.graph
+    hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
+    walk = Walk(graph, graph.shared_values(model.params), model.values)
+    layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
+    if spatial == "homogeneous":
+        found = walk_channels(walk, hessian)
+        return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}
+    matrices = walk_back(walk, hessian).uses
+    return {n: over_places(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
 
 
 def _diagonals(model: _Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:

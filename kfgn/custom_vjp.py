@@ -16,10 +16,19 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.equations import Equation, Var, as_array, as_function, variables
+from kfgn.equations import (
+    Equation,
+    Role,
+    Var,
+    as_array,
+    as_function,
+    is_differentiated,
+    variables,
+)
 from kfgn.errors import ModelError
 
-Evaluate = Callable[[Any, Sequence[Any]], list[Any]]  # of a closed jaxpr on arguments
+# Of a closed jaxpr, on arguments with roles.
+Evaluate = Callable[[Any, Sequence[Any], Sequence[Role]], list[Any]]
 
 # Sums of their operands, or of the parts that a predicate or the place chooses,
 # with the position of the first such operand.
@@ -34,7 +43,7 @@ _ZERO_IF_ALL = {
 
 
 def with_forward_rule(
-    equation: Equation, evaluate: Evaluate, fixed: int = 0
+    equation: Equation, roles: Sequence[Role], evaluate: Evaluate
 ) -> Callable[..., Sequence[Any]]:
     """The function of a `custom_vjp_call`, with a rule that is differentiable forwards, too.
 
@@ -43,29 +52,30 @@ def with_forward_rule(
 
     Args:
       equation: the call.
+      roles: those of its operands; it is differentiated in some of them only.
       evaluate: evaluates jaxprs that hold such calls themselves.
-      fixed: how many of the first operands are not differentiated.
     """
     body = equation.params["call_jaxpr"]
-    ins, outs = _Shapes(body.jaxpr.invars, fixed), _Shapes(body.jaxpr.outvars)
+    ins = _Shapes(body.jaxpr.invars, roles)
+    outs = _Shapes(body.jaxpr.outvars, [Role.ACTIVE] * len(body.jaxpr.outvars))
     # Traced when it is differentiated only: the rule may call the function itself.
     backward = functools.cache(lambda: _backward_pass(equation, ins, outs, evaluate))
 
     @jax.custom_jvp
     def function(*args):
-        return outs.arrays(evaluate(body, args))
+        return outs.arrays(evaluate(body, args, roles))
 
     @function.defjvp
     def rule(primals, tangents):
+        pull_jaxpr = backward()
+
         def pull(*cotangents):
-            results = evaluate(backward(), (*primals, *cotangents))
+            results = jex.jaxpr_as_fun(pull_jaxpr)(*primals, *cotangents)
             return [as_array(x, s) for x, s in zip(results, ins.floats(ins.all), strict=True)]
 
         try:
             push = jax.linear_transpose(pull, *outs.floats(outs.all))
             pushed = push(ins.floats(tangents))
-        except ModelError:
-            raise
         except Exception as error:
             raise ModelError(_no_transpose(equation, f"{type(error).__name__}: {error}")) from error
         zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outs.all]
@@ -75,12 +85,14 @@ def with_forward_rule(
 
 
 class _Shapes:
-    """The shapes of some values, and which of the values are differentiated."""
+    """The shapes of some values with roles, and which of the values are differentiated."""
 
-    def __init__(self, atoms: Iterable[Any], fixed: int = 0):
-        self.all = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in atoms]
+    def __init__(self, atoms: Iterable[Any], roles: Sequence[Role]):
+        self.roles = list(roles)
+        self.all = [_shape(v.aval) for v in atoms]
         self._is_float = [
-            k >= fixed and jnp.issubdtype(s.dtype, jnp.inexact) for k, s in enumerate(self.all)
+            is_differentiated(role) and jnp.issubdtype(s.dtype, jnp.inexact)
+            for role, s in zip(roles, self.all, strict=True)
         ]
 
     def arrays(self, values: Iterable[Any]) -> list[Any]:
@@ -94,6 +106,12 @@ class _Shapes:
         """The values with those that are differentiated replaced, in order."""
         new = iter(floats)
         return [next(new) if yes else x for x, yes in zip(values, self._is_float, strict=True)]
+
+
+def _shape(aval: Any) -> jax.ShapeDtypeStruct:
+    # Python numbers among the operands promote like Python numbers in the user's rule.
+    is_weak = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=is_weak)
 
 
 def _backward_pass(
@@ -114,8 +132,9 @@ def _backward_pass(
         return jax.vjp(of_floats, *ins.floats(args))[1](cotangents)
 
     shapes = [*ins.all, *outs.floats(outs.all)]
+    roles = [*ins.roles, *outs.floats(outs.roles)]
     traced = jax.make_jaxpr(backward)(*shapes)
-    flat = jax.make_jaxpr(lambda *values: evaluate(traced, values))(*shapes)
+    flat = jax.make_jaxpr(lambda *values: evaluate(traced, values, roles))(*shapes)
     if not _vanishes_at_zero(flat, flat.jaxpr.invars[count:]):
         raise ModelError(_no_transpose(equation, "it adds something to them"))
     return flat
@@ -161,6 +180,5 @@ def _no_transpose(equation: Equation, why: str) -> str:
     return (
         f"the backward pass of the custom_vjp function {name} is not linear in the cotangents "
         f"({why}).\nkfgn also differentiates forwards, for which it takes the transpose of the "
-        "backward pass; clip gradients, or add to them, in the optimiser or in the loss instead. "
-        "If it is linear, check that it closes over no traced value."
+        "backward pass; clip gradients, or add to them, in the optimiser or in the loss instead."
     )

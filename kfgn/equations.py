@@ -29,6 +29,11 @@ class Role(enum.IntEnum):
     ACTIVE = 3  # data and parameters: the walk goes through it
 
 
+def is_differentiated(role: Role) -> bool:
+    """Whether derivatives of a value with this role are ever asked for."""
+    return role in (Role.PARAMETER, Role.ACTIVE)
+
+
 def joined(roles: Iterable[Role]) -> Role:
     """The role of what is made of values with these roles."""
     found = {Role.CONSTANT, *roles}
@@ -40,6 +45,15 @@ def joined(roles: Iterable[Role]) -> Role:
 def read(env: dict[Var, Any], variable: Any) -> Any:
     """The value of a variable in an environment, or of a literal."""
     return variable.val if isinstance(variable, jex.Literal) else env[variable]
+
+
+def abstract(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The shape, with the dtype of an array, shape or tracer as jax sees it."""
+    dtype = array.dtype
+    # numpy's float64 means jax's default. Random keys have a dtype of jax's own.
+    if not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def as_array(value: Any, aval: Any) -> Any:

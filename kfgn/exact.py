@@ -225,7 +225,7 @@ def _single_diagonal(use: Use, values: Array, rows: Array) -> Array:
     """`mean_n a_n^2 ⊗ diag(H_n)` of a use in one place, `[s, i, o]`."""
     squares = jnp.square(use.activations(values, rows.dtype))[:, :, 0]
     places = use.pre_activations(np.arange(rows.shape[1]).reshape(use.output.aval.shape))
-    curved = rows if _is_range(places) else rows[:, places.reshape(-1)]
+    curved = rows if _is_range(places, rows.shape[1]) else rows[:, places.reshape(-1)]
     if use.form.groups == 1:
         return (matmul(squares[:, 0].T, curved) / rows.shape[0])[None]
     curved = curved.reshape(rows.shape[0], use.form.groups, use.form.d_out)
@@ -277,15 +277,16 @@ def _use_block(use: Use, a: Array, matrix: Array) -> Array:
     """One example's block of a use, from its inputs and the matrix at its pre-activation."""
     groups, positions, d_out = use.form.groups, use.form.positions, use.form.d_out
     places = use.pre_activations(np.arange(matrix.shape[0]).reshape(use.output.aval.shape))
-    if not _is_range(places):
+    if not _is_range(places, len(matrix)):
         matrix = matrix[places.reshape(-1)][:, places.reshape(-1)]
     between = matrix.reshape(groups, positions, d_out, groups, positions, d_out)
     block = jnp.einsum("sti,stoupq,upj->sioujq", a, between, a, precision=PRECISION)
     return block.reshape(2 * (groups * use.width * d_out,))
 
 
-def _is_range(places: np.ndarray) -> bool:
-    return bool(np.all(places.reshape(-1) == np.arange(places.size)))
+def _is_range(places: np.ndarray, size: int) -> bool:
+    """Whether the places are all entries in their order."""
+    return places.size == size and bool(np.all(places.reshape(-1) == np.arange(size)))
 
 
 def _free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Array]:

@@ -91,23 +91,37 @@ def gradient_moments(
     return _of_both(layer, of)
 
 
-def matrix_moments(layer: Layer, matrices: dict[str, Array], sharing: str) -> Moments:
-    """G, from the matrix `[D, D]` of every use's whole pre-activation, by its name.
+def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moments:
+    """G, from sums over places of what the recursion found, by use: see `over_places`.
 
-    Between different uses of a tied kernel the matrices say nothing, so "reduce"
-    sums over the places of each use alone.
+    Between different uses of a tied kernel the recursion says nothing, so
+    "reduce" sums over the places of each use alone.
     """
 
     def of(slot: dict[str, Use]) -> Array:
-        parts = [_walked(use, matrices[n], _sharing(layer, sharing)) for n, use in slot.items()]
+        total = sum(sums[name] for name in slot)
         if _sharing(layer, sharing) == "reduce":
-            weights = [use.kernel.factor**2 if layer.indexed else 1.0 for use in slot.values()]
-            return sum(w * part for w, part in zip(weights, parts, strict=True))
-        total = sum(parts[1:], start=parts[0])
+            return total * layer.first.kernel.factor**2 if layer.indexed else total
         places = sum(use.form.positions for use in slot.values())
         return total if places == 1 else total / places
 
     return _of_both(layer, of)
+
+
+def over_places(layer: Layer, use: Use, matrix: Array, sharing: str) -> Array:
+    """Sums of the matrix over a use's whole pre-activation, `[D, D]`, as `[s, o, o]`.
+
+    For "expand" over equal places, `sum_t M[s, t, o, s, t, o']`; for "reduce"
+    over all pairs of places.
+    """
+    entries = np.arange(matrix.shape[0]).reshape(use.output.aval.shape)
+    places = use.pre_activations(entries)
+    if places.shape == (1, 1, len(matrix)) and np.all(np.diff(places) == 1):
+        return matrix[None]
+    if _sharing(layer, sharing) == "reduce":
+        rows = jnp.sum(matrix[places], axis=1)  # `[s, o, D]`
+        return jnp.stack([jnp.sum(r[:, p], axis=1) for r, p in zip(rows, places, strict=True)])
+    return jnp.sum(matrix[places[..., :, None], places[..., None, :]], axis=1)
 
 
 def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Factors:
@@ -133,10 +147,15 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
 
 def _sharing(layer: Layer, sharing: str) -> str:
     # A row that is added everywhere has a constant for its input: "reduce" is
-    # exact. Rows that are looked up keep a diagonal Q with "expand" alone.
+    # exact. Rows that are looked up keep a diagonal Q with "expand" alone, and
+    # of several uses the recursion knows no cross terms.
     if layer.indexed:
-        return "reduce" if layer.activation_size == 1 else "expand"
+        return "reduce" if _is_one_row(layer) else "expand"
     return sharing
+
+
+def _is_one_row(layer: Layer) -> bool:
+    return layer.activation_size == 1 == len(layer.uses)
 
 
 def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
@@ -168,7 +187,7 @@ def _moment(rows: Array) -> Array:
 
 def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any) -> Array:
     """How often each row is looked up per example, the diagonal of "expand"'s Q, `[1, d_in]`."""
-    if layer.activation_size == 1:  # "reduce", whose G has the factors in it
+    if _is_one_row(layer):  # "reduce", whose G has the factor in it
         return jnp.ones((1, 1), dtype)
     total = jnp.zeros(layer.activation_size, dtype)
     for name, use in slot.items():
@@ -176,15 +195,3 @@ def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype:
         weight = jnp.asarray(use.kernel.factor**2 / found.shape[0], dtype)
         total = total.at[found.reshape(-1)].add(weight)
     return total[None]
-
-
-def _walked(use: Use, matrix: Array, sharing: str) -> Array:
-    """`[s, o, o]` of the matrix over all entries of a use's pre-activation."""
-    entries = np.arange(matrix.shape[0]).reshape(use.output.aval.shape)
-    places = use.pre_activations(entries)
-    if places.shape[:2] == (1, 1) and np.all(np.diff(places.reshape(-1)) == 1):
-        return matrix[None]
-    if sharing == "reduce":
-        rows = jnp.sum(matrix[places], axis=1)  # `[s, o, D]`
-        return jnp.stack([jnp.sum(r[:, p], axis=1) for r, p in zip(rows, places, strict=True)])
-    return jnp.sum(matrix[places[..., :, None], places[..., None, :]], axis=1)

@@ -2,13 +2,12 @@
 
 A reader looks at one equation and the position of its kernel, and returns the
 `Form`, or None where the equation is no such product. New kinds are registered
-with `register_layer`.
+with `kfgn.register_layer`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.jaxpr import Equation, is_complex
+from kfgn.registry import LAYERS, Reader, read_registered
 from kfgn.source import Source
 from kfgn.use import Form
 
 Array = jax.Array
-Reader = Callable[[Equation, int, Source], "Form | None"]
 
 
 def dense(equation: Equation, side: int, source: Source) -> Form | None:
@@ -143,7 +142,7 @@ def scale(equation: Equation, side: int, source: Source) -> Form | None:
     """`mul`: every entry of the parameter is a group of its own, one input to one output."""
     if is_complex(equation.outvars[0]):
         return None
-    places = _places(source, equation.outvars[0].aval.shape)
+    places = _places(_labels_in_result(equation, side, source))
     if places is None:
         return None
     groups, positions = places.shape
@@ -162,13 +161,13 @@ def scale(equation: Equation, side: int, source: Source) -> Form | None:
 
 
 def shift(equation: Equation, side: int, source: Source) -> Form | None:
-    """`add` or `sub`: a look-up of the parameter's rows, each in its fixed place.
+    """`add`, `sub` or `concatenate`: a look-up of the parameter's rows, each in its fixed place.
 
     The last axis of the parameter is o, and the row i.
     """
     if is_complex(equation.outvars[0]):
         return None
-    places = _places(source, equation.outvars[0].aval.shape)
+    places = _places(_labels_in_result(equation, side, source))
     if places is None:
         return None
     lengths = [n for n in source.shape if n != 1] or [1]
@@ -190,16 +189,32 @@ def shift(equation: Equation, side: int, source: Source) -> Form | None:
     return Form("shift", 1, rows.size, d_in, d_out, activations, read_kernel, outputs, indexed=True)
 
 
-def _places(source: Source, shape: tuple[int, ...]) -> np.ndarray | None:
+def _labels_in_result(equation: Equation, side: int, source: Source) -> np.ndarray:
+    """For each entry of the result, the parameter's entry that is added or joined; -1 for none."""
+    shape = equation.outvars[0].aval.shape
+    if equation.primitive.name != "concatenate":
+        return np.broadcast_to(source.labels(), shape)
+    axis = equation.params["dimension"]
+    start = sum(atom.aval.shape[axis] for atom in equation.invars[:side])
+    labels = np.full(shape, -1)
+    own = np.moveaxis(labels, axis, 0)
+    own[start : start + equation.invars[side].aval.shape[axis]] = np.moveaxis(
+        source.labels(), axis, 0
+    )
+    return labels
+
+
+def _places(labels: np.ndarray) -> np.ndarray | None:
     """For each entry of the parameter, where it stands among the result's entries.
 
     `[entries, positions]`; None where entries stand in unequally many places.
     """
-    labels = np.broadcast_to(source.labels(), shape).reshape(-1)
-    found, counts = np.unique(labels, return_counts=True)
+    flat = labels.reshape(-1)
+    found, counts = np.unique(flat[flat >= 0], return_counts=True)
     if np.any(counts != counts[0]):
         return None
-    return np.argsort(labels, kind="stable").reshape(found.size, counts[0])
+    order = np.argsort(flat, kind="stable")[np.sum(flat < 0) :]
+    return order.reshape(found.size, counts[0])
 
 
 def _entries_in_order(source: Source, value: Any) -> Any:
@@ -229,22 +244,14 @@ _READERS: dict[str, Reader] = {
     "add": shift,
     "add_any": shift,
     "sub": shift,
+    "concatenate": shift,
 }
 
 
 def read_form(equation: Equation, side: int, source: Source) -> Form | None:
     """The form of an equation whose operand `side` is a kernel, or None."""
-    reader = _READERS.get(equation.primitive.name)
+    name = equation.primitive.name
+    if name in LAYERS:
+        return read_registered(equation, side, source)
+    reader = _READERS.get(name)
     return reader(equation, side, source) if reader else None
-
-
-def register_layer(primitive: str, reader: Reader) -> None:
-    """Teaches kfgn a layer kind: a primitive that multiplies a kernel with data.
-
-    Args:
-      primitive: the primitive's name in a jaxpr.
-      reader: `(equation, side, source) -> Form | None`, where operand number
-        `side` of the equation is the kernel. See `kfgn.Form` for what a form
-        holds; None says that this equation is no layer.
-    """
-    _READERS[primitive] = reader

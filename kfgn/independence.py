@@ -3,8 +3,8 @@
 Curvature is a sum over examples, so it is traced on one of them. For a model
 whose examples meet, as in a batch normalisation by the batch's own statistics,
 that would be the curvature of another function. Such a model is found by
-running it: on made-up values, one example is changed, and the outputs of the
-others must stay.
+running it: on made-up values, some examples are changed, and the outputs of
+the others must stay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.equations import as_function
+from kfgn.equations import abstract, as_function
 from kfgn.errors import ModelError
 from kfgn.paths import path_name
 
@@ -26,10 +26,12 @@ PyTree = Any
 Shape = jax.ShapeDtypeStruct
 Draw = Callable[[np.ndarray], np.ndarray]
 
-# A batch has three examples. The one in the middle is changed, so that both
-# what flows to later examples and what flows to earlier ones is seen.
+# Three examples, and three more that they are changed into. Changing the one in
+# the middle is seen where examples meet in pairs or on average, changing those
+# around it where all look at the first or at the last.
 _COUNT = 3
-_BEFORE, _AFTER = [0, 1, 2], [0, 3, 2]
+_FIRST = [0, 1, 2]
+_CHANGES = ([0, 4, 2], [3, 1, 5])
 
 _POOL = np.random.default_rng(0).normal(size=10007)  # a prime: rows of a matrix differ
 
@@ -58,81 +60,104 @@ def check_independent(
         `jax.ShapeDtypeStruct`).
       inputs: a batch of inputs; only shapes matter, and not the batch's size.
     """
-    shapes = jax.tree.map(lambda a: _shape(a, a.shape), params)
-    batch = jax.tree.map(lambda a: _shape(a, (_COUNT, *a.shape[1:])), inputs)
+    shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
+    batch = jax.tree.map(lambda a: abstract(a, (_COUNT, *a.shape[1:])), inputs)
     leaves, tree = jax.tree.flatten((shapes, batch))
     known, signature = _signatures(model), (tree, tuple((s.shape, s.dtype) for s in leaves))
     if signature in known:
         return
-    # The values are no part of a trace, or of a search for NaNs, that this may be called in.
-    with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+    # Made-up values may leave a function's domain, which is no bug to search for.
+    with jax.debug_nans(False), jax.debug_infs(False):
         found = _dependence(model, shapes, batch)
     if found is not None:
         raise ModelError(
             f"the examples of a batch are not independent: {found}. kfgn needs a model that acts "
             "on each example alone: give batch normalisation frozen statistics "
-            "(use_running_average=True), and make other operations act within an example."
+            "(use_running_average=True, or eval() in nnx), and make other operations act within an "
+            "example."
         )
     known.add(signature)
-
-
-def _shape(array: Any, shape: tuple[int, ...]) -> Shape:
-    return Shape(shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _signatures(model: Any) -> set[Any]:
     """The signatures that this model passed with, kept for as long as the model lives."""
     key = id(model)
-    if key not in _passed:
+    ref, signatures = _passed.get(key, (lambda: None, set()))
+    if ref() is not model:
         try:
-            ref = weakref.ref(model, lambda _: _passed.pop(key, None))
-        except TypeError:  # it does not tell when it dies
-            return set()
-        _passed[key] = ref, set()
-    return _passed[key][1]
+            signatures = set()
+            _passed[key] = weakref.ref(model, lambda _: _passed.pop(key, None)), signatures
+        except TypeError:
+            pass  # it does not tell when it dies: nothing is kept
+    return signatures
 
 
 def _dependence(model: Callable, params: PyTree, batch: PyTree) -> str | None:
     """What moved when one example was changed, in words."""
     try:
-        trials = _trials(model, params, batch)
+        run, known, names = _compile(model, params, batch)
+        fixed = [*known, *jax.tree.leaves(params)]
+        # The values are no part of a trace that this may be called in.
+        with jax.ensure_compile_time_eval():
+            trials = _trials(run, fixed, jax.tree.leaves(batch))
     except Exception:
         return None  # the trace on one example tells what is wrong
-    for before, after in trials:
-        for name in before:
-            for k in (0, 2):
-                change, scale = _change(before[name][k], after[name][k])
-                if change > _tolerance(before[name].dtype) * scale:
+    for rows, before, after in trials:
+        for name, a, b in zip(names, before, after, strict=True):
+            for k in set(rows).intersection(_FIRST):
+                change, scale = _change(a[k], b[k])
+                if change > _tolerance(a.dtype) * scale:
+                    moved = f"moved by {change:.2g} (it reaches {scale:.2g})"
                     return (
                         f"with made-up values, {f'output {name!r}' if name else 'the output'} of "
-                        f"example {k} moved by {change:.2g} (it reaches {scale:.2g}) when the "
-                        "input of example 1 alone was changed"
+                        f"example {k} {moved if change < math.inf else 'turned finite or not'} "
+                        f"when the input of {_named(rows)} alone was changed"
                     )
     return None
 
 
-Outputs = dict[str, np.ndarray]
+def _named(rows: list[int]) -> str:
+    changed = [str(k) for k in _FIRST if rows[k] != k]
+    return f"example{'s' * (len(changed) > 1)} {' and '.join(changed)}"
 
 
-def _trials(model: Callable, params: PyTree, batch: PyTree) -> list[tuple[Outputs, Outputs]]:
-    """The outputs before and after the change, for each draw.
+def _compile(
+    model: Callable, params: PyTree, batch: PyTree
+) -> tuple[Callable[..., Any], list[Any], list[str]]:
+    """The model on `(*known, *params, *inputs)`, what it closes over, and its outputs' names.
 
-    Two draws are enough for which the outputs of the changed example move.
+    What it closes over may be known, or traced around this call.
     """
     closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
-    jaxpr, tree = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
-    names = {path_name(path): k for k, (path, s) in enumerate(tree) if _is_comparable(s)}
-    outs = [jaxpr.outvars[k] for k in names.values()]
-    function = as_function(jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], outs)
-    run, trials, alive = None, [], 0
+    jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
+    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape)]
+    function = as_function(
+        jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], [jaxpr.outvars[k] for k in kept]
+    )
+    known = [abstract(x, x.shape) if _is_tracer(x) else x for x in closed.consts]
+    run = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch))).compile()
+    return run, known, [path_name(outs[k][0]) for k in kept]
+
+
+_Trial = tuple[list[int], list[np.ndarray], list[np.ndarray]]
+
+
+def _trials(run: Callable[..., Any], fixed: list[Any], batch: list[Shape]) -> list[_Trial]:
+    """The rows of each change, and the outputs before and after it, for each draw.
+
+    Two draws are enough for which the outputs of changed examples move.
+    """
+    trials: list[_Trial] = []
+    alive = 0
     for draw in _DRAWS:
-        fixed = jax.device_put([_made_up(x, draw, k) for k, x in enumerate(_fixed(closed, params))])
-        examples = [_examples(s, draw, k) for k, s in enumerate(jax.tree.leaves(batch))]
-        pair = [[*fixed, *(x[rows] for x in examples)] for rows in (_BEFORE, _AFTER)]
-        run = run or jax.jit(function).lower(*pair[0]).compile()
-        results = [dict(zip(names, map(np.asarray, run(*values)), strict=True)) for values in pair]
-        trials.append((results[0], results[1]))
-        moved = [_change(results[0][name][1], results[1][name][1])[0] for name in names]
+        same = jax.device_put([_made_up(x, draw, k) for k, x in enumerate(fixed)])
+        inputs = [_examples(s, draw, k) for k, s in enumerate(batch)]
+        before, *results = (
+            list(map(np.asarray, run(*same, *(x[np.array(rows)] for x in inputs))))
+            for rows in (_FIRST, *_CHANGES)
+        )
+        trials += [(rows, before, after) for rows, after in zip(_CHANGES, results, strict=True)]
+        moved = [_change(a[1], b[1])[0] for a, b in zip(before, results[0], strict=True)]
         alive += any(0 < change < math.inf for change in moved)
         if alive == 2:
             break
@@ -144,23 +169,24 @@ def _is_comparable(shape: Any) -> bool:
     return is_number and shape.shape[:1] == (_COUNT,)
 
 
-def _fixed(closed: Any, params: PyTree) -> list[Any]:
-    """What is not changed: values that the model closes over, and shapes of parameters."""
-    return [*closed.consts, *jax.tree.leaves(params)]
+def _is_tracer(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
 
 
 def _made_up(value: Any, draw: Draw, place: int) -> Any:
-    """Made-up numbers for a shape or a tracer; a value that is known stays."""
-    if not isinstance(value, (Shape, jax.core.Tracer)):
+    """Made-up numbers for a shape; any other value stays."""
+    if not isinstance(value, Shape):
         return value
     return _as_dtype(_numbers(value.shape, value.dtype, draw, place), value.dtype)
 
 
 def _examples(shape: Shape, draw: Draw, place: int) -> Any:
-    """The examples of a batch, and one more to change the second into."""
-    numbers = _numbers((_COUNT + 1, *shape.shape[1:]), shape.dtype, draw, -1 - place)
+    """The examples of a batch, and what they are changed into."""
+    numbers = _numbers((2 * _COUNT, *shape.shape[1:]), shape.dtype, draw, -1 - place)
     if numbers.dtype == bool:
-        numbers[3] = ~numbers[1]
+        numbers[_COUNT:] = ~numbers[:_COUNT]
+    else:
+        numbers[_COUNT:] *= 3.0  # a maximum moves, too
     return _as_dtype(numbers, shape.dtype)
 
 

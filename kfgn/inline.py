@@ -15,7 +15,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from kfgn.custom_vjp import with_forward_rule
-from kfgn.equations import Equation, Role, Var, as_array, bind, joined
+from kfgn.equations import Equation, Role, Var, as_array, bind, is_differentiated, joined
 
 # Calls that only group equations, with the parameter that holds their body.
 _TRANSPARENT = {
@@ -61,9 +61,8 @@ def _evaluate(equation: Equation, operands: list[Value]) -> list[Value]:
     if name == "scan" and _differentiated(operands):
         return _unroll(equation, operands)
     if name == "custom_vjp_call" and _differentiated(operands):
-        count = equation.params["num_consts"]  # values that the function closes over
-        fixed = 0 if _differentiated(operands[:count]) else count
-        results = with_forward_rule(equation, _evaluate_active, fixed)(*arrays)
+        function = with_forward_rule(equation, [v.role for v in operands], _evaluate_with_roles)
+        results = function(*arrays)
     else:
         results = bind(equation, arrays)
     role = joined(v.role for v in operands)
@@ -71,11 +70,11 @@ def _evaluate(equation: Equation, operands: list[Value]) -> list[Value]:
 
 
 def _differentiated(values: Iterable[Value]) -> bool:
-    return any(v.role in (Role.PARAMETER, Role.ACTIVE) for v in values)
+    return any(is_differentiated(v.role) for v in values)
 
 
-def _evaluate_active(body: Any, arguments: Sequence[Any]) -> list[Any]:
-    return [v.array for v in inline(body, [Value(x, Role.ACTIVE) for x in arguments])]
+def _evaluate_with_roles(body: Any, arguments: Sequence[Any], roles: Sequence[Role]) -> list[Any]:
+    return [v.array for v in inline(body, list(map(Value, arguments, roles)))]
 
 
 # Loops.

@@ -30,11 +30,11 @@ _CHUNK_BYTES = 2**26
 class Jacobian(Protocol):
     """The Jacobian of a node in every example of the batch."""
 
-    def left(self, o: Var, i: Var, block: Array) -> Array:
-        """`E[J_oi'] block`, `[D_i, D_v]` from `[D_o, D_v]`."""
+    def left(self, o: Var, i: Var, block: Array) -> Array | None:
+        """`E[J_oi'] block`, `[D_i, D_v]` from `[D_o, D_v]`; None for zero."""
 
-    def congruence(self, own: Blocks, i: Var, j: Var) -> Array:
-        """`sum_op E[J_oi' M_op J_pj]`, `[D_i, D_j]`."""
+    def congruence(self, own: Blocks, i: Var, j: Var) -> Array | None:
+        """`sum_op E[J_oi' M_op J_pj]`, `[D_i, D_j]`; None for zero."""
 
     def congruence_diagonal(self, own: Blocks, i: Var) -> Array:
         """The diagonal of `congruence(own, i, i)`; blocks may be diagonals themselves."""

@@ -19,6 +19,7 @@ from kfgn.equations import (
     Equation,
     Role,
     Var,
+    abstract,
     as_function,
     bind,
     evaluate,
@@ -76,8 +77,8 @@ def flatten_model(
     """
     leaves = named_leaves(params)
     _check_parameters(leaves)
-    shapes = jax.tree.map(lambda a: _abstract(a, a.shape), params)
-    example = jax.tree.map(lambda a: _abstract(a, a.shape[1:]), inputs)
+    shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
+    example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
 
     def single(params, example):
         outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
@@ -114,14 +115,6 @@ def flatten_model(
         output_tree=jax.tree.structure(out),
         roles=_roles(jaxpr, parameters.values(), data),
     )
-
-
-def _abstract(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    # numpy's float64 means jax's default.
-    dtype = array.dtype
-    if not jnp.issubdtype(dtype, jax.dtypes.extended):  # a random key has a dtype of its own
-        dtype = jax.dtypes.canonicalize_dtype(dtype)
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _call(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:

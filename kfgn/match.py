@@ -54,13 +54,16 @@ def meets(use: Use) -> list[tuple[str, int]]:
 
 
 def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
-    """Constants that meet a kernel which elsewhere meets data in the same way.
+    """Constants that take the place of data beside a parameter.
 
-    The first state of a recurrent layer is such a constant: as data, its
-    product with the kernel is one more use like the others.
+    The first state of a recurrent layer meets a kernel which elsewhere meets
+    data: as data, its product with the kernel is one more use like the others.
+    And rows that are looked up may be the same for every example.
     """
-    with_data, constants = set(), []
+    with_data, constants, looked_up = set(), [], set()
     for equation in model.jaxpr.eqns:
+        if equation.primitive.name == "gather" and equation.invars[0] in sources:
+            looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
         if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
             continue
         for side, v in enumerate(equation.invars):
@@ -69,20 +72,22 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
                 with_data.add(sources[v].name)
             elif v in sources and model.roles[other] is Role.CONSTANT:
                 constants.append((sources[v].name, other))
-    return {v for name, v in constants if name in with_data}
+    return {v for name, v in constants if name in with_data} | {
+        v for v in looked_up if model.roles[v] is Role.CONSTANT
+    }
 
 
 def _read(model: FlatModel, equation: Equation, sources: Sources) -> tuple[Form, int] | None:
     """The form of an equation where one operand is a kernel and the other is data."""
     operands = variables(equation.invars)
-    if len(operands) != 2 or len(equation.outvars) != 1:
+    kernels = [v for v in operands if v in sources]
+    if len(kernels) != 1 or len(operands) < 2 or len(equation.outvars) != 1:
         return None
-    kernels = [v in sources for v in operands]
-    if sum(kernels) != 1:
+    side = equation.invars.index(kernels[0])
+    data = [v for v in operands if v is not kernels[0]]
+    if any(model.roles[v] < Role.PASSIVE for v in data):
         return None
-    side = equation.invars.index(operands[kernels.index(True)])
-    data = operands[kernels.index(False)]
-    if model.roles[data] < Role.PASSIVE or model.roles[equation.outvars[0]] is not Role.ACTIVE:
+    if model.roles[equation.outvars[0]] is not Role.ACTIVE:
         return None
     form = read_form(equation, side, sources[equation.invars[side]])
     return None if form is None else (form, side)
@@ -118,9 +123,12 @@ def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | 
             bias = _bias(use, moves, equation, value, sources)
             if bias is None:
                 return use
-            where = _places(use, moves)
+            where, kernel = _places(use, moves), use.kernel
+            if equation.primitive.name == "sub" and equation.invars[0] is not value:
+                kernel = dataclasses.replace(kernel, factor=-kernel.factor)
             return dataclasses.replace(
                 use,
+                kernel=kernel,
                 bias=bias,
                 output=equation.outvars[0],
                 equations=(*use.equations, *chain),
@@ -156,8 +164,6 @@ def _bias(
     """The bias that the equation adds, if it gives every output of every group one entry."""
     side = [atom is value for atom in equation.invars].index(False)
     other = equation.invars[side]
-    if equation.primitive.name == "sub" and side == 0:
-        return None
     source = sources.get(other) if variables([other]) else None
     form, count = use.form, use.form.groups * use.form.d_out
     if source is None or source.name == use.kernel.name:
@@ -175,6 +181,6 @@ def _bias(
     order[units] = added
     if np.any(order[units] != added) or np.unique(order).size != count:
         return None
-    if equation.primitive.name == "sub":
+    if equation.primitive.name == "sub" and side == 1:
         source = dataclasses.replace(source, factor=-source.factor)
     return Bias(source, order.reshape(form.groups, form.d_out))

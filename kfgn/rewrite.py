@@ -12,10 +12,11 @@ from kfgn.equations import Equation, Var, bind, read, variables
 
 
 def reassociate(closed: jex.ClosedJaxpr, values: Sequence[Any], parameters: int) -> list[Any]:
-    """Evaluates a flat jaxpr with `y * (x * s)` as `(y * x) * s`, for data x, y and a parameter s.
+    """Evaluates a flat jaxpr with `y * (x * s)` as `(y * x) * s`, for data y and a parameter s.
 
-    Normalisations multiply their scale with the reciprocal deviation first;
-    with the scale last, a shift that follows is seen to belong to it.
+    Normalisations multiply their scale with the reciprocal deviation x first,
+    data or constant; with the scale last, it is seen to be a scale, and a
+    shift that follows to belong to it.
 
     Args:
       closed: the jaxpr.
@@ -25,7 +26,8 @@ def reassociate(closed: jex.ClosedJaxpr, values: Sequence[Any], parameters: int)
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     env.update(zip(jaxpr.invars, values, strict=True))
-    inner = _inner_products(jaxpr, set(jaxpr.invars[parameters:]))
+    split = (set(jaxpr.invars[:parameters]), set(jaxpr.invars[parameters:]))
+    inner = _inner_products(jaxpr, *split)
     waiting: dict[Var, tuple[Any, Any]] = {}
     for equation in jaxpr.eqns:
         out = equation.outvars[0]
@@ -48,9 +50,11 @@ def _of_one_rank(*operands: Any) -> tuple[Any, ...]:
     return tuple(jax.numpy.broadcast_to(x, shape) for x in operands)
 
 
-def _inner_products(jaxpr: jex.Jaxpr, data: set[Var]) -> dict[Var, tuple[Any, Any]]:
-    """Products of data and a parameter that are read once, by a product with data."""
-    depends = _depends(jaxpr, data)
+def _inner_products(
+    jaxpr: jex.Jaxpr, parameters: set[Var], data: set[Var]
+) -> dict[Var, tuple[Any, Any]]:
+    """Products of a parameter with something else that are read once, by a product with data."""
+    on_data, on_parameters = _depends(jaxpr, data), _depends(jaxpr, parameters)
     readers: dict[Var, list[Equation | None]] = {}
     for equation in jaxpr.eqns:
         for v in variables(equation.invars):
@@ -61,16 +65,18 @@ def _inner_products(jaxpr: jex.Jaxpr, data: set[Var]) -> dict[Var, tuple[Any, An
     for equation in jaxpr.eqns:
         if equation.primitive.name != "mul" or len(variables(equation.invars)) != 2:
             continue
-        on_data = [v in depends for v in equation.invars]
+        pure = [v in on_parameters and v not in on_data for v in equation.invars]
         outs = readers.get(equation.outvars[0], [])
-        if sum(on_data) != 1 or len(outs) != 1 or outs[0] is None:
+        if sum(pure) != 1 or len(outs) != 1 or outs[0] is None:
             continue
+        x, s = equation.invars[pure.index(False)], equation.invars[pure.index(True)]
         outer = outs[0]
-        if outer.primitive.name != "mul" or any(v in found for v in outer.invars):
+        if outer.primitive.name != "mul" or any(v in found for v in variables(outer.invars)):
             continue
-        if all(v in depends for v in outer.invars if v is not equation.outvars[0]):
-            side = on_data.index(True)
-            found[equation.outvars[0]] = (equation.invars[side], equation.invars[1 - side])
+        if x in on_parameters and x not in on_data:
+            continue
+        if all(v in on_data for v in outer.invars if v is not equation.outvars[0]):
+            found[equation.outvars[0]] = (x, s)
     return found
 
 

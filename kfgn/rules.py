@@ -1,13 +1,18 @@
 """What each primitive's Jacobian looks like: one line per primitive.
 
 The rules only classify; every Jacobian itself comes from automatic
-differentiation. A primitive not named here is *general*: correct, and treated
-by its vector-Jacobian product example by example.
+differentiation. A primitive that is neither named here nor registered with
+`kfgn.register_primitive` is *general*: correct, and treated by its
+vector-Jacobian product example by example. Those of jax that are rightly
+general are named, too, so that only unknown ones are announced.
 """
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
 from kfgn.jaxpr import Equation, FlatModel, Role, variables
+from kfgn.registry import LAYERS, PRIMITIVES
 from kfgn.source import keeps_order
 
 # Linear in all differentiable operands together.
@@ -15,7 +20,8 @@ _LINEAR = {
     "add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type", "real", "imag",
     "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "rev", "slice", "pad",
     "concatenate", "split", "reduce_sum", "cumsum", "reduce_window_sum", "reduce_precision",
-    "optimization_barrier",
+    "optimization_barrier", "stack", "unstack", "tile", "name", "device_put",
+    "sharding_constraint", "layout_constraint", "reshard",
 }  # fmt: skip
 
 # Linear in one operand where the others are the same for every example.
@@ -30,6 +36,7 @@ _LINEAR_IN = {
     "dynamic_slice": (0,),
     "dynamic_update_slice": (0, 1),
     "scatter-add": (0, 2),
+    "scatter-sub": (0, 2),
 }
 
 # Linear maps that mix many entries: cheaper as a node of their own than inside
@@ -53,15 +60,84 @@ _CUSTOM_RULES = {
 }
 _CALLS = {"jit": "jaxpr", "pjit": "jaxpr", **_CUSTOM_RULES}
 
+# Primitives of jax whose Jacobian differs per example, or which have none.
+_GENERAL = {
+    # arrays
+    "after_all", "argmax", "argmin", "bitcast_convert_type", "broadcast_to", "clz", "complex",
+    "conj", "create_token", "cumlogsumexp", "cummax", "cummin", "cumprod", "dce_sink", "empty",
+    "empty2", "eq_to", "fft", "igamma", "igamma_grad_a", "igammac", "iota", "le_to", "lt_to",
+    "mulhi", "polygamma", "population_count", "ragged_dot_general", "random_gamma_grad",
+    "reduce", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor",
+    "reduce_window", "reduce_window_max", "reduce_window_min", "regularized_incomplete_beta",
+    "scaled_dot", "scaled_matmul", "scaled_matmul_wrapper", "scatter", "scatter-max",
+    "scatter-min", "scatter-mul", "select_and_gather_add", "select_and_scatter",
+    "select_and_scatter_add", "shift_left", "shift_right_arithmetic", "shift_right_logical",
+    "sort", "stage", "tie", "top_k", "approx_top_k", "zeros_like", "zeta",
+    # linear algebra
+    "cholesky", "cholesky_update", "custom_linear_solve", "eig", "eigh", "geqp3", "geqrf",
+    "hessenberg", "householder_product", "lu", "lu_pivots_to_permutation", "ormqr", "qr", "schur",
+    "svd", "symmetric_product", "triangular_solve", "tridiagonal", "tridiagonal_solve",
+    # random numbers
+    "philox2x32", "philox4x32", "random_bits", "random_clone", "random_fold_in", "random_gamma",
+    "random_seed", "random_split", "random_unwrap", "random_wrap", "rng_bit_generator",
+    "rng_uniform", "threefry2x32", "threefry4x32",
+    # loops, calls and rules of the user's own
+    "addupdate", "call", "call_exported", "checkpoint", "closed_call", "composite", "cond",
+    "core_call", "custom_lin", "custom_partitioning", "custom_vmap_call", "debug_callback",
+    "debug_print", "ffi_call", "get", "io_callback", "linear_call", "pallas_call",
+    "platform_index", "pure_callback", "remat", "remat2", "remat_opt", "run_state", "scan",
+    "shard_map", "swap", "while",
+    # several devices
+    "all_gather", "all_gather_invariant", "all_to_all", "axis_index", "pbroadcast", "pmax",
+    "pmin", "ppermute", "psum", "psum_invariant", "pvary", "ragged_all_to_all", "reduce_scatter",
+    "with_memory_space_constraint",
+    # sparse matrices, fused attention
+    "bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_extract", "bcoo_fromdense",
+    "bcoo_sort_indices", "bcoo_spdot_general", "bcoo_sum_duplicates", "bcoo_todense",
+    "bcoo_transpose", "bcsr_dot_general", "bcsr_extract", "bcsr_fromdense", "bcsr_todense",
+    "coo_fromdense", "coo_matmat", "coo_matvec", "coo_todense", "csr_fromdense", "csr_matmat",
+    "csr_matvec", "csr_todense", "spsolve", "todense",
+    "dot_product_attention_fwd_wrapper", "dot_product_attention_fwd",
+}  # fmt: skip
+
+# Those of them whose derivative does not exist, or only with some options.
+_PARTLY_DIFFERENTIABLE = {
+    "approx_top_k", "broadcast_to", "call_exported", "cholesky_update", "composite", "cond",
+    "custom_partitioning", "custom_vmap_call", "dot_product_attention_fwd",
+    "dot_product_attention_fwd_wrapper", "eig", "ffi_call", "geqp3", "geqrf", "hessenberg",
+    "householder_product", "igamma_grad_a", "io_callback", "lu_pivots_to_permutation",
+    "nextafter", "ormqr", "pallas_call", "pmax", "pmin", "polygamma", "pure_callback", "qr",
+    "reduce", "reduce_window", "regularized_incomplete_beta", "rng_uniform", "scaled_dot",
+    "scaled_matmul", "scaled_matmul_wrapper", "scatter", "scatter-mul", "schur",
+    "select_and_gather_add", "select_and_scatter", "svd", "symmetric_product", "tridiagonal",
+    "while", "zeta",
+}  # fmt: skip
+
+_KNOWN = {*_LINEAR, *_MULTILINEAR, *_LINEAR_IN, *_ELEMENTWISE, *_CALLS, *_GENERAL}
+
+
+def is_known(equation: Equation) -> bool:
+    """Whether the primitive is named here or registered."""
+    name = equation.primitive.name
+    return name in _KNOWN or name in PRIMITIVES or name in LAYERS
+
+
+def surely_differentiable(equation: Equation) -> bool:
+    """Whether the primitive is one of jax's that always have a derivative."""
+    name = equation.primitive.name
+    return name in _KNOWN and name not in _PARTLY_DIFFERENTIABLE
+
 
 def is_linear(model: FlatModel, equation: Equation) -> bool:
     """Whether the Jacobian is the same for every example (offsets may differ)."""
     name = equation.primitive.name
     roles = [_role(model, atom) for atom in equation.invars]
+    if name in PRIMITIVES:
+        return _is_linear_as_registered(equation, roles)
     if name in _LINEAR:
         return True
     if name in _MULTILINEAR:
-        return roles.count(Role.ACTIVE) == 1 and Role.PASSIVE not in roles
+        return _has_one_factor(roles)
     allowed = _LINEAR_IN.get(name)
     if allowed is None:
         return False
@@ -69,9 +145,24 @@ def is_linear(model: FlatModel, equation: Equation) -> bool:
     return all(role < Role.PASSIVE or i in allowed for i, role in enumerate(roles))
 
 
+def _is_linear_as_registered(equation: Equation, roles: list[Role]) -> bool:
+    kind = PRIMITIVES[equation.primitive.name]
+    if kind == "linear":
+        # Data that are no floating-point numbers, such as indices, are no offsets.
+        passive = [a for a, r in zip(equation.invars, roles, strict=True) if r is Role.PASSIVE]
+        return all(jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in passive)
+    return kind == "multilinear" and _has_one_factor(roles)
+
+
+def _has_one_factor(roles: list[Role]) -> bool:
+    """Whether the operands but one are the same for every example."""
+    return roles.count(Role.ACTIVE) == 1 and Role.PASSIVE not in roles
+
+
 def is_heavy(equation: Equation) -> bool:
     """Whether a linear equation should stay a node of its own."""
-    return equation.primitive.name in _HEAVY
+    name = equation.primitive.name
+    return PRIMITIVES[name] == "multilinear" if name in PRIMITIVES else name in _HEAVY
 
 
 def is_elementwise(model: FlatModel, equation: Equation) -> bool:
@@ -88,9 +179,12 @@ def _acts_by_entry(equation: Equation) -> bool:
     entries = equation.outvars[0].aval.size
     if any(v.aval.size not in (1, entries) for v in variables(equation.invars)):
         return False
-    if equation.primitive.name in _ELEMENTWISE or keeps_order(equation):
+    name = equation.primitive.name
+    if name in PRIMITIVES:
+        return PRIMITIVES[name] == "elementwise"
+    if name in _ELEMENTWISE or keeps_order(equation):
         return True
-    body = equation.params.get(_CALLS.get(equation.primitive.name, ""))
+    body = equation.params.get(_CALLS.get(name, ""))
     if body is None:
         return False
     return all(_acts_by_entry(inner) for inner in getattr(body, "jaxpr", body).eqns)

@@ -23,10 +23,10 @@ Array = jax.Array
 # Operations that keep the row-major order of an array of the same size.
 _ORDER_KEEPING = {
     "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type",
-    "copy", "copy_p", "reduce_precision", "optimization_barrier",
+    "copy", "copy_p", "reduce_precision", "optimization_barrier", "tile",
 }  # fmt: skip
 # Operations that only move, repeat or drop entries.
-_RELABELLING = _ORDER_KEEPING | {"transpose", "rev", "slice", "split"}
+_RELABELLING = _ORDER_KEEPING | {"transpose", "rev", "slice", "split", "tile"}
 _CASTS = {"convert_element_type", "reduce_precision"}
 # By one number: what it does to the values, and whether it moves their origin.
 _SCALING = {"mul", "div", "neg", "add", "sub", "add_any"}
@@ -65,6 +65,8 @@ def relabelled(equation: Equation, labels: np.ndarray, output: int = 0) -> np.nd
         strides = options["strides"] or (1,) * labels.ndim
         limits = zip(options["start_indices"], options["limit_indices"], strides, strict=True)
         return labels[tuple(slice(*limit) for limit in limits)]
+    if name == "tile":
+        return np.tile(labels, options["reps"])
     if name == "split":
         edges = np.cumsum(options["sizes"])[:-1]
         return np.split(labels, edges, options["axis"])[output]

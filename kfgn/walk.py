@@ -78,7 +78,7 @@ def walk_back(
       ModelError: a matrix would be too large to form.
     """
     graph, dtype = walk.graph, output_hessian.dtype
-    frontier = _Frontier(_diagonal_values(graph) if diagonal else frozenset(), dtype)
+    frontier = Frontier(_diagonal_values(graph) if diagonal else frozenset(), dtype)
     _check_size(graph, frontier.diagonal_only, dtype)
     _start(frontier, graph, output_hessian)
     cotangents = {}
@@ -101,7 +101,7 @@ def walk_back(
     return Walked(result, _free_blocks(graph, frontier, dtype))
 
 
-def _free_blocks(graph: Graph, frontier: _Frontier, dtype: Any) -> dict[tuple[str, str], Array]:
+def _free_blocks(graph: Graph, frontier: Frontier, dtype: Any) -> dict[tuple[str, str], Array]:
     blocks = {}
     for p in graph.free:
         for q in graph.free:
@@ -125,7 +125,7 @@ def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
         )
 
 
-class _Frontier:
+class Frontier:
     """The live values and the blocks between them; absent blocks are zero.
 
     A block is kept once for each pair. For values in `diagonal_only` the block
@@ -168,7 +168,7 @@ class _Frontier:
         for (o, v), block in cross.items():
             for i in node.inputs:
                 moved = jacobian.left(o, i, block)
-                if i is v:
+                if i is v and moved is not None:
                     # S[v, v] gains J'S[o, v] and its transpose.
                     moved = 2 * jnp.diag(moved) if i in self.diagonal_only else moved + moved.T
                 self.add(i, v, moved)
@@ -180,9 +180,9 @@ class _Frontier:
                     self.add(i, j, jacobian.congruence(own, i, j))
 
 
-def _start(frontier: _Frontier, graph: Graph, hessian: Array) -> None:
+def _start(frontier: Frontier, graph: Graph, hessian: Array) -> None:
     """The blocks of the output Hessian for the outputs that are differentiable values."""
-    spans = _output_spans(graph)
+    spans = output_spans(graph)
     for a, (u, start_u, stop_u) in enumerate(spans):
         for v, start_v, stop_v in spans[a:]:
             block = hessian[start_u:stop_u, start_v:stop_v]
@@ -193,7 +193,8 @@ def _start(frontier: _Frontier, graph: Graph, hessian: Array) -> None:
             frontier.add(u, v, block)
 
 
-def _output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
+def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
+    """The outputs that the walk starts from, each with its place among all outputs."""
     spans, start = [], 0
     for atom in graph.model.outputs:
         stop = start + int(atom.aval.size)
@@ -205,14 +206,14 @@ def _output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
 
 def _split_outputs(graph: Graph, gradient: Array) -> dict[Var, Array]:
     cotangents: dict[Var, Array] = {}
-    for v, start, stop in _output_spans(graph):
+    for v, start, stop in output_spans(graph):
         part = gradient[:, start:stop].reshape(-1, *v.aval.shape)
         cotangents[v] = cotangents[v] + part if v in cotangents else part
     return cotangents
 
 
 def _pop_gradient(
-    frontier: _Frontier,
+    frontier: Frontier,
     node: Node,
     walk: Walk,
     jacobian: Jacobian,
@@ -230,7 +231,7 @@ def _pop_gradient(
         cotangents[i] = cotangents[i] + value if i in cotangents else value
 
 
-def _record(frontier: _Frontier, output: Var, dtype: Any, vector: bool) -> Array:
+def _record(frontier: Frontier, output: Var, dtype: Any, vector: bool) -> Array:
     block = frontier.get(output, output)
     if block is None:
         entries = size(output)

@@ -48,7 +48,13 @@ def _conv_transpose(*shape: int, kernel: tuple[int, ...], **options: Any) -> Row
     return Row(
         net(first, jnp.tanh, mean_positions, Dense(2)),
         normal(*shape),
-        dense_blocks(FIRST, bias=options.get("use_bias", True)) | dense_blocks(FOURTH),
+        # The circular one folds its result before it adds the bias.
+        (
+            alone(f"{FIRST}/kernel", f"{FIRST}/bias")
+            if options.get("padding") == "CIRCULAR"
+            else dense_blocks(FIRST, bias=options.get("use_bias", True))
+        )
+        | dense_blocks(FOURTH),
         output="pooled",
     )
 
