@@ -22,14 +22,15 @@ from kfgn.factors import (
     over_places,
     walked_moments,
 )
-from kfgn.graph import Graph, build_graph
+from kfgn.graph import build_graph
 from kfgn.homogeneous import summed_over_positions, walk_channels
 from kfgn.layer import require_blocks
-from kfgn.linalg import factor_dtype, inner
-from kfgn.loss import Loss, flatten_batch
-from kfgn.objective import Objective, check_batch, check_outputs, mean_of
+from kfgn.linalg import inner
+from kfgn.linearized import Linearized, as_outputs, linearize
+from kfgn.loss import Loss
+from kfgn.objective import Objective, check_batch, mean_of
 from kfgn.paths import named_leaves, with_leaves
-from kfgn.walk import Walk, needed_values, walk_back
+from kfgn.walk import Walk, walk_back
 
 Array = jax.Array
 PyTree = Any
@@ -105,7 +106,7 @@ def value_grad_and_curvature(
         graph = build_graph(objective, params, inputs)
         if unassigned == "raise":
             require_blocks(graph.reasons)
-        model = _linearize(graph, objective, params, inputs, targets, method != "kfra")
+        model = linearize(graph, objective, params, inputs, targets, method != "kfra")
         gradients = _pre_activation_moments(model, method, samples, sharing, spatial, key)
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
@@ -161,60 +162,8 @@ def _check_key(method: str, key: Any) -> None:
         raise OptionError(f"method {method!r} draws nothing: call it without key=")
 
 
-class _Linearized(NamedTuple):
-    """A forward pass of a batch, kept with its derivative."""
-
-    graph: Graph
-    params: dict[str, Array]
-    values: dict[Any, Array]
-    outputs: PyTree
-    targets: PyTree
-    loss: Loss
-    push: Callable  # (param tangents, probe tangents) -> output tangents
-    probes: dict[str, Array]
-
-    @property
-    def examples(self) -> int:
-        return jax.tree.leaves(self.outputs)[0].shape[0]
-
-    @property
-    def dtype(self) -> Any:
-        leaves = jax.tree.leaves((self.outputs, self.params))
-        return factor_dtype(*(leaf.dtype for leaf in leaves))
-
-    def pull(self, cotangent: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Gradients at parameters and at probes from one at the outputs, `[N, K]`."""
-        transposed = jax.linear_transpose(self.push, self.params, self.probes)
-        return transposed(_as_outputs(cotangent, self.outputs))
-
-    def linearized(self) -> Partial:
-        shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
-        probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
-        return Partial(_LinearPass(shapes, probes), self.push)
-
-
-def _linearize(
-    graph: Graph,
-    objective: Objective,
-    params: PyTree,
-    inputs: PyTree,
-    targets: PyTree,
-    with_probes: bool,
-) -> _Linearized:
-    leaves = jax.tree.map(jnp.asarray, named_leaves(params))
-    count = jax.tree.leaves(inputs)[0].shape[0]
-    probes = graph.probes(count) if with_probes else {}
-    keep = needed_values(graph)
-    outputs, push, kept = jax.linearize(
-        lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
-    )
-    check_outputs(objective.loss, outputs, inputs, targets)
-    values = dict(zip(keep, kept, strict=True))
-    return _Linearized(graph, leaves, values, outputs, targets, objective.loss, push, probes)
-
-
 def _value_and_gradient(
-    model: _Linearized, objective: Objective, params: PyTree
+    model: Linearized, objective: Objective, params: PyTree
 ) -> tuple[Array, dict[str, Array]]:
     loss = mean_of(jax.vmap(model.loss)(model.outputs, model.targets))
     value = loss + objective.penalty(params).astype(loss.dtype)
@@ -227,7 +176,7 @@ def _value_and_gradient(
 
 
 def _pre_activation_moments(
-    model: _Linearized, method: str, samples: int, sharing: str, spatial: str, key: Array | None
+    model: Linearized, method: str, samples: int, sharing: str, spatial: str, key: Array | None
 ) -> dict[str, Moments]:
     """G of every layer."""
     loss, outputs, targets, layers = model.loss, model.outputs, model.targets, model.graph.layers
@@ -255,7 +204,7 @@ def _pre_activation_moments(
     return moments(loss.gradients(outputs, targets))
 
 
-def _recursion(model: _Linearized, sharing: str, spatial: str) -> dict[str, Array]:
+def _recursion(model: Linearized, sharing: str, spatial: str) -> dict[str, Array]:
     """What the mean matrix leaves at every use, summed over its places."""
     graph = model.graph
     hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
@@ -268,7 +217,7 @@ def _recursion(model: _Linearized, sharing: str, spatial: str) -> dict[str, Arra
     return {n: over_places(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
 
 
-def _diagonals(model: _Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:
+def _diagonals(model: Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:
     """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
 
     `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
@@ -288,7 +237,7 @@ def _diagonals(model: _Linearized, inputs: PyTree) -> dict[str, Factors | Diagon
     count, column = model.loss.sqrt_columns(model.outputs, model.targets)
 
     def squares(index):
-        (gradients,) = pull(_as_outputs(column(index), model.outputs))
+        (gradients,) = pull(as_outputs(column(index), model.outputs))
         return {
             name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
             for name, g in gradients.items()
@@ -310,34 +259,8 @@ def _summed(function: Callable[[Array], Any], items: Array) -> Any:
     return jax.lax.scan(add, start, items)[0]
 
 
-def _as_outputs(flat: Array, outputs: PyTree) -> PyTree:
-    """Splits `[N, K]` into the structure, shapes and dtypes of the outputs."""
-    leaves, tree = jax.tree.flatten(outputs)
-    parts, start = [], 0
-    for leaf in leaves:
-        size = leaf[0].size
-        part = flat[:, start : start + size].reshape(leaf.shape)
-        parts.append(part.astype(leaf.dtype))
-        start += size
-    return jax.tree.unflatten(tree, parts)
-
-
 # Callables with static data only: they compare equal when their data does, as
 # the tree structure of a Partial must.
-
-
-@dataclasses.dataclass(frozen=True)
-class _LinearPass:
-    shapes: tuple
-    probes: tuple
-
-    def __call__(self, push: Callable, direction: dict[str, Array]) -> Array:
-        full = {
-            name: direction[name].astype(dtype) if name in direction else jnp.zeros(shape, dtype)
-            for name, shape, dtype in self.shapes
-        }
-        still = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.probes}
-        return flatten_batch(push(full, still))
 
 
 @dataclasses.dataclass(frozen=True)

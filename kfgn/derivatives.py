@@ -77,11 +77,11 @@ def _no_derivative(name: str, error: Exception) -> str:
             "numbers"
         )
     else:
-        remedy = "give it one, as by calling it in a function decorated with jax.custom_jvp"
+        remedy = "give it a derivative, as by calling it in a function with a jax.custom_jvp rule"
     return (
-        f"the primitive {name!r} has no derivative backwards here ({type(error).__name__}: "
-        f"{error}), and the outputs depend on parameters through it. Either {remedy}; or pass its "
-        "operands through jax.lax.stop_gradient, if no derivative should go through it."
+        f"the primitive {name!r} cannot be differentiated backwards here, where the outputs "
+        f"depend on parameters through it: {type(error).__name__}: {error}\nEither {remedy}; or "
+        "pass its operands through jax.lax.stop_gradient, if no derivative should go through it."
     )
 
 

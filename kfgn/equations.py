@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Var = Any  # jex.Var, whose declared type hides the shape and dtype of its aval
@@ -58,7 +59,13 @@ def abstract(array: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
 
 def as_array(value: Any, aval: Any) -> Any:
     """A value that may be a literal's Python number, as an array of its dtype."""
-    return value if isinstance(value, jax.Array) else jnp.asarray(value, aval.dtype)
+    if isinstance(value, jax.Array):
+        return value
+    if getattr(aval, "weak_type", False):
+        number = jnp.asarray(np.asarray(value).item())
+        if number.dtype == aval.dtype:
+            return number  # promotes as a Python number does
+    return jnp.asarray(value, aval.dtype)
 
 
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:

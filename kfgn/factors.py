@@ -21,7 +21,7 @@ import numpy as np
 
 from kfgn.errors import OptionError
 from kfgn.layer import Layer
-from kfgn.linalg import PRECISION, second_moment
+from kfgn.linalg import PRECISION, second_moment, total
 from kfgn.use import Use
 
 Array = jax.Array
@@ -58,19 +58,19 @@ def check_sharing(sharing: str) -> None:
         raise OptionError(f"sharing must be one of {', '.join(SHARINGS)}, found {sharing!r}")
 
 
-def activation_moments(
-    layer: Layer, values: dict[str, Array], sharing: str, dtype: Any
-) -> Moments:
+def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dtype: Any) -> Moments:
     """Q, from the data operand `[N, ...]` of every use by its name."""
     if layer.indexed:
-        return Moments(_stacked(layer, [_counts(layer, slot, values, dtype) for slot in _slots(layer)]))
+        return Moments(
+            _stacked(layer, [_counts(layer, slot, values, dtype) for slot in _slots(layer)])
+        )
 
     def of(slot: dict[str, Use]) -> Array:
         rows = {name: use.activations(values[name], dtype) for name, use in slot.items()}
         places = sum(a.shape[2] for a in rows.values())
         if _sharing(layer, sharing) == "reduce":
-            return _moment(sum(jnp.sum(a, axis=2, keepdims=True) for a in rows.values()) / places)
-        return sum(_moment(a) for a in rows.values())
+            return _moment(total(jnp.sum(a, axis=2, keepdims=True) for a in rows.values()) / places)
+        return total(_moment(a) for a in rows.values())
 
     return _of_both(layer, of)
 
@@ -85,8 +85,8 @@ def gradient_moments(
         if _sharing(layer, sharing) == "reduce":
             if layer.indexed:
                 rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
-            return _moment(sum(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()))
-        return sum(_moment(g) for g in rows.values()) / sum(g.shape[2] for g in rows.values())
+            return _moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()))
+        return total(_moment(g) for g in rows.values()) / sum(g.shape[2] for g in rows.values())
 
     return _of_both(layer, of)
 
@@ -99,11 +99,11 @@ def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moment
     """
 
     def of(slot: dict[str, Use]) -> Array:
-        total = sum(sums[name] for name in slot)
+        summed = total(sums[name] for name in slot)
         if _sharing(layer, sharing) == "reduce":
-            return total * layer.first.kernel.factor**2 if layer.indexed else total
+            return summed * layer.first.kernel.factor**2 if layer.indexed else summed
         places = sum(use.form.positions for use in slot.values())
-        return total if places == 1 else total / places
+        return summed if places == 1 else summed / places
 
     return _of_both(layer, of)
 
@@ -137,11 +137,12 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     if parts[0].activation.ndim == 1:
         parts[0] = parts[0]._replace(activation=jnp.diag(parts[0].activation))
     traces = [(jnp.trace(q), jnp.trace(g)) for q, g in parts]
-    total = jnp.sqrt(sum(q * g for q, g in traces))
-    total = jnp.where(total > 0, total, 1)
+    norm = jnp.sqrt(total(q * g for q, g in traces))
+    norm = jnp.where(norm > 0, norm, 1)
+    pairs = list(zip(parts, traces, strict=True))
     return Factors(
-        sum(part.activation * g for part, (_, g) in zip(parts, traces, strict=True)) / total,
-        sum(part.pre_activation * q for part, (q, _) in zip(parts, traces, strict=True)) / total,
+        total(part.activation * g for part, (_, g) in pairs) / norm,
+        total(part.pre_activation * q for part, (q, _) in pairs) / norm,
     )
 
 
@@ -189,9 +190,9 @@ def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype:
     """How often each row is looked up per example, the diagonal of "expand"'s Q, `[1, d_in]`."""
     if _is_one_row(layer):  # "reduce", whose G has the factor in it
         return jnp.ones((1, 1), dtype)
-    total = jnp.zeros(layer.activation_size, dtype)
+    counts = jnp.zeros(layer.activation_size, dtype)
     for name, use in slot.items():
         found = use.form.activations(values[name])
         weight = jnp.asarray(use.kernel.factor**2 / found.shape[0], dtype)
-        total = total.at[found.reshape(-1)].add(weight)
-    return total[None]
+        counts = counts.at[found.reshape(-1)].add(weight)
+    return counts[None]

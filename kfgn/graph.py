@@ -136,9 +136,7 @@ class Graph:
         return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
 
 
-def build_graph(
-    objective: Objective, params: PyTree, inputs: PyTree, exact: bool = False
-) -> Graph:
+def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: bool = False) -> Graph:
     """Traces the objective's model on one example of `inputs` (arrays or shapes).
 
     With `exact`, parameters in no layer, and those of tied layers, are *free*:

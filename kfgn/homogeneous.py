@@ -23,7 +23,7 @@ import numpy as np
 from kfgn.graph import Graph, Node
 from kfgn.jacobian import Blocks, Values, batched_function
 from kfgn.jaxpr import Array, Var, size
-from kfgn.linalg import PRECISION, cross_moment, matmul
+from kfgn.linalg import PRECISION, cross_moment, matmul, total
 from kfgn.use import Use
 from kfgn.walk import Frontier, Walk, output_spans
 
@@ -90,8 +90,8 @@ def _input_layout(use: Use, v: Var) -> Layout:
     equation = use.equations[0]
     if use.form.kind == "conv":
         axis = equation.params["dimension_numbers"].lhs_spec[1]
-        entries = np.moveaxis(np.arange(size(v)).reshape(v.aval.shape), axis, -1)
-        return Layout(entries.reshape(-1, v.aval.shape[axis]))
+        whole = np.moveaxis(np.arange(size(v)).reshape(v.aval.shape), axis, -1)
+        return Layout(whole.reshape(-1, v.aval.shape[axis]))
     if use.form.kind == "dense":
         entries = use.form.activations(np.arange(size(v)).reshape(1, *v.aval.shape))[0]
         return Layout(np.moveaxis(entries, 0, 1).reshape(use.form.positions, -1))
@@ -188,7 +188,7 @@ class Homogeneous:
         if self.layout[i].positions != self.layout[j].positions:
             return None
         if self._slopes:
-            return sum(
+            return total(
                 block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
                 for (o, p), block in own.items()
             )
@@ -245,8 +245,8 @@ class Homogeneous:
         omega = matrix.reshape(form.groups, form.d_out, form.groups, form.d_out)
         moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=PRECISION)
         result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=PRECISION)
-        total = form.groups * channels
-        return result.reshape(total, total) / self.layout[use.input].positions
+        width = form.groups * channels
+        return result.reshape(width, width) / self.layout[use.input].positions
 
     def _rows(self, i: Var) -> tuple[dict[int, Array], dict[Var, Array]]:
         """Signs `[n, T_o]` by T_o, and by output the rows pulled back, `[n, C_o, T_i, C_i]`."""
@@ -293,11 +293,13 @@ class Homogeneous:
         return jax.vmap(row)(jnp.asarray(entries.T))
 
     def _probed(self, own: Blocks, i: Var, j: Var) -> Array:
-        total: Any = 0.0
         _, left = self._rows(i)
         _, right = self._rows(j)
-        for (o, p), block in own.items():
+
+        def moment(o: Var, p: Var, block: Array) -> Array:
             a, b = left[o].astype(block.dtype), right[p].astype(block.dtype)
             moved = jnp.einsum("nrtc,rs->nstc", a, block, precision=PRECISION)
-            total = total + jnp.einsum("nstc,nstd->cd", moved, b, precision=PRECISION) / len(a)
-        return total / self.layout[i].positions
+            return jnp.einsum("nstc,nstd->cd", moved, b, precision=PRECISION) / len(a)
+
+        moments = total(moment(o, p, block) for (o, p), block in own.items())
+        return moments / self.layout[i].positions

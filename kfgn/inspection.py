@@ -17,6 +17,7 @@ from kfgn.layer import Layer
 from kfgn.linalg import factor_dtype
 from kfgn.objective import Objective, check_batch, check_outputs, is_concrete
 from kfgn.paths import named_leaves
+from kfgn.source import keeps_order
 from kfgn.use import Use
 
 PyTree = Any
@@ -163,8 +164,7 @@ def _row(at: _Setting, layer: Layer) -> Row:
 
 
 def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
-    through = [v for node in at.graph.nodes for v in (*node.outputs, *node.inputs)]
-    largest = max(map(size, through), default=0)
+    largest = max((size(v) for n in at.graph.nodes for v in (*n.outputs, *n.inputs)), default=0)
     between = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
@@ -213,7 +213,7 @@ def _node_cost(node: Node, count: int) -> int:
     if node.kind == "elementwise":
         return 2 * count * inside * outside
     passes = (inside + outside) * (1 if node.kind == "linear" else count)
-    return passes * 2 * sum(map(_equation_cost, node.equations))
+    return passes * 2 * sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
 
 
 def _equation_cost(equation: Equation) -> int:
@@ -224,14 +224,14 @@ def _equation_cost(equation: Equation) -> int:
     return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
 
 
-_HEADER = "block parameters kind Q G sharing factors kfra kflr kfac inversion".split()
+_COSTS = ("kfra", "kflr", "kfac", "inversion")
+_HEADER = ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *_COSTS]
 
 
 def _block_lines(found: Inspection) -> list[str]:
     total, empty = found.totals, [""] * 5
-    sums = (total.kfra, total.kflr, total.kfac, total.inversion)
     between = ["(between layers)", *empty, "", _flops(total.between), "", "", ""]
-    last = ["total", *empty, _bytes(total.bytes), *map(_flops, sums)]
+    last = ["total", *empty, _bytes(total.bytes), *(_flops(getattr(total, k)) for k in _COSTS)]
     return _aligned([_HEADER, *map(_cells, found.rows), between, last], right=5)
 
 
@@ -244,7 +244,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "x".join(map(str, row.pre_activation)),
         _sharing(row),
         _bytes(row.bytes),
-        *map(_flops, (row.kfra, row.kflr, row.kfac, row.inversion)),
+        *(_flops(getattr(row, k)) for k in _COSTS),
     )
 
 
@@ -267,7 +267,7 @@ def _total_lines(found: Inspection) -> list[str]:
     outside = sum(math.prod(found.shapes[name]) for name in found.unassigned)
     return [
         "",
-        f"{total.parameters:,} parameters, {outside:,} of them in no block; costs in FLOPs",
+        f"{total.parameters:,} parameters, {outside:,} in no block; costs in FLOPs per batch",
         f"kflr: {total.columns:,} column(s) of the output Hessian's root, a backward pass for each",
         f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
         f"({_bytes(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "

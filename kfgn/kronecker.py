@@ -8,6 +8,7 @@ then has one axis less than G.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -73,7 +74,7 @@ class FactoredInverse(NamedTuple):
 
 
 def factored_inverses(
-    factors: dict[str, tuple[Array, Array]], damping: Array
+    factors: Mapping[str, tuple[Array, Array]], damping: Array
 ) -> dict[str, FactoredInverse]:
     """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38)."""
     matrices, shifts, left = [], [], {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,6 +27,12 @@ def inner(a: Any, b: Any) -> Array:
     dtype = factor_dtype(*(x.dtype for pair in leaves for x in pair))
     terms = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in leaves]
     return sum(terms[1:], start=terms[0])
+
+
+def total(arrays: Iterable[Array]) -> Array:
+    """The sum of one or more arrays."""
+    first, *rest = arrays
+    return sum(rest, start=first)
 
 
 def matmul(a: Array, b: Array) -> Array:

@@ -60,7 +60,9 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
     data: as data, its product with the kernel is one more use like the others.
     And rows that are looked up may be the same for every example.
     """
-    with_data, constants, looked_up = set(), [], set()
+    with_data: set[str] = set()
+    constants: list[tuple[str, Var]] = []
+    looked_up: set[Var] = set()
     for equation in model.jaxpr.eqns:
         if equation.primitive.name == "gather" and equation.invars[0] in sources:
             looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)

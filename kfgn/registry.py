@@ -38,8 +38,9 @@ def register_primitive(name: str, kind: str) -> None:
     kfgn does not know is "general": correct, at the cost of one vector-Jacobian
     product per example, and announced once by an `UnknownPrimitiveWarning`.
 
-    A wrong kind gives wrong curvature. With several registrations of a name the
-    last one counts; one of jax's own primitives may be registered, too.
+    A wrong kind gives wrong curvature. kfgn knows primitives by their names:
+    give yours a name that jax does not use. Of several registrations of a name
+    the last one counts, and any counts more than what kfgn knows itself.
 
     Args:
       name: the primitive's name in a jaxpr, `primitive.name`.
@@ -113,7 +114,7 @@ def register_layer(primitive: str, reader: Reader) -> None:
               return jax.vmap(by_einsum, in_axes=axes)(*operands), 0
 
           def kernel_cotangent(g, x, w):
-              groups = w.shape[0]
+              groups = w.aval.shape[0]  # the kernel has no value here
               x, g = (a.reshape(a.shape[0], groups, -1) for a in (x, g))
               return jnp.einsum("bgi,bgo->gio", x, g)
 

@@ -206,10 +206,10 @@ def check_state(state: Any, kind: type) -> None:
 
 def check_layers(layers: Blocks, leaves: Named, initialised: Named) -> None:
     """Raises ParameterError where updates do not match what init saw."""
-    found = set(layers.present(leaves))
+    found = {*layers.present(leaves), *layers.diagonals(leaves)}
     if found != set(initialised):
         raise ParameterError(
-            f"update got gradients of layers {sorted(found)}, but init saw {sorted(initialised)}; "
+            f"update got gradients of {sorted(found)}, but init saw {sorted(initialised)}; "
             "initialise the state from the same params (and the same mask)."
         )
 

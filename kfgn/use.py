@@ -45,7 +45,7 @@ class Form:
     positions: int
     d_in: int
     d_out: int
-    activations: Callable[[Array], Array]
+    activations: Callable[[Any], Any]
     kernel: Callable[[Any], Any]
     outputs: Callable[[Any], Any]
     indexed: bool = False

@@ -331,7 +331,7 @@ def complex_layer(p, x):
     ("model", "error", "words"),
     [
         (complex_across_a_layer, kfgn.ModelError, "before the layer"),
-        (complex_layer, kfgn.LayerError, "no dense layer"),
+        (complex_layer, kfgn.LayerError, "no layer"),
     ],
 )
 def test_complex_values_are_refused(model, error, words):
@@ -340,4 +340,4 @@ def test_complex_values_are_refused(model, error, words):
     objective = kfgn.Objective(model, objective.loss)
     params = {name: case.params[name] for name in ("first", "second", "out")}
     with pytest.raises(error, match=words):
-        kfgn.pre_activation_gauss_newton(objective)(params, batch)
+        kfgn.value_grad_and_curvature(objective)(params, batch)

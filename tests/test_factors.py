@@ -120,7 +120,7 @@ def test_parameters_without_a_block():
 
     def model(p, x):
         h = jnp.tanh(dense(p["first"], x))
-        h = normalise(h) * p["norm"]["scale"] + p["norm"]["shift"]
+        h = normalise(h) * jnp.exp(p["norm"]["scale"]) + jnp.tanh(p["norm"]["shift"])
         return dense(p["out"], jnp.tanh(dense(p["second"], h)))
 
     norm = {"scale": jnp.linspace(0.5, 2, 5), "shift": jnp.linspace(-1, 1, 5)}

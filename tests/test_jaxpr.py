@@ -356,7 +356,7 @@ def closing_over(x):
 
 closing_over.defvjp(lambda x: (closing_over(x), None), lambda _, g: (g * TABLE,))
 
-KEY = np.uint32([0, 1])
+KEY = np.array([0, 1], np.uint32)
 
 # Each function, and one with the same derivatives that jax finds itself.
 RULES = {

@@ -278,7 +278,7 @@ def test_inverses_are_refreshed_when_due():
 
 def test_unassigned_parameters_take_damped_gradient_steps():
     def scaled(params, inputs):
-        return network(params, inputs) * params["scale"]
+        return network(params, inputs) * jnp.exp(params["scale"])
 
     objective = kfgn.Objective(scaled, OBJECTIVE.loss, l2=L2)
     params, batch = {**make_params(), "scale": jnp.ones(CLASSES)}, make_batch()
@@ -288,6 +288,25 @@ def test_unassigned_parameters_take_damped_gradient_steps():
     tx = kfgn.scale_by_kronecker(layers, 0.25)
     direction, _ = jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
     assert_close(direction["scale"], 4 * grads["scale"], 1e-6)
+
+
+def test_unassigned_parameters_take_steps_by_their_diagonal():
+    """The exact Gauss-Newton diagonal, damped; both kinds of inverse."""
+
+    def scaled(params, inputs):
+        return network(params, inputs) * jnp.exp(params["scale"])
+
+    objective = kfgn.Objective(scaled, OBJECTIVE.loss, l2=L2)
+    params, batch = {**make_params(), "scale": jnp.zeros(CLASSES)}, make_batch()
+    layers = kfgn.layers(objective, params, batch, unassigned="diagonal")
+    curvature_fn = kfgn.value_grad_and_curvature(objective, unassigned="diagonal")
+    (_, grads), curvature = jit(curvature_fn)(params, batch)
+    exact = kfgn.gauss_newton_diagonal(objective)(params, batch)["scale"]
+    assert_close(curvature.factors["scale"].diagonal, exact, 1e-5)
+    for inverse in ("factored", "eigen"):
+        tx = kfgn.scale_by_kronecker(layers, 0.25, inverse=inverse)
+        direction, _ = jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
+        assert_close(direction["scale"], grads["scale"] / (exact + 0.25), 1e-5)
 
 
 # Broken numbers.
