@@ -21,7 +21,7 @@ import numpy as np
 
 from kfgn.errors import OptionError
 from kfgn.layer import Layer
-from kfgn.linalg import PRECISION, second_moment, total
+from kfgn.linalg import PRECISION, second_moment, sum_over_examples, total
 from kfgn.use import Use
 
 Array = jax.Array
@@ -66,11 +66,10 @@ def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dty
         )
 
     def of(slot: dict[str, Use]) -> Array:
-        rows = {name: use.activations(values[name], dtype) for name, use in slot.items()}
-        places = sum(a.shape[2] for a in rows.values())
         if _sharing(layer, sharing) == "reduce":
-            return _moment(total(jnp.sum(a, axis=2, keepdims=True) for a in rows.values()) / places)
-        return total(_moment(a) for a in rows.values())
+            places = sum(use.form.positions for use in slot.values())
+            return _moment(total(_pooled(u, values[n], dtype) for n, u in slot.items()) / places)
+        return total(_in_chunks(use, values[name], dtype) for name, use in slot.items())
 
     return _of_both(layer, of)
 
@@ -184,6 +183,33 @@ def _moment(rows: Array) -> Array:
         flat = rows.reshape(-1, width)
         return (second_moment(flat) * (places if places > 1 else 1))[None]
     return jnp.einsum("nsti,nstj->sij", rows, rows, precision=PRECISION) / count
+
+
+def _bytes_each(use: Use, dtype: Any) -> int:
+    """What the inputs of a use take for one example: a convolution's patches repeat its data."""
+    form = use.form
+    return form.groups * form.positions * use.width * jnp.dtype(dtype).itemsize
+
+
+def _in_chunks(use: Use, values: Array, dtype: Any) -> Array:
+    """The second moment of a use's inputs, `[s, d, d]`."""
+
+    def summed(chunk: list[Array]) -> Array:
+        return _moment(use.activations(chunk[0], dtype)) * chunk[0].shape[0]
+
+    if use.form.positions == 1:  # no larger than the data
+        return _moment(use.activations(values, dtype))
+    return sum_over_examples(summed, [values], _bytes_each(use, dtype)) / values.shape[0]
+
+
+def _pooled(use: Use, values: Array, dtype: Any) -> Array:
+    """A use's inputs summed over its places, `[N, s, 1, d]`."""
+
+    def one(value: Array) -> Array:
+        return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
+
+    chunk = max(1, 2**26 // _bytes_each(use, dtype))
+    return jax.lax.map(one, values, batch_size=min(chunk, values.shape[0]))
 
 
 def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any) -> Array:

@@ -20,82 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.graph import Graph, Node
+from kfgn.graph import Node
 from kfgn.jacobian import Blocks, Values, batched_function
 from kfgn.jaxpr import Array, Var, size
-from kfgn.linalg import PRECISION, cross_moment, matmul, total
+from kfgn.layout import ENTRYWISE, Layout, layouts
+from kfgn.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
 from kfgn.use import Use
 from kfgn.walk import Frontier, Walk, output_spans
 
 # Signs drawn for a node whose Jacobian is the same for every example.
 _DRAWS = 16
-
-
-class Layout:
-    """Which entries of a value make up its positions and channels, `[T, C]`."""
-
-    def __init__(self, entries: np.ndarray):
-        self.entries = entries
-        self.positions, self.channels = entries.shape
-        self.position_of = np.empty(entries.size, np.int64)
-        self.channel_of = np.empty(entries.size, np.int64)
-        self.position_of[entries] = np.arange(self.positions)[:, None]
-        self.channel_of[entries] = np.arange(self.channels)[None, :]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and np.array_equal(self.entries, other.entries)
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def layouts(graph: Graph) -> dict[Var, Layout]:
-    """A layout for every value of the walk.
-
-    That of a layer that makes or reads it, where there is one; else that of
-    the value it is made from entry by entry; else its last axis is the channels.
-    """
-    found: dict[Var, Layout] = {}
-    mixing = [node for node in graph.nodes if node.use and node.use.form.kind not in _ENTRYWISE]
-    for node in mixing:
-        assert node.use is not None
-        found.setdefault(node.outputs[0], _output_layout(node.use))
-    for node in mixing:
-        assert node.use is not None
-        for v in node.inputs:
-            found.setdefault(v, _input_layout(node.use, v))
-    for node in graph.nodes:
-        for o in node.outputs:
-            alike = [found[i] for i in node.inputs if i in found and i.aval.shape == o.aval.shape]
-            found.setdefault(o, alike[0] if alike else _last_axis(o))
-        for i in node.inputs:
-            found.setdefault(i, _last_axis(i))
-    return found
-
-
-_ENTRYWISE = ("scale", "shift")
-
-
-def _last_axis(v: Var) -> Layout:
-    channels = v.aval.shape[-1] if v.aval.shape else 1
-    return Layout(np.arange(size(v)).reshape(-1, channels))
-
-
-def _output_layout(use: Use) -> Layout:
-    """Channels are all outputs of all groups."""
-    places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
-    return Layout(np.moveaxis(places, 0, 1).reshape(use.form.positions, -1))
-
-
-def _input_layout(use: Use, v: Var) -> Layout:
-    equation = use.equations[0]
-    if use.form.kind == "conv":
-        axis = equation.params["dimension_numbers"].lhs_spec[1]
-        whole = np.moveaxis(np.arange(size(v)).reshape(v.aval.shape), axis, -1)
-        return Layout(whole.reshape(-1, v.aval.shape[axis]))
-    if use.form.kind == "dense":
-        entries = use.form.activations(np.arange(size(v)).reshape(1, *v.aval.shape))[0]
-        return Layout(np.moveaxis(entries, 0, 1).reshape(use.form.positions, -1))
-    return _last_axis(v)
 
 
 def channel_matrix(matrix: Array, u: Layout, v: Layout) -> Array | None:
@@ -110,7 +44,7 @@ def summed_over_positions(use: Use, layout: Layout, omega: Array) -> Array:
     """`sum_t M[s, t, o, s, t, o']` of the matrix `M = I ⊗ Ω` at a use, `[s, o, o']`."""
     places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
     channel, position = layout.channel_of[places], layout.position_of[places]
-    if use.form.kind not in _ENTRYWISE:  # every position has the same channels
+    if use.form.kind not in ENTRYWISE:  # every position has the same channels
         own = channel[:, 0]
         return use.form.positions * omega[own[:, :, None], own[:, None, :]]
     together = position[..., :, None] == position[..., None, :]
@@ -158,7 +92,6 @@ class Homogeneous:
 
     def __init__(self, node: Node, shared: Values, values: Values, layout: dict[Var, Layout]):
         self.node, self.shared, self.values, self.layout = node, shared, values, layout
-        self._pulled: dict[Any, Any] = {}
         self._slopes: dict[tuple[Var, Var], Array] = {}
         if node.kind == "elementwise" and self._same_layout():
             self._slopes = self._elementwise_slopes()
@@ -177,10 +110,13 @@ class Homogeneous:
             return jnp.mean(self._slopes[o, i], axis=0).astype(block.dtype)[:, None] * block
         if (kernel := self._dense_kernel()) is not None:
             return matmul(kernel.astype(block.dtype), block)
-        signs, rows = self._rows(i)
-        pulled = rows[o].astype(block.dtype)
-        sign = signs[self.layout[o].positions].astype(block.dtype)
-        own = jnp.einsum("nt,nrtc->cr", sign, pulled) / pulled.shape[0]
+
+        def own_positions(signs, rows):
+            sign = signs[self.layout[o].positions].astype(block.dtype)
+            pulled = rows[o, i].astype(block.dtype)
+            return jnp.einsum("t,rtc->cr", sign, pulled, precision=PRECISION)
+
+        own = self._mean_of_pulled(own_positions, [i])
         return matmul(own, block) / self.layout[i].positions
 
     def congruence(self, own: Blocks, i: Var, j: Var) -> Array | None:
@@ -248,37 +184,44 @@ class Homogeneous:
         width = form.groups * channels
         return result.reshape(width, width) / self.layout[use.input].positions
 
-    def _rows(self, i: Var) -> tuple[dict[int, Array], dict[Var, Array]]:
-        """Signs `[n, T_o]` by T_o, and by output the rows pulled back, `[n, C_o, T_i, C_i]`."""
-        if i in self._pulled:
-            return self._pulled[i]
-        same = self.node.kind in ("linear", "use")
-        inputs = [self.values.get(v) for v in self.node.inputs]
-        count = _DRAWS if same else inputs[0].shape[0]  # type: ignore[union-attr]
-        signs = {}
-        for o in self.node.outputs:
-            t = self.layout[o].positions
-            one = jnp.ones((1 if same else count, t))
-            draw = jax.random.rademacher(jax.random.key(t), (count, t), jnp.float32)
-            signs[t] = one if t == 1 else draw
-        passive = [self.values[v] for v in self.node.passive] if not same else []
-        if same:
-            count = max(s.shape[0] for s in signs.values())
-            signs = {t: jnp.broadcast_to(s, (count, t)) for t, s in signs.items()}
-            inputs = [jnp.zeros((count, *v.aval.shape), v.aval.dtype) for v in self.node.inputs]
-            passive = [jnp.zeros((count, *v.aval.shape), v.aval.dtype) for v in self.node.passive]
-        function, position = self.node.function(self.shared), self.node.inputs.index(i)
+    def _mean_of_pulled(self, contribution: Any, wanted: list[Var]) -> Array:
+        """The mean over examples of `contribution(signs by T_o, rows by (output, input))`.
 
-        def one_example(arguments):
-            inputs, passive, signs = arguments
+        Rows are `[C_o, T_i, C_i]`. Where the Jacobian is the same for every
+        example, several draws of the signs take the examples' place.
+        """
+        node = self.node
+        same = node.kind in ("linear", "use")
+        values = [] if same else [self.values[v] for v in node.inputs + node.passive]
+        lengths = sorted({self.layout[o].positions for o in node.outputs})
+        count = values[0].shape[0] if values else (_DRAWS if lengths != [1] else 1)
+        signs = [
+            jax.random.rademacher(jax.random.key(t), (count, t), jnp.float32)
+            if t > 1
+            else jnp.ones((count, 1), jnp.float32)
+            for t in lengths
+        ]
+        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs + node.passive]
+        function, split = node.function(self.shared), len(node.inputs)
+
+        def one(arguments):
+            signs = dict(zip(lengths, arguments, strict=False))
+            given = arguments[len(lengths) :] or zeros
+            inputs, passive = given[:split], given[split:]
             _, pull = jax.vjp(lambda *x: function(*x, *passive), *inputs)
-            return [self._pull_channels(pull, signs, o, i, position) for o in self.node.outputs]
+            rows = {
+                (o, i): self._pull_channels(pull, signs, o, i) for o in node.outputs for i in wanted
+            }
+            return contribution(signs, rows)
 
-        rows = jax.vmap(one_example)((inputs, passive, signs))
-        self._pulled[i] = signs, dict(zip(self.node.outputs, rows, strict=True))
-        return self._pulled[i]
+        def summed(arguments):
+            return jnp.sum(jax.vmap(one)(arguments), axis=0)
 
-    def _pull_channels(self, pull: Any, signs: Any, o: Var, i: Var, position: int) -> Array:
+        each = sum(self.layout[o].channels for o in node.outputs) * sum(map(size, wanted))
+        return sum_over_examples(summed, [*signs, *values], 8 * each) / count
+
+    def _pull_channels(self, pull: Any, signs: Any, o: Var, i: Var) -> Array:
+        position = self.node.inputs.index(i)
         entries = self.layout[o].entries
         sign = signs[self.layout[o].positions]
 
@@ -293,13 +236,16 @@ class Homogeneous:
         return jax.vmap(row)(jnp.asarray(entries.T))
 
     def _probed(self, own: Blocks, i: Var, j: Var) -> Array:
-        _, left = self._rows(i)
-        _, right = self._rows(j)
+        def moments(_, rows):
+            return total(
+                jnp.einsum(
+                    "rtc,rs,std->cd",
+                    rows[o, i].astype(block.dtype),
+                    block,
+                    rows[p, j].astype(block.dtype),
+                    precision=PRECISION,
+                )
+                for (o, p), block in own.items()
+            )
 
-        def moment(o: Var, p: Var, block: Array) -> Array:
-            a, b = left[o].astype(block.dtype), right[p].astype(block.dtype)
-            moved = jnp.einsum("nrtc,rs->nstc", a, block, precision=PRECISION)
-            return jnp.einsum("nstc,nstd->cd", moved, b, precision=PRECISION) / len(a)
-
-        moments = total(moment(o, p, block) for (o, p), block in own.items())
-        return moments / self.layout[i].positions
+        return self._mean_of_pulled(moments, [i, j]) / self.layout[i].positions

@@ -18,13 +18,16 @@ import numpy as np
 from kfgn.errors import ModelError
 from kfgn.graph import Node
 from kfgn.jaxpr import Array, Var, is_complex, size
-from kfgn.linalg import congruence, congruence_diagonal, cross_moment, matmul
+from kfgn.linalg import (
+    congruence,
+    congruence_diagonal,
+    cross_moment,
+    matmul,
+    sum_over_examples,
+)
 
 Blocks = dict[tuple[Var, Var], Array]
 Values = dict[Var, Array]
-
-# Bytes that the per-example work of a general node may hold at once.
-_CHUNK_BYTES = 2**26
 
 
 class Jacobian(Protocol):
@@ -227,7 +230,11 @@ class _General:
 
         if self.count == 1:
             return one([a[0] for a in self.arguments])
-        return _chunked_mean(one, self.arguments, self.count, entries)
+
+        def summed(arguments):
+            return jnp.sum(jax.vmap(one)(arguments), axis=0)
+
+        return sum_over_examples(summed, self.arguments, 4 * entries) / self.count
 
     def left(self, o, i, block):
         entries = block.shape[1] * (size(o) + size(i))
@@ -286,20 +293,3 @@ def _congruence(own: Blocks, rows: Callable, i: Var, j: Var) -> Array:
     outputs = dict.fromkeys(o for o, _ in own)
     right = {o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs}
     return rows({o: block.T for o, block in right.items()}, i).T
-
-
-def _chunked_mean(function: Callable, arguments: Any, count: int, entries: int) -> Array:
-    """The mean of `function` over examples, a chunk of them at a time."""
-    chunk = max(1, min(count, _CHUNK_BYTES // (4 * max(entries, 1))))
-    whole, left = divmod(count, chunk)
-
-    def total(arguments):
-        return jnp.sum(jax.vmap(function)(arguments), axis=0)
-
-    head = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in arguments]
-    shape = jax.eval_shape(total, [a[0] for a in head])
-    start = jnp.zeros(shape.shape, shape.dtype)
-    result, _ = jax.lax.scan(lambda acc, x: (acc + total(x), None), start, head)
-    if left:
-        result = result + total([a[whole * chunk :] for a in arguments])
-    return result / count

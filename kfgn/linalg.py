@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 Array = jax.Array
 
 PRECISION = jax.lax.Precision.HIGHEST
+# What work that is done for many examples at once may hold.
+_CHUNK_BYTES = 2**26
 
 
 def factor_dtype(*dtypes) -> jnp.dtype:
@@ -64,3 +66,21 @@ def congruence(w: Array, matrix: Array) -> Array:
 def congruence_diagonal(w: Array, matrix: Array) -> Array:
     """The diagonal of `w matrix w'`, without the second product."""
     return jnp.sum(matmul(w, matrix) * w, axis=1)
+
+
+def sum_over_examples(
+    function: Callable[[list[Array]], Array], arguments: list[Array], bytes_each: int
+) -> Array:
+    """`function(arguments)`, a sum over their leading axis, taken a chunk of examples at a time."""
+    count = arguments[0].shape[0]
+    chunk = max(1, min(count, _CHUNK_BYTES // max(bytes_each, 1)))
+    whole, left = divmod(count, chunk)
+    if whole == 1 and not left:
+        return function(arguments)
+    head = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in arguments]
+    shape = jax.eval_shape(function, [a[0] for a in head])
+    start = jnp.zeros(shape.shape, shape.dtype)
+    result, _ = jax.lax.scan(lambda acc, x: (acc + function(x), None), start, head)
+    if left:
+        result = result + function([a[whole * chunk :] for a in arguments])
+    return result

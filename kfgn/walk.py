@@ -28,7 +28,7 @@ from kfgn.node_curvature import node_curvature
 PyTree = Any
 
 # The largest single matrix that a walk forms.
-MATRIX_BYTES = 2**32
+MATRIX_BYTES = 2**31
 
 
 class Walk(NamedTuple):
