@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks autoencoder ...`` or ``python -m benchmarks speed ...``."""
+"""Command line: ``python -m benchmarks autoencoder ...``, ``speed ...`` or ``sharing ...``."""
 
 import argparse
 import ast
@@ -127,14 +127,15 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     commands.add_parser("speed", help="time the curvature computations", add_help=False)
+    commands.add_parser("sharing", help="what weight sharing's products lose", add_help=False)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Hands the arguments to the command they name."""
     # The commands are imported only when asked for: each pulls in JAX, which takes seconds.
-    if argv[:1] == ["speed"]:  # it has a command line of its own
-        return int(importlib.import_module("benchmarks.speed").main(argv[1:]) or 0)
+    if argv[:1] in (["speed"], ["sharing"]):  # they have command lines of their own
+        return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]) or 0)
     given = vars(build_parser().parse_args(argv))
     del given["command"]
     compared, single = given.pop("compare"), given.pop("optimizer")

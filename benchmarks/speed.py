@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(_table(rows))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m benchmarks speed", *(arguments or [])])
-    report = {"command": command, **_environment(), "rows": [row._asdict() for row in rows]}
+    report = {"command": command, **environment(), "rows": [row._asdict() for row in rows]}
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     console.print(f"written to {options.out}")
     return 0
@@ -255,7 +255,8 @@ def _table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _environment() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
+    """What a result should be read with."""
     return {
         "date": date.today().isoformat(),
         "device": jax.devices()[0].device_kind,

@@ -16,6 +16,7 @@ import jax
 
 from kfgn.cluster import Item, cluster_items, is_active
 from kfgn.errors import OptionError
+from kfgn.independence import check_independent
 from kfgn.jaxpr import (
     Array,
     Equation,
@@ -149,6 +150,7 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
             "with kfgn.Objective(model, loss)."
         )
     model = flatten_model(objective.model, params, inputs)
+    check_independent(objective.model, params, inputs)
     sources = find_sources(model)
     states = constant_states(model, sources)
     if states:

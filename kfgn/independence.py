@@ -66,8 +66,9 @@ def check_independent(
     known, signature = _signatures(model), (tree, tuple((s.shape, s.dtype) for s in leaves))
     if signature in known:
         return
-    # Made-up values may leave a function's domain, which is no bug to search for.
-    with jax.debug_nans(False), jax.debug_infs(False):
+    # Made-up values may leave a function's domain, which is no bug to search for, and
+    # that they are put on a device is no transfer of the user's.
+    with jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow"):
         found = _dependence(model, shapes, batch)
     if found is not None:
         raise ModelError(

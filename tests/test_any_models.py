@@ -57,9 +57,8 @@ def compare(name: str) -> Compared:
     ours = quick_jit(functools.partial(_ours, objective))(case.params, batch)
     flat, unravel = ravel_pytree(case.params)
     places = named_leaves(unravel(jnp.arange(flat.size, dtype=flat.dtype)))
-    hessian, gauss_newton, gradient = quick_jit(functools.partial(_truth, case.model, row, unravel))(
-        flat, batch
-    )
+    truth = quick_jit(functools.partial(_truth, case.model, row, unravel))
+    hessian, gauss_newton, gradient = truth(flat, batch)
     return Compared(
         case,
         ROWS[name].tolerance,
@@ -76,7 +75,8 @@ def _ours(objective, params, batch):
     first = jax.tree.map(lambda a: a[:1], batch)
 
     def factors(method, batch, **options):
-        function = kfgn.value_grad_and_curvature(objective, method, unassigned="diagonal", **options)
+        options["unassigned"] = "diagonal"
+        function = kfgn.value_grad_and_curvature(objective, method, **options)
         (_, gradient), curvature = function(params, batch)
         return gradient, curvature.factors
 
@@ -110,7 +110,8 @@ def _truth(model, row, unravel, flat, batch):
         curved = jax.hessian(lambda o: row.reference(restore(o), t))(out)
         return jacobian.T @ curved @ jacobian
 
-    return jax.hessian(losses)(flat), jax.vmap(gauss_newton)(inputs, targets), jax.grad(losses)(flat)
+    of_examples = jax.vmap(gauss_newton)(inputs, targets)
+    return jax.hessian(losses)(flat), of_examples, jax.grad(losses)(flat)
 
 
 def order(compared: Compared, block: str) -> np.ndarray:
@@ -130,7 +131,7 @@ def dense_blocks(compared: Compared, block: str, matrix: np.ndarray) -> np.ndarr
 
 
 def close(compared, found, expected):
-    """Up to roundoff of the row's dtype, relative to the largest entry; a few hundred operations."""
+    """Up to roundoff of a few hundred operations, relative to the largest entry."""
     scale = max(1.0, float(np.max(np.abs(expected), initial=0)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=100 * compared.tolerance * scale)
 

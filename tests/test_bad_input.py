@@ -107,7 +107,7 @@ def wider_curvature() -> Any:
 
 def normalised(params, x):
     h = x @ params["hidden"]["kernel"] + params["hidden"]["bias"]
-    h = (h - jnp.mean(h, axis=1, keepdims=True)) * params["norm"]["scale"]
+    h = (h - jnp.mean(h, axis=1, keepdims=True)) * jnp.exp(params["norm"]["scale"])
     return jnp.tanh(h) @ params["out"]["kernel"] + params["out"]["bias"]
 
 
@@ -117,7 +117,7 @@ NORMALISED = params_with(norm__scale=jnp.ones(HIDDEN))
 def convolving(params, x):
     dimensions = ("NCH", "IOH", "NCH")
     h = jax.lax.conv_general_dilated(
-        x[:, None], params["conv"], (1,), "SAME", dimension_numbers=dimensions
+        x[:, None], jnp.square(params["conv"]), (1,), "SAME", dimension_numbers=dimensions
     )
     return h.reshape(len(x), -1) @ params["out"]["kernel"] + params["out"]["bias"]
 
@@ -130,7 +130,8 @@ CONVOLVING = {
 
 def tied(params, x):
     h = jnp.tanh(x @ params["tied"]["kernel"])
-    return (h @ params["tied"]["kernel"].T) @ params["out"]["kernel"] + params["out"]["bias"]
+    h = jnp.maximum(h @ params["tied"]["kernel"].T, params["tied"]["kernel"][:, 0])
+    return h @ params["out"]["kernel"] + params["out"]["bias"]
 
 
 TIED = {
@@ -146,9 +147,9 @@ def used_once(params, x):
 UNUSED = params_with(unused__w=jnp.ones(2))
 
 WITHOUT_BLOCK = {
-    "LayerNorm scale": (normalised, NORMALISED, "norm/scale", "`mul`"),
-    "convolution": (convolving, CONVOLVING, "conv", "conv_general_dilated"),
-    "tied kernel": (tied, TIED, "tied/kernel", "used 2 times"),
+    "exponential scale": (normalised, NORMALISED, "norm/scale", "`mul`"),
+    "squared convolution": (convolving, CONVOLVING, "conv", "conv_general_dilated"),
+    "tied kernel": (tied, TIED, "tied/kernel", "meets data 3 times"),
     "unused": (used_once, UNUSED, "unused/w", "never meets data"),
 }
 
@@ -210,7 +211,7 @@ CASES = {
     "gradients of fewer layers": Bad(
         lambda: update(kfra(), {"out": good()[0]["out"]}),
         ParameterError,
-        r"gradients of layers \['out'\], but init saw \['hidden', 'out'\]; initialise",
+        r"gradients of \['out'\], but init saw \['hidden', 'out'\]; initialise",
     ),
     "state of another optimiser": Bad(
         lambda: update(kronecker(), state=optax.adam(0.1).init(PARAMS)[0]),
@@ -403,7 +404,7 @@ CASES = {
     "unknown unassigned": Bad(
         lambda: compute(unassigned="skip"),
         OptionError,
-        'must be "raise" or "gradient", found \'skip',
+        "must be one of raise, diagonal, gradient, found 'skip",
     ),
     # Losses.
     "vector loss": Bad(

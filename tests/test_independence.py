@@ -250,9 +250,12 @@ def test_failing_models_pass():
     check_independent(lambda p, x: (x @ p).reshape(-1, 2, 3), KERNEL, INPUTS)
 
 
-def test_made_up_values_are_not_searched_for_nans():
-    with jax.debug_nans(True):
+@pytest.mark.parametrize("context", [jax.debug_nans(True), jax.transfer_guard("disallow")])
+def test_under_restrictions(context):
+    """Made-up values are none of the user's."""
+    with context:
         check_independent(lambda p, x: jnp.log(x @ p), KERNEL, INPUTS)
+        refused(lambda p, x: jnp.log(x @ p) - jnp.mean(jnp.log(x @ p)))
 
 
 def test_checked_once():

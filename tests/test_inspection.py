@@ -188,8 +188,9 @@ def test_totals():
     assert (total.largest, total.matrix_bytes, total.feasible) == (3, 9 * 4, True)
 
 
-def test_text():
+def test_text(monkeypatch):
     """The whole of a small table, and its alignment."""
+    monkeypatch.setattr(walk, "MATRIX_BYTES", 2**32)
     lines = str(kfgn.inspect(*_two_layers(), file=io.StringIO())).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "block parameters kind Q G sharing factors kfra kflr kfac inversion",
@@ -208,8 +209,9 @@ def test_text():
     assert len(between) == header.index("kfra") + len("kfra")
 
 
-def test_shapes_alone():
+def test_shapes_alone(monkeypatch):
     """Shapes give the same table as arrays, also for sizes that nothing could compute."""
+    monkeypatch.setattr(walk, "MATRIX_BYTES", 2**32)
     objective, params, batch = _two_layers()
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, batch))
     file = io.StringIO()

@@ -13,6 +13,7 @@ import kfgn
 from kfgn.errors import ModelError
 from kfgn.jaxpr import FlatModel, Role, evaluate, flatten_model, read, variables
 from kfgn.rules import is_elementwise
+from tests.small import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -56,7 +57,8 @@ def check(model, params, inputs, reference=None) -> FlatModel:
     flat, reference = flatten_model(model, params, inputs), reference or model
     direction = jax.tree.map(jnp.cos, params)
 
-    def everything(function):
+    @functools.partial(jit, static_argnums=0)
+    def everything(function, params):
         def loss(p):
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(function(p)))
 
@@ -66,8 +68,8 @@ def check(model, params, inputs, reference=None) -> FlatModel:
         hessian = jax.jvp(jax.grad(loss), (params,), (direction,))[1]
         return outputs, push(direction), pulled, transposed, hessian
 
-    ours = everything(lambda p: evaluated(flat, p, inputs))
-    close(ours, everything(lambda p: reference(p, inputs)))
+    ours = everything(lambda p: evaluated(flat, p, inputs), params)
+    close(ours, everything(lambda p: reference(p, inputs), params))
     return flat
 
 
@@ -75,6 +77,7 @@ def check(model, params, inputs, reference=None) -> FlatModel:
 
 X = normal(4, 3)
 STACK = {"w": normal(2, 3, 3, seed=1), "b": normal(2, 3, seed=2)}
+SINGLE = {"w": normal(3, 3, seed=1), "b": normal(3, seed=2)}
 CELL = {"w": normal(2, 3, seed=3), "u": normal(3, 3, seed=4)}
 SEQUENCE = normal(4, 3, 2, seed=5)
 
@@ -138,9 +141,8 @@ LOOPS = {
     "recurrent": (recurrent, CELL, SEQUENCE),
     "recurrent_reverse": (functools.partial(recurrent, reverse=True), CELL, SEQUENCE),
     "nested": (nested, STACK, X),
-    "map": (lambda p, x: jax.lax.map(lambda v: layer(v, p), x), layer_of_stack := {
-        "w": STACK["w"][0], "b": STACK["b"][0]}, X),
-    "fori": (lambda p, x: jax.lax.fori_loop(0, 3, lambda _, h: layer(h, p), x), layer_of_stack, X),
+    "map": (lambda p, x: jax.lax.map(lambda v: layer(v, p), x), SINGLE, X),
+    "fori": (lambda p, x: jax.lax.fori_loop(0, 3, lambda _, h: layer(h, p), x), SINGLE, X),
     "keys": (with_keys, STACK["w"][0], X),
     "parameters_only": (
         lambda p, x: x @ jax.lax.scan(lambda a, _: (a @ a, None), p, length=2)[0],
@@ -154,7 +156,6 @@ LOOPS = {
 def test_loops_are_unrolled(name):
     flat = check(*LOOPS[name])
     assert "scan" not in primitives(flat)
-    assert len(called(flat, "tanh")) in (0, 1, 2, 3, 4)
 
 
 def test_loop_without_iterations():

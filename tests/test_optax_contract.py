@@ -62,7 +62,7 @@ def curvature_parts() -> optax.GradientTransformationExtraArgs:
 class Case(NamedTuple):
     make: Callable[[], optax.GradientTransformation]
     method: str = "kfra"
-    falls_to: float = 0.8  # of the initial loss
+    falls_to: float = 0.9  # of the initial loss
     strict: bool = True  # False where optax itself promotes dtypes implicitly
 
 
@@ -299,7 +299,7 @@ def test_bfloat16(method):
     factors = optax.tree_utils.tree_get(state, "factors")
     assert {leaf.dtype for leaf in jax.tree.leaves(factors)} == {jnp.dtype(jnp.float32)}
     assert int(optax.tree_utils.tree_get(state, "skipped")) == 0
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("make", [recipe, lambda: optax.chain(kronecker(), descend())])

@@ -13,7 +13,8 @@ import pytest
 
 import kfgn
 from kfgn.graph import build_graph
-from kfgn.homogeneous import Homogeneous, layouts
+from kfgn.homogeneous import Homogeneous
+from kfgn.layout import layouts
 from tests.any_models import ROWS, loss_row, make_targets
 from tests.dense import quick_jit
 
@@ -33,9 +34,7 @@ def pooled(p, x):
 def convolved(p, x):
     """A linear convolution without padding, whose places are all alike, then their mean."""
     numbers = ("NWC", "WIO", "NWC")
-    h = jax.lax.conv_general_dilated(
-        x, p["first"]["w"], (1,), "VALID", dimension_numbers=numbers
-    )
+    h = jax.lax.conv_general_dilated(x, p["first"]["w"], (1,), "VALID", dimension_numbers=numbers)
     return jnp.mean(h + p["first"]["b"], axis=1) @ p["out"]["w"] + p["out"]["b"]
 
 
