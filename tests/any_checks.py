@@ -1,13 +1,15 @@
-"""Every model of the second table beside dense truth: blocks, factors, methods.
+"""The tests of a row of the second table beside dense truth: blocks, factors, methods.
 
-Truth comes from `jax.hessian` and `jax.jacobian` with respect to the parameters
-themselves; kfgn tells only the order in which a block lists their entries.
+They run in one module for each part of the table, so that the parts run side
+by side; `rows_of` says which rows a module has. Truth comes from `jax.hessian`
+and `jax.jacobian` with respect to the parameters themselves; kfgn tells only
+the order in which a block lists their entries.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +20,35 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.paths import named_leaves, with_leaves
-from tests.any_models import ROWS, Case, loss_row, make_targets
+from tests.any_models import ROWS, Case, Row, loss_row, make_targets
 from tests.dense import quick_jit
 
+__all__ = [
+    "promotion",
+    "pytestmark",
+    "test_blocks",
+    "test_gradient",
+    "test_hessian_diagonal",
+    "test_kflr_is_exact",
+    "test_kfra_is_kflr_for_one_example",
+    "test_kronecker_of_one_example_in_one_place",
+    "test_layers",
+    "test_parameters_round_trip",
+    "test_unassigned_diagonal",
+]
+
 pytestmark = pytest.mark.usefixtures("x64", "promotion")
-every_row = pytest.mark.parametrize("name", ROWS)
-# bfloat16 rounds at 2^-9; float64 at 1e-16, times a few hundred operations.
-exact_rows = pytest.mark.parametrize("name", [n for n, r in ROWS.items() if "bf16" not in r.tags])
+
+
+def rows_of(table: dict[str, Row]) -> Callable[[pytest.Metafunc], None]:
+    """A module's `pytest_generate_tests`: every test gets every row that it is exact for."""
+
+    def generate(metafunc: pytest.Metafunc) -> None:
+        rounded = metafunc.function in (test_layers, test_parameters_round_trip)
+        rows = [name for name, row in table.items() if rounded or "bf16" not in row.tags]
+        metafunc.parametrize("name", rows)
+
+    return generate
 
 
 @pytest.fixture
@@ -136,7 +160,6 @@ def close(compared, found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=100 * compared.tolerance * scale)
 
 
-@every_row
 def test_layers(name):
     """Every parameter is in the block it should be in, under its name."""
     compared, row = compare(name), ROWS[name]
@@ -145,13 +168,11 @@ def test_layers(name):
     assert set(compared.blocks.unassigned) == set(row.unassigned)
 
 
-@exact_rows
 def test_gradient(name):
     compared = compare(name)
     close(compared, compared.ours["gradient"], compared.gradient)
 
 
-@exact_rows
 @pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
 def test_blocks(name, kind):
     """Exact for every parameter, in a layer or not, with all cross terms of tied ones."""
@@ -164,7 +185,6 @@ def test_blocks(name, kind):
         close(compared, ours.reshape(truth.shape), truth)
 
 
-@exact_rows
 def test_hessian_diagonal(name):
     compared = compare(name)
     for block, ours in compared.ours["hessian_diagonal"].items():
@@ -172,7 +192,6 @@ def test_hessian_diagonal(name):
         close(compared, ours.reshape(places.shape), np.diag(compared.hessian)[places])
 
 
-@exact_rows
 def test_unassigned_diagonal(name):
     """The exact diagonal of the Gauss-Newton matrix."""
     compared = compare(name)
@@ -182,7 +201,6 @@ def test_unassigned_diagonal(name):
         close(compared, compared.ours["kflr"][parameter].diagonal, truth)
 
 
-@exact_rows
 def test_kfra_is_kflr_for_one_example(name):
     """The recursion's expectations are then no approximations."""
     compared = compare(name)
@@ -193,7 +211,6 @@ def test_kfra_is_kflr_for_one_example(name):
     )
 
 
-@exact_rows
 def test_kflr_is_exact(name):
     """G is the mean of the exact matrices at the pre-activations, summed over places."""
     compared = compare(name)
@@ -228,7 +245,6 @@ def kronecker(layer, factors: kfgn.Factors) -> np.ndarray:
     return np.stack(slots)
 
 
-@exact_rows
 def test_kronecker_of_one_example_in_one_place(name):
     """`Q ⊗ G` is the block itself where a kernel is used once per example, N = 1."""
     compared = compare(name)
@@ -240,7 +256,6 @@ def test_kronecker_of_one_example_in_one_place(name):
         close(compared, kronecker(layer, compared.ours["kflr_first"][block]), truth)
 
 
-@every_row
 def test_parameters_round_trip(name):
     """`from_matrix` undoes `to_matrix`."""
     compared = compare(name)
