@@ -113,6 +113,13 @@ def require_curvature(curvature: Any, blocks: Blocks, leaves: dict[str, Any]) ->
         )
     wanted = [*blocks.layers, *blocks.diagonals(blocks.shapes)]
     missing = [name for name in wanted if name not in curvature.factors]
+    bare = [n for n in missing if n in blocks.unassigned]
+    if bare:
+        raise ParameterError(
+            f"the curvature has no diagonals for parameter(s) {', '.join(map(repr, bare))}, which "
+            'are in no layer: the optimiser was made with unassigned="diagonal"; pass the same to '
+            "kfgn.value_grad_and_curvature."
+        )
     if missing:
         raise ParameterError(
             f"the curvature has no factors for layer(s) {', '.join(map(repr, missing))}: it was "

@@ -31,8 +31,7 @@ def check_derivatives(model: FlatModel) -> None:
       UnknownPrimitiveWarning: once per name, for a primitive that is neither
         jax's nor registered.
     """
-    needed: set[Var] = set()
-    needed.update(_differentiated(model, model.outputs))
+    needed = set(_differentiated(model, model.outputs))
     for equation in reversed(model.jaxpr.eqns):
         operands = _differentiated(model, equation.invars)
         results = [v for v in equation.outvars if v in needed]

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from kfgn.cluster import Item, cluster_items, is_active
+from kfgn.derivatives import check_derivatives
 from kfgn.errors import OptionError
 from kfgn.independence import check_independent
 from kfgn.jaxpr import (
@@ -161,6 +162,7 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
         tied = {n: x for n, x in layers.items() if any(len(slot) > 1 for slot in x.slots)}
         free = (*reasons, *(name for layer in tied.values() for name in layer.parameters))
         model = with_roles(model, passive=states, active=[model.parameters[n] for n in free])
+    check_derivatives(model)
     uses = [use for layer in layers.values() for use in layer.uses.values()]
     kept = [use for use in uses if use.kernel.name not in free]
     return Graph(model, layers, reasons, _nodes(model, kept), free)
@@ -195,6 +197,8 @@ def _active(model: FlatModel, atoms: Iterable[Any]) -> list[Var]:
 def _readers(model: FlatModel) -> dict[Var, set[int]]:
     readers: dict[Var, set[int]] = {v: {-1} for v in variables(model.outputs)}
     for equation in model.jaxpr.eqns:
+        if not _active(model, equation.outvars):
+            continue
         for v in variables(equation.invars):
             readers.setdefault(v, set()).add(id(equation))
     return readers

@@ -44,6 +44,7 @@ __all__ = [
     "Var",
     "as_function",
     "bind",
+    "differentiated",
     "evaluate",
     "flatten_model",
     "is_complex",
@@ -84,7 +85,13 @@ def flatten_model(
         outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
         if not jax.tree.leaves(outputs):
             raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
-        for leaf in jax.tree.leaves(outputs):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                name = f"output {path_name(path)!r}" if path else "the output"
+                raise ModelError(
+                    f"{name} of the model has dtype {jnp.result_type(leaf)}; expected "
+                    "floating-point outputs, which have a derivative: leave labels out."
+                )
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
                 raise ModelError(
                     f"on a batch of one example the model returned an output of shape "
@@ -195,3 +202,16 @@ def _without_derivative(role: Role, equation: Equation, out: Var) -> Role:
     if role is Role.ACTIVE:
         return Role.PASSIVE
     return Role.CONSTANT if role is Role.PARAMETER else role
+
+
+def differentiated(model: FlatModel) -> set[Var]:
+    """The values that the outputs depend on differentiably."""
+
+    def carry(atoms: Iterable[Any]) -> set[Var]:
+        return {v for v in variables(atoms) if model.roles[v] in (Role.PARAMETER, Role.ACTIVE)}
+
+    reached = carry(model.outputs)
+    for equation in reversed(model.jaxpr.eqns):
+        if reached.intersection(equation.outvars):
+            reached |= carry(equation.invars)
+    return reached

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.errors import LayerError
-from kfgn.jaxpr import FlatModel, Role, Var, variables
+from kfgn.jaxpr import FlatModel, Role, Var, differentiated, variables
 from kfgn.match import find_uses, meets
 from kfgn.source import Source
 from kfgn.use import Use
@@ -254,11 +254,14 @@ def _data_uses(model: FlatModel) -> dict[str, dict[int, str]]:
     """For each parameter, the equations where it, or what is made of it, meets data."""
     made_of: dict[Var, frozenset[str]] = {v: frozenset([n]) for n, v in model.parameters.items()}
     uses: dict[str, dict[int, str]] = {name: {} for name in model.parameters}
+    reached = differentiated(model)
     for equation in model.jaxpr.eqns:
         ins = [v for v in variables(equation.invars) if model.roles[v] is Role.PARAMETER]
         names = frozenset().union(*(made_of.get(v, frozenset()) for v in ins))
         if all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars)):
             made_of.update(dict.fromkeys(equation.outvars, names))
+            continue
+        if not reached.intersection(equation.outvars):
             continue
         for name in names:
             uses[name][id(equation)] = _description(equation, names - {name})

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kfgn.forms import read_form
-from kfgn.jaxpr import Equation, FlatModel, Role, Var, variables
+from kfgn.jaxpr import Equation, FlatModel, Role, Var, differentiated, variables
 from kfgn.source import Source, keeps_order, relabelled, relabels
 from kfgn.use import Bias, Form, Use
 
@@ -26,10 +26,11 @@ def find_uses(model: FlatModel, sources: Sources, without_bias: frozenset[Var]) 
       without_bias: results whose bias should be read as a shift of its own.
     """
     consumers = _consumers(model)
+    reached = differentiated(model)
     kernels, shifts, taken = [], [], set()
     for equation in model.jaxpr.eqns:
         found = _read(model, equation, sources)
-        if found is None:
+        if found is None or equation.outvars[0] not in reached:
             continue
         form, side = found
         use = _use(equation, side, form, sources)

@@ -23,10 +23,11 @@ Array = jax.Array
 # Operations that keep the row-major order of an array of the same size.
 _ORDER_KEEPING = {
     "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "convert_element_type",
-    "copy", "copy_p", "reduce_precision", "optimization_barrier", "tile",
+    "copy", "copy_p", "reduce_precision", "optimization_barrier", "name", "device_put",
+    "sharding_constraint", "layout_constraint", "reshard", "tile",
 }  # fmt: skip
 # Operations that only move, repeat or drop entries.
-_RELABELLING = _ORDER_KEEPING | {"transpose", "rev", "slice", "split", "tile"}
+_RELABELLING = _ORDER_KEEPING | {"transpose", "rev", "slice", "split", "unstack"}
 _CASTS = {"convert_element_type", "reduce_precision"}
 # By one number: what it does to the values, and whether it moves their origin.
 _SCALING = {"mul", "div", "neg", "add", "sub", "add_any"}
@@ -65,6 +66,8 @@ def relabelled(equation: Equation, labels: np.ndarray, output: int = 0) -> np.nd
         strides = options["strides"] or (1,) * labels.ndim
         limits = zip(options["start_indices"], options["limit_indices"], strides, strict=True)
         return labels[tuple(slice(*limit) for limit in limits)]
+    if name == "unstack":
+        return np.take(labels, output, axis=options["axis"])
     if name == "tile":
         return np.tile(labels, options["reps"])
     if name == "split":
