@@ -53,8 +53,9 @@ class Curvature(NamedTuple):
     factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
     value: Array  # the objective, l2 included
     gradient: dict[str, Array]  # its gradient, l2 included
-    linearized: Partial  # direction -> the outputs' change to first order, `[N, K]`
-    output_product: Partial  # (u, v) of `[N, K]` -> mean of u'Hv, H the output Hessian
+    # Of all examples, or of the `model_examples` that stand for them, n:
+    linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
+    output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
     displaced: Partial  # direction -> the objective at params + direction
 
 
@@ -65,6 +66,7 @@ def value_grad_and_curvature(
     samples: int = 1,
     sharing: str = "expand",
     spatial: str = "joint",
+    model_examples: int | None = 256,
     unassigned: str = "raise",
 ) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`.
@@ -85,6 +87,9 @@ def value_grad_and_curvature(
       spatial: for "kfra", "joint" to carry one matrix over all entries of a
         value, or "homogeneous" to let all positions share the matrix of the
         channels, for convolutions and long sequences (see `kfgn.homogeneous`).
+      model_examples: the number of examples, spread evenly over the batch, that
+        stand for it in the quadratic model's Gauss-Newton matrix, whose cost
+        they set (Martens & Grosse 2015, section 8); None takes the whole batch.
       unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
         compute the exact diagonal of the Gauss-Newton matrix for it, at the
         cost of one backward pass per column of the output Hessian's root;
@@ -98,6 +103,7 @@ def value_grad_and_curvature(
     check_method(method, samples)
     check_sharing(sharing)
     _check_spatial(spatial, method)
+    _check_examples(model_examples)
     check_unassigned(unassigned)
 
     def curvature_fn(params, batch, *, key=None):
@@ -116,12 +122,13 @@ def value_grad_and_curvature(
         if unassigned == "diagonal" and graph.reasons:
             factors.update(_diagonals(model, inputs))
         value, gradient = _value_and_gradient(model, objective, params)
+        push, *pushed = model.quadratic(inputs, model_examples)
         curvature = Curvature(
             factors,
             value,
             gradient,
-            model.linearized(),
-            Partial(_OutputProduct(objective.loss), model.outputs, targets),
+            push,
+            Partial(_OutputProduct(objective.loss), *pushed),
             Partial(_Displaced(objective), params, batch),
         )
         return (value, with_leaves(params, gradient)), curvature
@@ -150,6 +157,14 @@ def _check_spatial(spatial: str, method: str) -> None:
         raise OptionError(f"spatial must be one of {', '.join(SPATIAL)}, found {spatial!r}")
     if spatial != "joint" and method != "kfra":
         raise OptionError(f'spatial is an option of method "kfra", not of {method!r}')
+
+
+def _check_examples(examples: Any) -> None:
+    whole = isinstance(examples, int) and not isinstance(examples, bool) and examples >= 1
+    if examples is not None and not whole:
+        raise OptionError(
+            f"model_examples must be None or an integer of at least 1, found {examples!r}"
+        )
 
 
 def _check_key(method: str, key: Any) -> None:

@@ -47,10 +47,22 @@ class Linearized(NamedTuple):
         transposed = jax.linear_transpose(self.push, self.params, self.probes)
         return transposed(as_outputs(cotangent, self.outputs))
 
-    def linearized(self) -> Partial:
+    def quadratic(self, inputs: PyTree, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
+        """The linear pass of some examples, spread over the batch, their outputs and targets."""
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
-        probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
-        return Partial(_LinearPass(shapes, probes), self.push)
+        if examples is None or self.examples <= examples:
+            probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
+            return Partial(_LinearPass(shapes, probes), self.push), self.outputs, self.targets
+        every = self.examples // examples
+
+        def some(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda a: a[: every * examples : every], tree)
+
+        chosen = some(inputs)
+        outputs, push = jax.linearize(
+            lambda p, z: self.graph.forward(p, chosen, z)[0], self.params, {}
+        )
+        return Partial(_LinearPass(shapes, ()), push), outputs, some(self.targets)
 
 
 def linearize(

@@ -199,7 +199,7 @@ RECURRENT = {
     ),
     "rnn_loop": Row(plain(_rnn_python, _RNN), normal(3, 1), _RNN_BLOCKS, output="pooled"),
     "linen_gru": Row(
-        linen(_LinenRecurrent(nn.GRUCell)), normal(3, 1), _LINEN_GRU | _LINEN_OUT, output="pooled"
+        linen(_LinenRecurrent(nn.GRUCell)), normal(2, 1), _LINEN_GRU | _LINEN_OUT, output="pooled"
     ),
     "linen_gru_sequence": Row(
         linen(_LinenRecurrent(nn.GRUCell, whole=True)),
@@ -209,7 +209,7 @@ RECURRENT = {
     ),
     "linen_lstm": Row(
         linen(_LinenRecurrent(nn.LSTMCell)),
-        normal(3, 1),
+        normal(2, 1),
         _LINEN_LSTM | _LINEN_OUT,
         output="pooled",
     ),
@@ -228,7 +228,7 @@ RECURRENT = {
     ),
     "equinox_gru": Row(
         from_equinox(_EquinoxRecurrent),
-        normal(3, 1),
+        normal(2, 1),
         {
             "cell/weight_ih": ("cell/weight_ih", "cell/bias"),
             "cell/weight_hh": ("cell/weight_hh",),
