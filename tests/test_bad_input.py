@@ -437,6 +437,16 @@ CASES = {
     "unknown inverse": Bad(
         lambda: kfra(inverse="lu"), OptionError, "one of factored, eigen, found 'lu'"
     ),
+    "no examples for the quadratic model": Bad(
+        lambda: kfgn.value_grad_and_curvature(OBJECTIVE, model_examples=0),
+        OptionError,
+        "model_examples must be None or an integer of at least 1, found 0",
+    ),
+    "spatial for another method": Bad(
+        lambda: kfgn.value_grad_and_curvature(OBJECTIVE, "kflr", spatial="homogeneous"),
+        OptionError,
+        "spatial is an option of method \"kfra\", not of 'kflr'",
+    ),
     "unknown inverse, kronecker": Bad(
         lambda: kronecker(inverse="lu"), OptionError, "one of factored, eigen, found 'lu'"
     ),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import kfgn
+from kfgn.paths import named_leaves
 from tests.dense import dense_truth, indices, quick_jit, submatrix
 from tests.losses import LOSSES
 from tests.models import Case, Slot, dense, normalise
@@ -270,3 +271,27 @@ def test_one_device_equals_many():
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "equal"
+
+
+@float64
+def test_quadratic_model_of_some_examples():
+    """Spread evenly over the batch, with their own outputs and targets."""
+    case, objective, (inputs, targets) = setting("tanh", count=9)
+    batch = (inputs, targets)
+    direction = jax.tree.map(jnp.ones_like, case.params)
+    named = named_leaves(direction)
+
+    def model_of(batch, examples):
+        function = kfgn.value_grad_and_curvature(objective, model_examples=examples)
+        (_, gradient), curvature = quick_jit(function)(case.params, batch)
+        pushed = curvature.linearized(named)
+        return gradient, pushed, curvature.output_product(pushed, pushed)
+
+    gradient, pushed, curved = model_of(batch, 4)
+    chosen = jax.tree.map(lambda a: a[np.array([0, 2, 4, 6])], batch)
+    whole = model_of(batch, None)
+    assert pushed.shape == (4, *whole[1].shape[1:]) and whole[1].shape[0] == 9
+    _, expected, expected_curved = model_of(chosen, None)
+    close(pushed, expected)
+    close(curved, expected_curved)
+    close(jax.flatten_util.ravel_pytree(gradient)[0], jax.flatten_util.ravel_pytree(whole[0])[0])
