@@ -265,7 +265,7 @@ def _summed(function: Callable[[Array], Any], items: Array) -> Any:
     """The sum of a function's results, one item at a time."""
     if items.shape[0] == 1:
         return function(items[0])
-    shapes = jax.eval_shape(function, items[0])
+    shapes = jax.eval_shape(function, jax.ShapeDtypeStruct(items.shape[1:], items.dtype))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(total, item):

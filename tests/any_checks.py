@@ -9,7 +9,7 @@ the order in which a block lists their entries.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.paths import named_leaves, with_leaves
-from tests.any_models import ROWS, Case, Row, loss_row, make_targets
+from tests.any_models import LOSSES, ROWS, Case, Row
 from tests.dense import quick_jit
 
 __all__ = [
@@ -51,11 +51,21 @@ def rows_of(table: dict[str, Row]) -> Callable[[pytest.Metafunc], None]:
     return generate
 
 
+def with_loss(rows: Iterable[str], loss: str) -> dict[str, Row]:
+    """Rows under another loss than their own, by names that say so."""
+    return {f"{name} with {loss}": ROWS[name] for name in rows if ROWS[name].loss != loss}
+
+
+def row_of(name: str) -> Row:
+    """The row, under its own loss or another."""
+    return ROWS[name.partition(" with ")[0]]
+
+
 @pytest.fixture
 def promotion(request: pytest.FixtureRequest, strict_dtypes: None) -> Iterator[None]:
     """Strict dtypes, except for the rows that say they cannot have them."""
     name = request.node.callspec.params.get("name") if hasattr(request.node, "callspec") else None
-    with jax.numpy_dtype_promotion(ROWS[name].promotion if name else "strict"):
+    with jax.numpy_dtype_promotion(row_of(name).promotion if name else "strict"):
         yield
 
 
@@ -72,9 +82,10 @@ class Compared(NamedTuple):
 
 @functools.cache
 def compare(name: str) -> Compared:
-    case = ROWS[name].case()
-    targets = make_targets(name, case)
-    row = loss_row(name)
+    case = row_of(name).case()
+    row = LOSSES[name.partition(" with ")[2] or row_of(name).loss]
+    outputs = jax.eval_shape(case.model, case.params, case.inputs)
+    targets = row.targets(jax.random.key(7), outputs)
     objective = kfgn.Objective(case.model, row.loss)
     batch = (case.inputs, targets)
     blocks = kfgn.layers(objective, case.params, batch, unassigned="gradient")
@@ -85,7 +96,7 @@ def compare(name: str) -> Compared:
     hessian, gauss_newton, gradient = truth(flat, batch)
     return Compared(
         case,
-        ROWS[name].tolerance,
+        row_of(name).tolerance,
         blocks,
         jax.tree.map(np.asarray, ours),
         np.asarray(hessian),
@@ -162,7 +173,7 @@ def close(compared, found, expected):
 
 def test_layers(name):
     """Every parameter is in the block it should be in, under its name."""
-    compared, row = compare(name), ROWS[name]
+    compared, row = compare(name), row_of(name)
     found = {n: layer.parameters for n, layer in compared.blocks.layers.items()}
     assert found == row.expected
     assert set(compared.blocks.unassigned) == set(row.unassigned)
