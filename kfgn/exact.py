@@ -1,4 +1,4 @@
-"""Exact curvature: pre-activation matrices per example, blocks, diagonals, products.
+"""Exact curvature: pre-activation matrices per example, blocks, diagonals.
 
 All are curvature of the mean per-example loss, without the l2 term, whose
 curvature is `l2` times the identity.
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from kfgn.errors import OptionError
 from kfgn.graph import build_graph
 from kfgn.layer import Layer
-from kfgn.loss import flatten_batch
-from kfgn.objective import Objective, check_batch, check_outputs
+from kfgn.objective import Objective, check_batch
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.per_example import (
+    Prepared,
     batch_size_of,
     free_matrices,
     in_shape,
@@ -28,6 +28,7 @@ from kfgn.per_example import (
     single_diagonal,
     use_block,
 )
+from kfgn.products import gauss_newton_vector_product, hessian_vector_product
 
 Array = jax.Array
 PyTree = Any
@@ -102,39 +103,6 @@ def gauss_newton_diagonal(
     return _diagonals(objective, False, chunk_size)
 
 
-def hessian_vector_product(objective: Objective) -> Callable[[PyTree, Batch, PyTree], PyTree]:
-    """`(params, batch, vector) -> H vector`, `vector` a pytree like params."""
-
-    def product(params, batch, vector):
-        gradient = jax.grad(lambda p: objective.mean_loss(p, batch))
-        return jax.jvp(gradient, (params,), (vector,))[1]
-
-    return product
-
-
-def gauss_newton_vector_product(
-    objective: Objective,
-) -> Callable[[PyTree, Batch, PyTree], PyTree]:
-    """`(params, batch, vector) -> J'HJ vector`, eq. (13), by the R-operator."""
-
-    def product(params, batch, vector):
-        inputs, targets = check_batch(batch)
-        outputs, push = jax.linearize(lambda p: objective.model(p, inputs), params)
-        check_outputs(objective.loss, outputs, inputs, targets)
-        pushed = flatten_batch(push(vector))
-        curved = jax.vmap(objective.loss.gauss_newton_product)(outputs, targets, pushed)
-        leaves, tree = jax.tree.flatten(outputs)
-        parts, start = [], 0
-        for leaf in leaves:
-            part = curved[:, start : start + leaf[0].size] / leaf.shape[0]
-            parts.append(part.reshape(leaf.shape).astype(leaf.dtype))
-            start += leaf[0].size
-        (result,) = jax.linear_transpose(push, params)(jax.tree.unflatten(tree, parts))
-        return result
-
-    return product
-
-
 def _per_example(objective: Objective, hessian: bool, reduce: str | None, chunk_size: int):
     if reduce not in (None, "mean"):
         raise OptionError(f'reduce must be None or "mean", found {reduce!r}')
@@ -186,21 +154,26 @@ def _diagonals(objective: Objective, hessian: bool, chunk_size: int):
 def _dense_blocks(objective: Objective, hessian: bool):
     def blocks(params, batch):
         prepared = prepare(objective, params, batch, hessian)
-        graph = prepared.graph
+        return mean_over(example_blocks(prepared, params), prepared.arguments, 1)
 
-        def block(example):
-            walked = prepared.walk_one(example)
-            result = free_matrices(graph, walked, params)
-            for name, layer in graph.layers.items():
-                if name not in result:
-                    slots = [
-                        use_block(use, prepared.activations(use, example), walked.uses[key])
-                        for key, use in layer.uses.items()
-                    ]
-                    result[name] = slots[0] if len(slots) == 1 else jnp.stack(slots)
-            return result
+    return blocks
 
-        return mean_over(block, prepared.arguments, 1)
+
+def example_blocks(prepared: Prepared, params: PyTree) -> Callable[[Any], dict[str, Array]]:
+    """The blocks of one example, as a function of its part of `prepared.arguments`."""
+    graph = prepared.graph
+
+    def blocks(example):
+        walked = prepared.walk_one(example)
+        result = free_matrices(graph, walked, params)
+        for name, layer in graph.layers.items():
+            if name not in result:
+                slots = [
+                    use_block(use, prepared.activations(use, example), walked.uses[key])
+                    for key, use in layer.uses.items()
+                ]
+                result[name] = slots[0] if len(slots) == 1 else jnp.stack(slots)
+        return result
 
     return blocks
 
