@@ -279,7 +279,9 @@ def _description(equation: Any, others: frozenset[str]) -> str:
 def _reason(model: FlatModel, name: str, met: dict[int, str]) -> str:
     shape = model.parameters[name].aval.shape
     if not met:
-        return f"(shape {shape}) never meets data: the outputs do not depend on it"
+        return (
+            f"(shape {shape}) never meets data: no output depends on it, or none has a derivative"
+        )
     where = ", ".join(met.values())
     if len(met) > 1:
         return f"(shape {shape}) meets data {len(met)} times: in {where}"

@@ -205,8 +205,9 @@ def one_wide(p, x):
 
 def stopped(p, x):
     h = jnp.tanh(dense(p["first"], x))
-    still = jax.lax.stop_gradient(jnp.tanh(dense(p["second"], h)))
-    return dense(p["out"], h * still + dense(p["third"], h))
+    s = dense(p["second"], h)
+    still = jax.lax.stop_gradient(jnp.tanh(s))
+    return dense(p["out"], h * still + dense(p["third"], s))
 
 
 def selected(p, x):
