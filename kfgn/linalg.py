@@ -24,11 +24,20 @@ def factor_dtype(*dtypes) -> jnp.dtype:
 
 
 def inner(a: Any, b: Any) -> Array:
-    """The inner product of two pytrees, accumulated in at least float32."""
+    """The inner product of two pytrees, accumulated in at least float32.
+
+    Vectors are summed as one: on CPU the sum of each would be compiled to three
+    loops of its own, which for all the biases of a model takes longer than the rest.
+    """
     leaves = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
     dtype = factor_dtype(*(x.dtype for pair in leaves for x in pair))
-    terms = [jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in leaves]
-    return sum(terms[1:], start=terms[0])
+    leaves = [(x.astype(dtype), y.astype(dtype)) for x, y in leaves]
+    vectors = [(x.ravel(), y.ravel()) for x, y in leaves if x.ndim < 2]
+    leaves = [pair for pair in leaves if pair[0].ndim >= 2]
+    if vectors:
+        xs, ys = zip(*vectors, strict=True)
+        leaves.append((jnp.concatenate(xs), jnp.concatenate(ys)))
+    return total(jnp.sum(x * y) for x, y in leaves)
 
 
 def total(arrays: Iterable[Array]) -> Array:

@@ -5,13 +5,14 @@ which run at the speed of matrix products, and calls LAPACK on small leaves
 only. A leaf gets its inverse out of the factorisation itself (see
 `_leaf`): a triangular solve, even of 64 columns, is threaded by
 LAPACK's own pool, whose threads then spin beside XLA's and cost 1 to 8 ms a
-call (measured on two cores). On accelerators, whose libraries factorise
-batches well, matrices of about one size are stacked.
+call (measured on two cores). Matrices of about one size take turns in a loop,
+so that the recursion is compiled once for all of them. On accelerators, whose
+libraries factorise batches well, they are factorised at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,8 @@ Array = jax.Array
 
 # Up to this size LAPACK factorises (twice the size, augmented); above, products do.
 _LEAF = 128
-# Matrices whose sizes are the same up to this are padded to one size.
-_ROUND = 8
+# Matrices at least this part of the largest in their stack are padded to its size.
+_ALIKE = 0.95
 # Stacks of matrices up to this size are eliminated, all at once.
 _SMALL = 16
 # Stands for infinity in an augmented factorisation: far above any inverse, and
@@ -36,12 +37,13 @@ def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Arr
 
     A stack of matrices `[S, n, n]` takes a shift for each, `[S]`.
     """
-    shifted = [_shifted(a, jnp.asarray(s, a.dtype)) for a, s in zip(matrices, shifts, strict=True)]
-    single = [a for a in shifted if a.ndim == 2]
+    shifts = [jnp.asarray(s, a.dtype) for a, s in zip(matrices, shifts, strict=True)]
+    given = list(zip(matrices, shifts, strict=True))
+    single = [pair for pair in given if pair[0].ndim == 2]
     found = iter(
-        jax.lax.platform_dependent(single, cpu=_one_by_one, default=_stacked) if single else []
+        jax.lax.platform_dependent(single, cpu=_in_turn, default=_at_once) if single else []
     )
-    return [_inverse_of_stack(a) if a.ndim == 3 else next(found) for a in shifted]
+    return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
 
 
 def spd_inverse(matrix: Array, shift: Array | float) -> Array:
@@ -49,22 +51,17 @@ def spd_inverse(matrix: Array, shift: Array | float) -> Array:
     return spd_inverses([matrix], [jnp.asarray(shift)])[0]
 
 
-def _shifted(matrix: Array, shift: Array) -> Array:
-    n = matrix.shape[-1]
-    return matrix + jnp.broadcast_to(shift[..., None, None], matrix.shape) * jnp.eye(
-        n, dtype=matrix.dtype
-    )
-
-
-def _inverse_of_stack(stack: Array) -> Array:
+def _inverse_of_stack(stack: Array, shifts: Array) -> Array:
     """Inverses of `[S, n, n]`: many small ones by elimination at once, large ones in turn."""
+    stack = _shifted(stack, jnp.broadcast_to(shifts[..., None], stack.shape[:2]))
     if stack.shape[-1] <= _SMALL:
         return _eliminated(stack)
-    return jax.lax.platform_dependent(
-        stack,
-        cpu=lambda x: jax.lax.map(lambda a: _outer(_inverse_transpose(a)), x),
-        default=_by_batched_cholesky,
-    )
+    return jax.lax.platform_dependent(stack, cpu=_by_turns, default=_by_batched_cholesky)
+
+
+def _shifted(matrix: Array, diagonal: Array) -> Array:
+    """`matrix + diag(diagonal)`, of `[..., n, n]` and `[..., n]`."""
+    return matrix + diagonal[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 
 def _eliminated(stack: Array) -> Array:
@@ -79,26 +76,86 @@ def _eliminated(stack: Array) -> Array:
     return stack
 
 
-def _one_by_one(matrices: list[Array]) -> list[Array]:
-    return [_outer(_inverse_transpose(matrix)) for matrix in matrices]
+def _in_turn(given: list[tuple[Array, Array]]) -> list[Array]:
+    return _stacked(given, _by_turns)
+
+
+def _at_once(given: list[tuple[Array, Array]]) -> list[Array]:
+    return _stacked(given, _by_batched_cholesky)
+
+
+def _stacked(
+    given: list[tuple[Array, Array]], inverses_of: Callable[[Array], Array]
+) -> list[Array]:
+    """Inverses of matrices and their shifts, stacked with those of about the same size.
+
+    A smaller matrix gets an identity block behind it, which inverts to itself.
+    """
+    inverses: dict[int, Array] = {}
+    for members in _alike([matrix for matrix, _ in given]):
+        size = len(given[members[0]][0])
+        padded, diagonals = [], []
+        for matrix, shift in (given[i] for i in members):
+            beyond = size - len(matrix)
+            padded.append(jnp.pad(matrix, ((0, beyond),) * 2))
+            diagonals.append(jnp.where(jnp.arange(size) < len(matrix), shift, 1))
+        found = inverses_of(_shifted(jnp.stack(padded), jnp.stack(diagonals)))
+        for k, i in enumerate(members):
+            n = len(given[i][0])
+            inverses[i] = found[k, :n, :n]
+    return [inverses[i] for i in range(len(given))]
+
+
+def _alike(matrices: list[Array]) -> list[list[int]]:
+    """Indices of matrices of one dtype and about one size, the largest first."""
+    groups: list[list[int]] = []
+    for i in sorted(
+        range(len(matrices)), key=lambda i: (str(matrices[i].dtype), -len(matrices[i]))
+    ):
+        first = matrices[groups[-1][0]] if groups else None
+        if (
+            first is not None
+            and first.dtype == matrices[i].dtype
+            and len(matrices[i]) >= _ALIKE * len(first)
+        ):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _by_turns(stack: Array) -> Array:
+    return _inverse(stack[0])[None] if len(stack) == 1 else jax.lax.map(_inverse, stack)
+
+
+def _inverse(matrix: Array) -> Array:
+    """`L^-T L^-1`, skipping products with zeros where that pays."""
+    if matrix.shape[0] <= 4 * _LEAF:
+        return _outer(_inverse_transpose(matrix))
+    return _outer_of_halves(*_halves(matrix))
 
 
 def _inverse_transpose(matrix: Array) -> Array:
-    """`L^-T` with `matrix = L L'`, by halves: the second half sees the Schur complement."""
+    """`L^-T` with `matrix = L L'`."""
     n = matrix.shape[0]
     if n <= _LEAF:
         return _leaf(matrix)
-    m = n // 2
-    first = _inverse_transpose(matrix[:m, :m])
-    below = matmul(matrix[m:, :m], first)
-    second = _inverse_transpose(matrix[m:, m:] - matmul(below, below.T))
-    corner = matmul(first, matmul(below.T, second))
+    first, corner, second = _halves(matrix)
     return jnp.concatenate(
         [
-            jnp.concatenate([first, -corner], axis=1),
-            jnp.pad(second, ((0, 0), (m, 0))),
+            jnp.concatenate([first, corner], axis=1),
+            jnp.pad(second, ((0, 0), (len(first), 0))),
         ]
     )
+
+
+def _halves(matrix: Array) -> tuple[Array, Array, Array]:
+    """`L^-T = [[first, corner], [0, second]]`: the second half sees the Schur complement."""
+    m = matrix.shape[0] // 2
+    first = _inverse_transpose(matrix[:m, :m])
+    below = matmul(-matrix[m:, :m], first)  # negated here, where the slice is copied anyway
+    second = _inverse_transpose(matrix[m:, m:] - matmul(below, below.T))
+    return first, matmul(first, matmul(below.T, second)), second
 
 
 def _leaf(matrix: Array) -> Array:
@@ -111,12 +168,15 @@ def _leaf(matrix: Array) -> Array:
 
 
 def _outer(upper: Array) -> Array:
-    """`upper upper'` of an upper triangular matrix, skipping products with its zeros."""
+    """`upper upper'` of an upper triangular matrix."""
     n = upper.shape[0]
     if n <= 4 * _LEAF:
         return matmul(upper, upper.T)
     m = n // 2
-    first, corner, second = upper[:m, :m], upper[:m, m:], upper[m:, m:]
+    return _outer_of_halves(upper[:m, :m], upper[:m, m:], upper[m:, m:])
+
+
+def _outer_of_halves(first: Array, corner: Array, second: Array) -> Array:
     cross = matmul(corner, second.T)
     top = _outer(first) + matmul(corner, corner.T)
     return jnp.concatenate(
@@ -127,32 +187,8 @@ def _outer(upper: Array) -> Array:
     )
 
 
-def _stacked(matrices: list[Array]) -> list[Array]:
-    groups: dict[tuple, list[int]] = {}
-    for i, matrix in enumerate(matrices):
-        groups.setdefault((-(-matrix.shape[0] // _ROUND), matrix.dtype), []).append(i)
-    inverses: dict[int, Array] = {}
-    for members in groups.values():
-        size = max(matrices[i].shape[0] for i in members)
-        stack = jnp.stack([_padded(matrices[i], size) for i in members])
-        inverse = _by_batched_cholesky(stack)
-        for k, i in enumerate(members):
-            n = matrices[i].shape[0]
-            inverses[i] = inverse[k, :n, :n]
-    return [inverses[i] for i in range(len(matrices))]
-
-
 def _by_batched_cholesky(stack: Array) -> Array:
     lower = jnp.linalg.cholesky(stack)
     identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
     half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
     return matmul(jnp.swapaxes(half, -1, -2), half)
-
-
-def _padded(matrix: Array, size: int) -> Array:
-    """The matrix with an identity block behind it, which inverts to itself."""
-    n = matrix.shape[0]
-    if n == size:
-        return matrix
-    beyond = jnp.diag((jnp.arange(size) >= n).astype(matrix.dtype))
-    return jnp.pad(matrix, ((0, size - n),) * 2) + beyond

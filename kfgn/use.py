@@ -60,6 +60,8 @@ class Bias:
 
     def matrix(self, value: Any) -> Any:
         """`[s, 1, o]`."""
+        if np.array_equal(self.order.reshape(-1), np.arange(value.size)):
+            return value.reshape(self.order.shape)[:, None, :]  # no gather, no scatter back
         return value.reshape(-1)[self.order][:, None, :]
 
 

@@ -17,7 +17,7 @@ from tests.losses import LOSSES
 from tests.table import by_path, close, setting
 
 # Around the sizes at which the algorithm changes, and some between.
-SIZES = (1, 2, 7, 50, 127, 128, 129, 200, 257, 300)
+SIZES = (1, 2, 7, 50, 127, 128, 129, 200, 257, 300, 590, 600)
 
 
 @functools.cache
@@ -106,9 +106,11 @@ def test_not_positive_definite_is_nan(size, place):
     bad = np.eye(size, dtype=np.float32)
     at = 0 if place == "first" else size - 1
     bad[at, at] = -1
-    found = spd.spd_inverses([jnp.asarray(bad), 2 * jnp.eye(3)], [jnp.zeros(())] * 2)
+    others = [2 * jnp.eye(3), 2 * jnp.eye(size), 2 * jnp.eye(size + 1)]  # of its stack, too
+    found = spd.spd_inverses([jnp.asarray(bad), *others], [jnp.zeros(())] * 4)
     assert np.all(np.isnan(found[0]))
-    close(found[1], np.eye(3) / 2, digits=1e-6)
+    for other, inverse in zip(others, found[1:], strict=True):
+        close(inverse, np.eye(len(other)) / 2, digits=1e-6)
 
 
 @pytest.mark.parametrize("size", [3, 383, 384, 385, 500])
