@@ -1,4 +1,4 @@
-"""Command line: ``python -m benchmarks autoencoder ...``, ``speed ...`` or ``sharing ...``."""
+"""Command line: ``python -m benchmarks autoencoder ...``, or another experiment's name."""
 
 import argparse
 import ast
@@ -13,6 +13,17 @@ from benchmarks import BenchmarkError
 
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
 FAILED = 2
+
+# Modules with command lines of their own, by their names.
+EXPERIMENTS = {
+    "speed": "time the curvature computations",
+    "sharing": "what weight sharing's products lose",
+    "rosenbrock": "gradient descent and Newton's method on Rosenbrock's function",
+    "logistic": "logistic regression by Newton, L-BFGS and conjugate gradients",
+    "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
+    "cnn": "subsampled Newton-CG on convolutional networks",
+    "curvature": "where and by how much curvature is negative while a network trains",
+}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -126,15 +137,15 @@ def build_parser() -> argparse.ArgumentParser:
             "autoencoder", help="train the paper's deep autoencoders", allow_abbrev=False
         )
     )
-    commands.add_parser("speed", help="time the curvature computations", add_help=False)
-    commands.add_parser("sharing", help="what weight sharing's products lose", add_help=False)
+    for name, purpose in EXPERIMENTS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
     """Hands the arguments to the command they name."""
     # The commands are imported only when asked for: each pulls in JAX, which takes seconds.
-    if argv[:1] in (["speed"], ["sharing"]):  # they have command lines of their own
+    if argv and argv[0] in EXPERIMENTS:
         return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]) or 0)
     given = vars(build_parser().parse_args(argv))
     del given["command"]

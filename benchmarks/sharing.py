@@ -24,7 +24,7 @@ from rich.table import Table
 
 import kfgn
 from benchmarks.datasets import load
-from benchmarks.speed import environment
+from benchmarks.experiment import environment
 
 METHODS: dict[str, dict[str, Any]] = {
     "kflr expand": {"method": "kflr"},

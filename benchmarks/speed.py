@@ -10,10 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import platform
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kfgn
+from benchmarks.experiment import environment
 from benchmarks.timing import Timed, timed, timed_updates
 
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -255,17 +253,3 @@ def _table(rows: Sequence[Row]) -> Table:
             f"{1e3 * row.seconds:.1f}", f"{row.compile_seconds:.1f}", f"{row.temporary_mib:.0f}",
         )  # fmt: skip
     return table
-
-
-def environment() -> dict[str, Any]:
-    """What a result should be read with."""
-    return {
-        "date": date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "kfgn": kfgn.__version__,
-    }
