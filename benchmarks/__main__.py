@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "logistic": "logistic regression by Newton, L-BFGS and conjugate gradients",
     "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
     "cnn": "subsampled Newton-CG on convolutional networks",
+    "alignment": "how near the approximate updates are to Gauss-Newton's own",
     "curvature": "where and by how much curvature is negative while a network trains",
 }
 
@@ -121,6 +122,7 @@ def add_autoencoder_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs"), help="where the run's folder is made (runs)")
     add("--resume", action="store_true", help="continue the latest such run from its checkpoint")
     add("--checkpoint-every", type=positive_int, help="updates between checkpoints (each minute)")
+    add("--references", type=Path, help="plot the loss curves of this folder's csv files, too")
     add("--no-sgd-yardstick", action="store_true", help="do not time an SGD step to compare with")
 
 

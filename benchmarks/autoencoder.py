@@ -215,6 +215,11 @@ class Experiment:
         self.console.print(shown)
         self.folder.write("table.txt", lambda path: write_table(path, shown))
         curves, problems = plots.references(self.request.data)
+        if self.request.references is not None:
+            more, unreadable = plots.references(self.request.data, self.request.references)
+            if not more and not unreadable:
+                self.say(f"no {self.request.data}_*.csv in {self.request.references}")
+            curves, problems = curves + more, problems + unreadable
         for problem in problems:
             self.say(problem)
         title = f"Autoencoder on {self.request.data}, {self.request.batch_size} images per update"

@@ -35,7 +35,12 @@ class Reference:
 
 
 def references(data: str, folder: Path = REFERENCES) -> tuple[list[Reference], list[str]]:
-    """The curves stored for this data set, and a line about each file that could not be read."""
+    """The curves a folder has for this data set, and a line about each file that is unreadable.
+
+    Files are called ``<data>_<label>.csv`` and have the columns update, train_loss (or
+    loss_first_10k: the training loss is that of the first 10,000 images) and perhaps
+    sgd_step_equivalents.
+    """
     curves, problems = [], []
     for path in sorted(folder.glob(f"{data}_*.csv")):
         try:
@@ -46,7 +51,7 @@ def references(data: str, folder: Path = REFERENCES) -> tuple[list[Reference], l
                 Reference(
                     path.stem.removeprefix(f"{data}_").replace("_", " "),
                     [float(line["update"]) for line in lines],
-                    [float(line["train_loss"]) for line in lines],
+                    [float(line.get("train_loss") or line["loss_first_10k"]) for line in lines],
                     [float(cost) for cost in costs] if lines and all(costs) else None,
                 )
             )

@@ -40,6 +40,7 @@ class Request:
     resume: bool = False
     checkpoint_every: int | None = None
     no_sgd_yardstick: bool = False
+    references: Path | None = None
 
     def check(self) -> None:
         """Finds what can be found wrong before there are data."""
@@ -50,6 +51,8 @@ class Request:
                 raise BenchmarkError(f"--compare names {name} twice")
         if self.data not in DATA_NAMES:
             raise closest("data set", self.data, DATA_NAMES)
+        if self.references is not None and not self.references.is_dir():
+            raise BenchmarkError(f"--references must be a folder, found {self.references}")
         second = [name in SECOND_ORDER for name in self.optimizers]
         if self.options and not any(second):
             raise BenchmarkError("--option is for kfra, kflr and kfac; none of them is to be run")

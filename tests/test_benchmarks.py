@@ -442,3 +442,17 @@ def test_reference_curves_are_read_and_drawn(tmp_path, figures):
     assert len(problems) == 1 and "digits_broken.csv" in problems[0]
     plots.plot_losses(tmp_path / "losses.png", [], "title", "cpu", curves, sgd_seconds=0.1)
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_another_folder_are_drawn_beside(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(plots, "plot_losses", lambda *given: drawn.append(given[4]))
+    folder = tmp_path / "peers"
+    folder.mkdir()
+    (folder / "digits_peer.csv").write_text("update,loss_first_10k\n0,40\n10,20\n")
+    arguments = ["--optimizer", "adam", "--updates", "2", "--references", str(folder)]
+    assert run(tmp_path, *arguments) == 0
+    assert [curve.losses for curve in drawn[0] if curve.label == "peer"] == [[40.0, 20.0]]
+    missing = str(tmp_path / "nowhere")
+    assert run(tmp_path, "--optimizer", "adam", "--references", missing) == 2
+    assert "--references must be a folder" in capsys.readouterr().err
