@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
     "cnn": "subsampled Newton-CG on convolutional networks",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",
+    "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
+    "cost": "what the factors cost as batch, width, outputs and samples grow",
     "curvature": "where and by how much curvature is negative while a network trains",
 }
 
