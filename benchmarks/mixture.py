@@ -1,0 +1,182 @@
+"""``python -m benchmarks mixture``: a mixture of two classifiers, which is no exponential family.
+
+Botev et al., section 5.2: MNIST's digits are told odd from even by 784-1000-500-250-30-3 and the
+likelihood of eq. (27). Its Hessian at the outputs depends on the target and is not positive
+semi-definite everywhere; Gauss-Newton quantities use, for every example, the nearest positive
+semi-definite matrix (negative eigenvalues set to zero), KFAC samples targets from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import kfgn
+from benchmarks import BenchmarkError, experiment, race
+from benchmarks.__main__ import number, positive_int, widths
+from benchmarks.datasets import DataError, load
+from benchmarks.optimizers import first_order, second_order
+from benchmarks.plots import COLOURS
+
+RATES = tuple(2.0**-k for k in (7, 8, 9, 10, 11, 12))
+PERIODS = (1.0, 0.25)  # the rate halves after so much of the updates; 1 leaves it as it is
+SECOND_ORDER = ("kfra", "kflr", "kfac")
+EVALUATED = 10_000  # training images
+
+
+def log_likelihoods(outputs: jax.Array, target: jax.Array) -> jax.Array:
+    """`log p(y | h)` of eq. (27) for `h` `[3]` and y 0 or 1, without leaving the log scale."""
+    weight, *parts = outputs
+    sign = 2 * target - 1
+    first = jax.nn.log_sigmoid(weight) + jax.nn.log_sigmoid(sign * parts[0])
+    second = jax.nn.log_sigmoid(-weight) + jax.nn.log_sigmoid(sign * parts[1])
+    return jnp.logaddexp(first, second)
+
+
+def _loss(outputs, target):
+    return -log_likelihoods(outputs, target)
+
+
+def _sample(key, outputs):
+    probability = jnp.exp(log_likelihoods(outputs, jnp.ones((), outputs.dtype)))
+    return jax.random.bernoulli(key, probability).astype(outputs.dtype)
+
+
+MIXTURE = kfgn.losses.from_function(_loss, sample=_sample)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains all optimisers, prints the table and writes everything down."""
+    parser = experiment.options("mixture", __doc__)
+    add = parser.add_argument
+    add("--data", default="mnist", help="mnist or digits (mnist)")
+    add("--layers", type=widths, default=(1000, 500, 250, 30), help="(1000,500,250,30)")
+    add("--updates", type=positive_int, default=200, help="of the second-order methods (200)")
+    add("--adam-updates", type=positive_int, default=800, help="(800)")
+    add("--batch-size", type=positive_int, default=1000, help="(1000)")
+    add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
+    options = parser.parse_args(arguments)
+    images, targets = _odd(options.data, options.data_dir, options.batch_size)
+    params = _network((images.shape[1], *options.layers, 3), options.seed)
+    objective = kfgn.Objective(_model, MIXTURE, l2=options.l2)
+    held = jnp.asarray(images[:EVALUATED]), jnp.asarray(targets[:EVALUATED])
+    evaluate = jax.jit(lambda p: objective.mean_loss(p, held))
+    indefinite = jax.jit(lambda p: _indefinite(p, held))
+    console, runs = Console(), {}
+    contestants = _contestants(objective, params, held, options)
+    with experiment.progress(console, "mixture", len(contestants)) as ticker:
+        for name, (optimizer, updates) in contestants.items():
+            data = race.batches(images, targets, options.batch_size, options.seed)
+            every = max(1, updates // 40)
+            points, final = race.run(optimizer, params, data, evaluate, updates, every)
+            runs[name] = points, float(indefinite(final))
+            ticker.step(f"{name}: {points[-1].loss:.2e}")
+    settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
+    settings["examples with an indefinite output Hessian at the start"] = float(indefinite(params))
+    measured = {
+        name: {"points": points, "indefinite_at_end": share}
+        for name, (points, share) in runs.items()
+    }
+    table = _table(runs)
+    experiment.record(options.out, "mixture", arguments, settings, measured, [table], console)
+    _plot(options.out / "losses.png", runs)
+    return 0
+
+
+def _odd(name: str, folder: Path | None, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+    if name not in ("mnist", "digits"):
+        raise BenchmarkError(f"argument --data: expected mnist or digits, found {name!r}")
+    try:
+        data = load(name, data_dir=folder)
+    except DataError as error:
+        raise BenchmarkError(str(error)) from error
+    if len(data.train) < at_least:
+        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
+    labels = data.train_labels
+    assert labels is not None
+    return data.train, (labels % 2).astype(np.float32)
+
+
+def _network(sizes: Sequence[int], seed: int) -> Any:
+    initial = jax.nn.initializers.glorot_uniform()
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    return {
+        f"layer_{i}": {
+            "kernel": initial(keys[i], sizes[i : i + 2]),
+            "bias": jnp.zeros(sizes[i + 1]),
+        }
+        for i in range(len(sizes) - 1)
+    }
+
+
+def _model(params: Any, x: jax.Array) -> jax.Array:
+    """tanh, with a linear code layer as in the autoencoders' encoder."""
+    last = len(params) - 1
+    for i in range(last + 1):
+        x = x @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"]
+        x = x if i >= last - 1 else jnp.tanh(x)
+    return x
+
+
+def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        name: (second_order(name, objective, params, batch, {}), options.updates)
+        for name in SECOND_ORDER
+    }
+    for rate in RATES:
+        for part in PERIODS:
+            period = None if part == 1 else max(1, int(part * options.adam_updates))
+            name = f"adam 2^{int(np.log2(rate))}" + ("" if part == 1 else f", halved each {part:g}")
+            found[name] = first_order("adam", objective, rate, period), options.adam_updates
+    return found
+
+
+def _indefinite(params: Any, batch: Any) -> jax.Array:
+    """The part of examples whose output Hessian has a negative eigenvalue, beyond roundoff."""
+    hessians = jax.vmap(MIXTURE.hessian)(_model(params, batch[0]), batch[1])
+    values = jnp.linalg.eigvalsh(hessians)
+    return jnp.mean(values[:, 0] < -1e-5 * jnp.max(jnp.abs(values), axis=1))
+
+
+def _table(runs: dict[str, Any]) -> Any:
+    best_adam = min((p[-1].loss, n) for n, (p, _) in runs.items() if n.startswith("adam"))[1]
+    goals = (0.1, 0.01, 1e-4)
+    lines = []
+    for name, (points, share) in runs.items():
+        reached = [next((p for p in points if p.loss <= goal), None) for goal in goals]
+        cells = [f"{p.update} ({p.seconds:.1f} s)" if p else None for p in reached]
+        label = f"{name} (best of Adam)" if name == best_adam else name
+        last = points[-1]
+        lines.append([label, last.update, f"{last.seconds:.1f}", f"{last.loss:.2e}", *cells,
+                      f"{share:.0%}"])  # fmt: skip
+    columns = ["optimiser", "updates", "seconds", "loss", *(f"to {g:g}" for g in goals),
+               "indefinite"]  # fmt: skip
+    return experiment.table(
+        "Mixture of two classifiers, odd or even: training loss", columns, lines
+    )
+
+
+def _plot(path: Path, runs: dict[str, Any]) -> None:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_update, by_time = figure.subplots(1, 2, sharey=True)
+    for name, (points, _) in runs.items():
+        adam = name.startswith("adam")
+        style = {"color": COLOURS["adam"], "alpha": 0.4} if adam else {"color": COLOURS[name]}
+        for axes, field in ((by_update, "update"), (by_time, "seconds")):
+            values = [getattr(p, field) for p in points]
+            label = None if adam and name != f"adam 2^{int(np.log2(RATES[0]))}" else name[:4]
+            axes.plot(values, [p.loss for p in points], label=label, **style)
+    for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend()
+    by_update.set_ylabel("training loss per example")
+    figure.savefig(path, dpi=130)
