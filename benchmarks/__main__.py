@@ -23,6 +23,8 @@ EXPERIMENTS = {
     "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
     "cnn": "subsampled Newton-CG on convolutional networks",
     "mixture": "a mixture of two classifiers, whose Fisher matrix is not its Gauss-Newton matrix",
+    "peers": "the autoencoder by kfgn and by optax's optimisers, for the same time each",
+    "ablations": "which of the defaults matter",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
     "cost": "what the factors cost as batch, width, outputs and samples grow",

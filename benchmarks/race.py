@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,12 @@ def batches(images: np.ndarray, targets: np.ndarray, size: int, seed: int) -> It
             yield jnp.asarray(images[chosen]), jnp.asarray(targets[chosen])
 
 
+@functools.lru_cache(maxsize=8)
+def _compiled(optimizer: Optimizer) -> Callable[..., Any]:
+    """The same function for the same optimiser, so that other seeds compile nothing."""
+    return jax.jit(optimizer.step)
+
+
 def run(
     optimizer: Optimizer,
     params: Any,
@@ -43,14 +50,13 @@ def run(
     seconds: float = math.inf,
 ) -> tuple[list[Point], Any]:
     """Trains for so many updates or seconds, whichever ends first; stops where the loss is lost."""
-    state = optimizer.init(params)
-    step = jax.jit(optimizer.step)
-    first, key = next(data), jax.random.key(seed)
-    compiled = step.lower(params, state, first, key).compile()
-    points, spent, batch = [Point(0, 0.0, float(evaluate(params)))], 0.0, first
+    state, step = optimizer.init(params), _compiled(optimizer)
+    batch, key = next(data), jax.random.key(seed)
+    jax.block_until_ready(step(params, state, batch, key))  # compiles, where it has to
+    points, spent = [Point(0, 0.0, float(evaluate(params)))], 0.0
     for update in range(1, updates + 1):
         start = time.perf_counter()
-        params, state, _ = compiled(params, state, batch, jax.random.fold_in(key, update))
+        params, state, _ = step(params, state, batch, jax.random.fold_in(key, update))
         jax.block_until_ready(params)
         spent += time.perf_counter() - start
         if update % eval_every == 0 or update == updates or spent >= seconds:

@@ -1,0 +1,192 @@
+"""``python -m benchmarks ablations``: which of the defaults matter.
+
+A smaller autoencoder trains with one setting changed at a time; every row is the training loss
+after half of the updates and all of them, a mean over seeds. Batch sizes, widths and depths change
+the problem itself: there, Adam's loss after as much time stands beside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import kfgn
+from benchmarks import BenchmarkError, experiment, race
+from benchmarks.__main__ import positive_int, widths
+from benchmarks.datasets import NAMES, DataError, load
+from benchmarks.models import Autoencoder, initial_params
+from benchmarks.optimizers import closest, first_order, second_order
+
+# What is changed, from the defaults of kfgn.kfra and kfgn.kfac.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "the defaults": {},
+    "no moving average": {"decay": None},
+    "decay 0.5": {"decay": 0.5},
+    "decay 0.95": {"decay": 0.95},
+    "dampings from 150": {"step_damping": 150.0},
+    "dampings from 0.1": {"step_damping": 0.1},
+    "γ greedy from 1, not τ": {"factor_damping": 1.0},
+    "τ fixed": {"step_damping_period": 0},
+    "thresholds 0.75, 0.75": {"thresholds": (0.75, 0.75)},
+    "inverses each update": {"refresh_inverse_every": 1},
+    "inverses each 20": {"refresh_inverse_every": 20},
+    "exact damped inverse": {"inverse": "eigen"},
+    "rate 1": {"learning_rate": 1.0},
+    "rate 0.5": {"learning_rate": 0.5},
+    "no momentum": {"momentum": False},
+    "the paper's preset": {"preset": "paper"},
+}
+METHODS = ("kfra", "kfac")
+EVALUATED = 10_000
+WIDTHS = (125, 250, 500, 1000)
+DEPTHS = (2, 4, 8, 16)
+BATCHES = (125, 500, 2000, 8000)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains all, prints the tables and writes everything down."""
+    parser = experiment.options("ablations", __doc__)
+    add = parser.add_argument
+    add("--data", default="mnist", help="curves, mnist, faces, digits or fashion_mnist (mnist)")
+    add("--updates", type=positive_int, default=100, help="of each training (100)")
+    add("--layers", type=widths, default=(250, 125, 60, 20), help="(250,125,60,20)")
+    add("--batch-size", type=positive_int, default=1000, help="(1000)")
+    add("--seeds", type=positive_int, default=2, help="trainings of each setting (2)")
+    add("--batches", type=widths, default=BATCHES, help="batch sizes (125,500,2000,8000)")
+    add("--widths", type=widths, default=WIDTHS, help="of one hidden layer (125,...,1000)")
+    add("--depths", type=widths, default=DEPTHS, help="layers of width 100 (2,4,8,16)")
+    options = parser.parse_args(arguments)
+    images = _images(options.data, options.data_dir, max(*options.batches, options.batch_size))
+    console, settings, sizes = Console(), {}, {}
+    shapes = _shapes(options)
+    seeds = range(options.seed, options.seed + options.seeds)
+    total = len(METHODS) * len(SETTINGS) + len(shapes)
+    with experiment.progress(console, "ablations", total) as ticker:
+        for method in METHODS:
+            for name, changed in SETTINGS.items():
+                runs = _train(images, options.layers, options.batch_size, method, changed,
+                              options.updates, seeds)  # fmt: skip
+                losses = [[points[1].loss, points[-1].loss] for points in runs]
+                ticker.step(f"{method}, {name}: {losses[0][-1]:.1f}")
+                settings[f"{method}: {name}"] = losses
+        for name, (layers, size) in shapes.items():
+            sizes[name] = _beside_adam(images, layers, size, options)
+            ticker.step(name)
+    said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
+    measured = {"settings": settings, "sizes": sizes}
+    tables = [_settings_table(settings, options.updates), _sizes_table(sizes)]
+    experiment.record(options.out, "ablations", arguments, said, measured, tables, console)
+    _plot(options.out / "ablations.png", settings)
+    return 0
+
+
+def _images(name: str, folder: Path | None, at_least: int) -> np.ndarray:
+    if name not in NAMES:
+        raise closest("data set", name, NAMES)
+    try:
+        data = load(name, data_dir=folder)
+    except DataError as error:
+        raise BenchmarkError(str(error)) from error
+    if data.loss != "sigmoid_binary_cross_entropy":
+        raise BenchmarkError(f"argument --data: {name} has no grey levels from 0 to 1")
+    if len(data.train) < at_least:
+        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
+    return data.train
+
+
+def _shapes(options: Any) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Networks and batch sizes, by what is changed."""
+    found = {f"batch {size}": (options.layers, size) for size in options.batches}
+    found |= {f"width {w}": ((w, 30), options.batch_size) for w in options.widths}
+    for depth in options.depths:  # of the whole autoencoder, the code in the middle
+        found[f"depth {depth}"] = ((100,) * (depth // 2 - 1) + (30,), options.batch_size)
+    return found
+
+
+def _train(
+    images: np.ndarray, layers: Sequence[int], size: int, method: str, changed: dict[str, Any],
+    updates: int, seeds: Sequence[int], seconds: float = math.inf,
+) -> list[list[race.Point]]:  # fmt: skip
+    """A training for every seed, of parameters and batches."""
+    model = Autoencoder(images.shape[1], layers)
+    loss = kfgn.losses.sigmoid_binary_cross_entropy
+    objective = kfgn.Objective(model.apply, loss, l2=1e-5)
+    held, first = jnp.asarray(images[:EVALUATED]), jnp.asarray(images[:size])
+    evaluate = jax.jit(lambda p: objective.mean_loss(p, (held, held)))
+    if method == "adam":
+        optimizer = first_order("adam", objective, changed["learning_rate"])
+    else:
+        start = initial_params(model, seeds[0])
+        optimizer = second_order(method, objective, start, (first, first), changed)
+    every = max(1, updates // 2) if seconds == math.inf else 50
+    found = []
+    for seed in seeds:
+        batches = race.batches(images, images, size, seed)
+        params = initial_params(model, seed)
+        found.append(
+            race.run(optimizer, params, batches, evaluate, updates, every, seed, seconds)[0]
+        )
+    return found
+
+
+def _beside_adam(images: np.ndarray, layers: Any, size: int, options: Any) -> dict[str, float]:
+    """KFRA's and KFAC's losses, and Adam's best of two rates after as many seconds as KFRA."""
+    seconds, found = 0.0, {}
+    for method in METHODS:
+        (points,) = _train(images, layers, size, method, {}, options.updates, [options.seed])
+        found[method] = points[-1].loss
+        seconds = seconds or points[-1].seconds
+    found["adam"] = min(
+        _train(
+            images, layers, size, "adam", {"learning_rate": rate}, 10**6, [options.seed], seconds
+        )[0][-1].loss
+        for rate in (1e-3, 3e-3)
+    )
+    return found | {"seconds": seconds}
+
+
+def _settings_table(settings: dict[str, Any], updates: int) -> Any:
+    lines = []
+    for name in SETTINGS:
+        cells = []
+        for method in METHODS:
+            half, end = np.mean(settings[f"{method}: {name}"], axis=0)
+            cells += [f"{half:.1f}", f"{end:.1f}"]
+        lines.append([name, *cells])
+    columns = ["changed", *(f"{m}, {n}" for m in METHODS for n in (updates // 2, updates))]
+    return experiment.table("Training loss after so many updates, mean over seeds", columns, lines)
+
+
+def _sizes_table(sizes: dict[str, dict[str, float]]) -> Any:
+    lines = [
+        [name, f"{f['kfra']:.1f}", f"{f['kfac']:.1f}", f"{f['adam']:.1f}", f"{f['seconds']:.1f}"]
+        for name, f in sizes.items()
+    ]
+    columns = ["changed", "kfra", "kfac", "adam, same time", "seconds"]
+    return experiment.table("Other batches and networks", columns, lines)
+
+
+def _plot(path: Path, settings: dict[str, Any]) -> None:
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(SETTINGS))
+    for offset, (method, colour) in zip((-0.15, 0.15), (("kfra", "tab:red"), ("kfac", "tab:blue")),
+                                        strict=True):  # fmt: skip
+        for place, name in zip(places, SETTINGS, strict=True):
+            ends = [end for _, end in settings[f"{method}: {name}"]]
+            label = method if place == 0 else None
+            axes.plot(ends, [place + offset] * len(ends), "o", color=colour, label=label)
+    axes.set_yticks(places, list(SETTINGS))
+    axes.invert_yaxis()
+    axes.set_xlabel("training loss at the end, every seed")
+    axes.grid(True, alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=130)

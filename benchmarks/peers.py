@@ -1,0 +1,155 @@
+"""``python -m benchmarks peers``: kfgn beside optax's optimisers, for the same time each.
+
+The paper's autoencoder on one data set: KFRA and KFAC with default settings; Adam, AdamW, Muon and
+Sophia at several learning rates each; L-BFGS with its line search on every batch. All have the same
+start, the same batches in the same order, the same machine and the same seconds of updates
+(compilation and evaluation left out). kfac-jax is not run by this command: curves of it that were
+measured elsewhere can be drawn by ``autoencoder --references``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import kfgn
+from benchmarks import BenchmarkError, experiment, race
+from benchmarks.__main__ import number, positive_int, positive_number, widths
+from benchmarks.datasets import NAMES, DataError, load
+from benchmarks.models import ENCODER, Autoencoder, initial_params
+from benchmarks.optimizers import Optimizer, closest, first_order, second_order
+
+# Makers of optax optimisers and the rates that are tried.
+TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
+    "adam": (optax.adam, (3e-4, 1e-3, 3e-3)),
+    "adamw": (optax.adamw, (3e-4, 1e-3, 3e-3)),
+    "muon": (optax.contrib.muon, (1e-3, 3e-3, 1e-2)),
+    "sophia": (optax.contrib.sophia, (3e-4, 1e-3, 3e-3)),
+}
+EVALUATED = 10_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains all, prints the table and writes everything down."""
+    parser = experiment.options("peers", __doc__)
+    add = parser.add_argument
+    add("--data", default="mnist", help="curves, mnist, faces, digits or fashion_mnist (mnist)")
+    add("--seconds", type=positive_number, default=25.0, help="of updates, for each (25)")
+    add("--layers", type=widths, default=ENCODER, help="of the encoder (1000,500,250,30)")
+    add("--batch-size", type=positive_int, default=1000, help="(1000)")
+    add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
+    options = parser.parse_args(arguments)
+    if options.data not in NAMES:
+        raise closest("data set", options.data, NAMES)
+    try:
+        data = load(options.data, data_dir=options.data_dir)
+    except DataError as error:
+        raise BenchmarkError(str(error)) from error
+    images = data.train
+    if len(images) < options.batch_size:
+        raise BenchmarkError(f"{options.data} has {len(images)} images, fewer than a batch")
+    model = Autoencoder(images.shape[1], options.layers)
+    objective = kfgn.Objective(model.apply, getattr(kfgn.losses, data.loss), l2=options.l2)
+    params = initial_params(model, options.seed)
+    held = jnp.asarray(images[:EVALUATED])
+    evaluate = jax.jit(lambda p: objective.mean_loss(p, (held, held)))
+    first = jnp.asarray(images[: options.batch_size])
+    console, runs = Console(), {}
+    contestants = _contestants(objective, params, (first, first))
+    with experiment.progress(console, "peers", len(contestants)) as ticker:
+        for name, optimizer in contestants.items():
+            batches = race.batches(images, images, options.batch_size, options.seed)
+            runs[name], _ = race.run(
+                optimizer, params, batches, evaluate, 10**6,
+                eval_every=_every(name), seconds=options.seconds,
+            )  # fmt: skip
+            ticker.step(f"{name}: {runs[name][-1].loss:.2f}")
+    settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
+    experiment.record(
+        options.out, "peers", arguments, settings, runs, [_table(runs, options.seconds)], console
+    )
+    _plot(options.out / "losses.png", runs, options.data)
+    return 0
+
+
+def _every(name: str) -> int:
+    """Updates between evaluations: about as much time, whatever an update costs."""
+    return 10 if name in ("kfra", "kfac", "l-bfgs") else 40
+
+
+def _contestants(objective: Any, params: Any, batch: Any) -> dict[str, Optimizer]:
+    found = {name: second_order(name, objective, params, batch, {}) for name in ("kfra", "kfac")}
+    for name, (make, rates) in TRIED.items():
+        for rate in rates:
+            label = f"{name} {rate:g}"
+            if name == "adam":
+                found[label] = first_order("adam", objective, rate)
+            else:
+                found[label] = _of_optax(label, make(rate), objective)
+    found["l-bfgs"] = _of_optax("l-bfgs", optax.lbfgs(), objective)
+    return found
+
+
+def _of_optax(name: str, transformation: Any, objective: Any) -> Optimizer:
+    """An optimiser that may ask for the objective itself: for a line search, or its Hessian."""
+
+    def step(params, state, batch, key):
+        del key
+        loss, grads = jax.value_and_grad(objective)(params, batch)
+        extra: dict[str, Any] = {}
+        if name.startswith("sophia"):
+            extra = {"obj_fn": lambda p: objective(p, batch)}
+        if name == "l-bfgs":
+            extra = {"value": loss, "grad": grads, "value_fn": lambda p: objective(p, batch)}
+        updates, state = transformation.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state, loss
+
+    return Optimizer(name, transformation.init, step)
+
+
+def _best(runs: dict[str, Any]) -> dict[str, str]:
+    """The best run of every kind of optimiser, by its last loss."""
+    best: dict[str, str] = {}
+    for name, points in runs.items():
+        kind = name.split()[0]
+        if kind not in best or points[-1].loss < runs[best[kind]][-1].loss:
+            best[kind] = name
+    return best
+
+
+def _table(runs: dict[str, Any], seconds: float) -> Any:
+    best = set(_best(runs).values())
+    lines = []
+    for name, points in runs.items():
+        half = next(p for p in points if p.seconds >= points[-1].seconds / 2)
+        last = points[-1]
+        label = f"{name} *" if name in best else name
+        each = 1e3 * last.seconds / max(last.update, 1)
+        lines.append([label, last.update, f"{each:.0f}", f"{half.loss:.2f}", f"{last.loss:.2f}"])
+    title = f"Training loss after {seconds:g} s of updates (*: the best rate)"
+    return experiment.table(title, ["optimiser", "updates", "ms/update", "half way", "end"], lines)
+
+
+def _plot(path: Path, runs: dict[str, Any], data: str) -> None:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    by_update, by_time = figure.subplots(1, 2, sharey=True)
+    for name in _best(runs).values():
+        points = runs[name]
+        for axes, field in ((by_update, "update"), (by_time, "seconds")):
+            axes.plot([getattr(p, field) for p in points], [p.loss for p in points], label=name)
+    for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
+        axes.set_yscale("log")
+        axes.set_xlabel(label)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend()
+    by_update.set_xscale("symlog", linthresh=10)
+    by_update.set_ylabel("training loss per example")
+    figure.suptitle(f"Autoencoder on {data}: every optimiser at its best rate")
+    figure.savefig(path, dpi=130)
