@@ -6,7 +6,8 @@ from kfgn.alias import PRESETS, kfac, kflr, kfra
 from kfgn.averaging import average_curvature
 from kfgn.block_gauss_newton_cg import block_gauss_newton_direction
 from kfgn.blocks import Blocks, layers
-from kfgn.cg import Solution, conjugate_gradient, empirical_fisher_diagonal
+from kfgn.cg import Solution, conjugate_gradient
+from kfgn.cg_preconditioner import empirical_fisher_diagonal
 from kfgn.curvature import Curvature, value_grad_and_curvature
 from kfgn.damping import Damping
 from kfgn.dense import (
@@ -35,12 +36,9 @@ from kfgn.exact import (
     pre_activation_hessian,
 )
 from kfgn.factors import Diagonal, Factors
-from kfgn.hessian_free import (
-    HESSIAN_FREE_PRESETS,
-    scale_by_conjugate_gradient,
-    without_curvature,
-)
+from kfgn.hessian_free import HESSIAN_FREE_PRESETS, scale_by_conjugate_gradient
 from kfgn.inspection import Inspection, inspect
+from kfgn.keywords import without_curvature
 from kfgn.minimise import Minimum, minimise
 from kfgn.newton import newton, newton_direction, scale_by_newton
 from kfgn.objective import Objective

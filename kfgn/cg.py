@@ -13,23 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfgn.checks import check_not_negative, check_positive, in_order
+from kfgn.checks import check_not_negative, check_positive
 from kfgn.curvature import Curvature
-from kfgn.damping import Damping, check_damping
-from kfgn.errors import OptionError, ParameterError
-from kfgn.factors import Factors
-from kfgn.kronecker import eigen
+from kfgn.errors import OptionError
 from kfgn.linalg import factor_dtype, inner
-from kfgn.objective import Objective, check_batch
-from kfgn.paths import named_leaves
-from kfgn.per_example import mean_over
-from kfgn.precondition import Preconditioner
 
 Array = jax.Array
 PyTree = Any
 Named = dict[str, Any]
-
-PRECONDITIONERS = (None, "diagonal", "kronecker")
 
 
 class Solution(NamedTuple):
@@ -165,8 +156,11 @@ def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
         check_positive("progress", progress)
     whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
     if not whole or max_iterations < 1:
+        remedy = ""
+        if hasattr(max_iterations, "dtype"):  # it is the size of an array, so no value of a state
+            remedy = ', an array; under optax.inject_hyperparams give static_args="max_iterations"'
         raise OptionError(
-            f"max_iterations must be a whole number of at least 1, found {max_iterations!r}"
+            f"max_iterations must be a whole number of at least 1, found {max_iterations!r}{remedy}"
         )
 
 
@@ -175,83 +169,6 @@ def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
     pushed, pull = jax.vjp(curvature.linearized, vector)
     weighted = jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
     return pull(weighted)[0]
-
-
-def empirical_fisher_diagonal(objective: Objective, *, chunk_size: int = 32) -> Callable:
-    """`(params, batch) -> mean_n (dE_n / dθ)^2`, a pytree like params, without l2.
-
-    Args:
-      objective: the objective.
-      chunk_size: how many examples' gradients are held at once.
-    """
-
-    def diagonal(params, batch):
-        def squares(example):
-            one = jax.tree.map(lambda a: a[None], example)
-            gradient = jax.grad(lambda p: objective.mean_loss(p, one))(params)
-            return jax.tree.map(lambda g: jnp.square(g.astype(wide(g))), gradient)
-
-        return mean_over(squares, check_batch(batch), chunk_size)
-
-    return diagonal
-
-
-def fisher_weights(objective: Objective, params: Any, batch: Any, gradient: Named) -> Named:
-    """The empirical Fisher diagonal of the leaves in a gradient, by name."""
-    if params is None or batch is None:
-        raise OptionError(
-            'preconditioner "diagonal" needs params and the batch: call update(grads, state, '
-            "params, curvature=curvature, batch=batch)"
-        )
-    weights = named_leaves(empirical_fisher_diagonal(objective)(params, batch))
-    if missing := [n for n in gradient if n not in weights]:
-        raise ParameterError(f"params lack {', '.join(map(repr, missing))}, found {list(weights)}")
-    return {n: weights[n] for n in gradient}
-
-
-def check_solver(damping: Any, l2: Any, warm_start: Any, preconditioner: Any, layers: Any) -> None:
-    """Raises OptionError for options of `scale_by_conjugate_gradient` that make no sense."""
-    if preconditioner not in PRECONDITIONERS:
-        raise OptionError(
-            f"preconditioner must be one of {', '.join(map(repr, PRECONDITIONERS))}, "
-            f"found {preconditioner!r}"
-        )
-    if preconditioner == "kronecker" and layers is None:
-        raise OptionError(
-            'preconditioner "kronecker" needs layers=kfgn.layers(objective, params, batch)'
-        )
-    if isinstance(damping, Damping):
-        check_damping("damping", damping)
-        least = damping.minimum
-    else:
-        check_not_negative("damping", damping)
-        least = damping
-    if preconditioner is not None and in_order(least, 0) and in_order(l2, 0):
-        raise OptionError(
-            f"preconditioner {preconditioner!r} needs a positive damping, or l2: what it inverts "
-            f"may be singular; found {damping!r}"
-        )
-    check_not_negative("warm_start", warm_start)
-    if not in_order(warm_start, 1):
-        raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
-
-
-def kronecker_solve(
-    preconditioner: Preconditioner, curvature: Curvature, damping: Array, leaves: Named
-) -> Callable[[Named], Named]:
-    """`r -> (Q ⊗ G + damping I)^-1 r` for the layers among the leaves, by one inversion."""
-    blocks = preconditioner.blocks
-    names = [*blocks.present(leaves), *blocks.diagonals(leaves)]
-    parts: Named = {name: curvature.factors[name] for name in names}
-    if preconditioner.inverse == "eigen":
-        parts = {n: eigen(*f) if isinstance(f, Factors) else f for n, f in parts.items()}
-    inverses = preconditioner.invert(parts, damping)
-
-    def solve(r: Named) -> Named:
-        solved = preconditioner.apply(inverses, damping, r)
-        return {n: x.astype(r[n].dtype) for n, x in solved.items()}
-
-    return solve
 
 
 def wide(x: Any) -> Any:

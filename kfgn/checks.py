@@ -60,6 +60,11 @@ def in_order(*values: Any) -> bool:
     return all(a <= b for a, b in itertools.pairwise(known))
 
 
+def is_zero(value: Any) -> bool:
+    """Whether the value is a number that is zero, for all that is known."""
+    return isinstance(value, numbers.Real) and value == 0
+
+
 def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
     if isinstance(value, numbers.Real):
         if holds(value):

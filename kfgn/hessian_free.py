@@ -17,21 +17,20 @@ import jax.numpy as jnp
 import optax
 
 from kfgn.blocks import Blocks, require_curvature
-from kfgn.cg import (
-    Solution,
-    check_solver,
-    check_stopping,
-    conjugate_gradient,
-    fisher_weights,
-    gauss_newton_product,
+from kfgn.cg import Solution, check_stopping, conjugate_gradient, gauss_newton_product, wide
+from kfgn.cg_preconditioner import (
+    DIAGONALS,
+    check_preconditioner,
+    diagonal_solve,
+    diagonal_weights,
     kronecker_solve,
-    wide,
 )
-from kfgn.checks import check_pair, check_positive
+from kfgn.checks import check_not_negative, check_pair, check_positive, in_order
 from kfgn.curvature import Curvature
-from kfgn.damping import Damping, levenberg_marquardt
+from kfgn.damping import Damping, check_damping, levenberg_marquardt
 from kfgn.errors import OptionError
-from kfgn.linalg import inner
+from kfgn.keywords import whole_params
+from kfgn.linalg import factor_dtype, inner
 from kfgn.objective import Objective
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.precondition import Preconditioner, all_finite
@@ -107,12 +106,19 @@ def scale_by_conjugate_gradient(
       warm_start: the iteration starts at so much of the last solution.
       preconditioner: None; "diagonal": `(diag(F) + (λ + η) I)^power` with the
         empirical Fisher's diagonal on `update(..., batch=batch)` (Martens
-        2010); "kronecker": `Q ⊗ G + (λ + η) I` of the curvature's factors.
+        2010); "gauss_newton_diagonal": `(diag(G) + (λ + η) I)^power` with the
+        exact diagonal on that batch; "kronecker": `Q ⊗ G + (λ + η) I` of the
+        curvature's factors.
       power: of the diagonal.
       inverse: of the Kronecker factors, "factored" or "eigen".
 
-    A step to where the objective is not finite is refused and λ raised; a batch
-    that is not finite changes nothing but the count of skipped ones.
+    Where λ adapts, a step to where the objective is not finite is refused and λ
+    raised. A batch that is not finite changes nothing but the count of skipped
+    ones.
+
+    Within `optax.masked` and `optax.partition` G is that of the parameters in
+    it; a diagonal is computed at all of them, `update(..., all_params=params)`.
+    `optax.inject_hyperparams` needs `static_args=("objective", "max_iterations")`.
 
     Raises:
       OptionError: an option out of its range.
@@ -121,7 +127,8 @@ def scale_by_conjugate_gradient(
         raise OptionError(f"objective must be a kfgn.Objective, found a {type(objective).__name__}")
     low, high = check_pair("thresholds", thresholds)
     check_positive("power", power)
-    check_solver(damping, objective.l2, warm_start, preconditioner, layers)
+    _check_options(damping, warm_start)
+    check_preconditioner(preconditioner, layers, damping, objective.l2)
     kronecker = preconditioner == "kronecker"
     blocks = layers if kronecker and layers is not None else _NO_BLOCKS
     solver = _Solver(
@@ -139,15 +146,19 @@ def scale_by_conjugate_gradient(
         return solver.init(named_leaves(params))
 
     def update(
-        updates, state, params=None, *, curvature: Curvature | None = None, batch=None, **extra
+        updates, state, params=None, *, curvature=None, batch=None, all_params=None, **extra
     ):
         del extra
         check_state(state, ScaleByConjugateGradientState)
         gradient = named_leaves(updates)
         curvature = require_curvature(curvature, blocks, gradient)
+        if not gradient:  # all is masked out
+            return updates, state
         weights = None
-        if preconditioner == "diagonal":
-            weights = fisher_weights(objective, params, batch, gradient)
+        if preconditioner in DIAGONALS:
+            name = f"preconditioner {preconditioner!r}"
+            params = whole_params(name, params, batch, all_params)
+            weights = diagonal_weights(preconditioner, objective, params, batch, gradient)
         step, state = solver.advance(state, gradient, curvature, weights)
         return with_leaves(updates, step), state
 
@@ -214,8 +225,6 @@ class _Solver:
         return keep_if(usable & reached, step, zeros[0]), state
 
     def solve(self, state, right: Named, curvature: Curvature, weights: Named | None) -> Solution:
-        total = state.damping + self.objective.l2
-
         def product(v: Named) -> Named:
             curved = gauss_newton_product(curvature, v)
             return {n: curved[n].astype(x.dtype) + shift(x.dtype) * x for n, x in v.items()}
@@ -223,6 +232,7 @@ class _Solver:
         def shift(dtype) -> Array:  # at the precision of what is solved
             return state.damping.astype(dtype) + jnp.asarray(self.objective.l2).astype(dtype)
 
+        total = shift(factor_dtype(*(x.dtype for x in right.values())))
         start = None
         if not self.cold:
             part = jnp.asarray(self.warm_start)
@@ -241,8 +251,7 @@ class _Solver:
             return kronecker_solve(self.kronecker, curvature, total, right)
         if weights is None:
             return None
-        scales = {n: (w + total.astype(w.dtype)) ** self.power for n, w in weights.items()}
-        return lambda r: {n: x / scales[n].astype(x.dtype) for n, x in r.items()}
+        return diagonal_solve(weights, total, self.power)
 
     def adapt(self, state, curvature: Curvature, solution: Solution) -> tuple[Array, Array, Array]:
         """ρ, λ, and whether the objective is finite where the step leads."""
@@ -258,27 +267,14 @@ class _Solver:
         return ratio, jnp.where(due, damping, state.damping), jnp.isfinite(after)
 
 
-def without_curvature(
-    transformation: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation, with the keyword argument `curvature` kept from it.
-
-    optax's line searches refuse keyword arguments that their `value_fn` does
-    not take; wrapped, they can stand in a chain after kfgn's transformations.
-
-    Raises:
-      OptionError: it is no optax transformation.
-    """
-    if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
-        kind = type(transformation).__name__
-        raise OptionError(f"expected an optax transformation, found a {kind}")
-    inside = optax.with_extra_args_support(transformation)
-
-    def update(updates, state, params=None, *, curvature=None, **extra):
-        del curvature
-        return inside.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(inside.init, update)
+def _check_options(damping: Any, warm_start: Any) -> None:
+    if isinstance(damping, Damping):
+        check_damping("damping", damping)
+    else:
+        check_not_negative("damping", damping)
+    check_not_negative("warm_start", warm_start)
+    if not in_order(warm_start, 1):
+        raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
 
 
 _NO_BLOCKS = Blocks({}, (), {})

@@ -184,7 +184,7 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
     """Results whose bias has to be a layer of its own.
 
     Kernel and bias make one block only where every use of the one is a use of
-    the other, in the same order.
+    the other, in the same order, and slices of the kernel have biases of their own.
     """
     partners: dict[str, list[Use]] = {}
     for use in uses:
@@ -199,9 +199,20 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
         alike = len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
         alone = len(met[name]) == len(own)
         whole = all(u.bias is not None and u.bias.source.name == name for u in others)
-        if not (alike and alone and whole):
+        if not (alike and alone and whole) or _shared_by_slices(own):
             bad.add(use.equations[0].outvars[0])
     return bad
+
+
+def _shared_by_slices(uses: list[Use]) -> bool:
+    """Whether different slices of a kernel have entries of the bias in common."""
+    if len(uses) == 1:
+        return False
+    entries: dict[int, set[int]] = {}  # of the bias, by the slice's first entry
+    for use in uses:
+        assert use.bias is not None
+        entries.setdefault(int(use.labels().min()), set()).update(use.bias.order.ravel().tolist())
+    return sum(map(len, entries.values())) > len(set().union(*entries.values()))
 
 
 def _grouped(name: str, uses: list[Use]) -> Layer | None:

@@ -15,10 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
+from kfgn.blocks import Blocks
 from kfgn.checks import check_not_negative
 from kfgn.errors import OptionError, ParameterError
 from kfgn.exact import block_hessian
 from kfgn.graph import build_graph
+from kfgn.keywords import has_masked, whole_params
+from kfgn.linalg import factor_dtype
 from kfgn.objective import Objective, check_batch
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.precondition import all_finite
@@ -56,14 +59,16 @@ def newton_direction(
       objective: the objective; its l2 is in the Hessian.
       params: P parameters.
       batch: `(inputs, targets)`.
-      gradient: g, a pytree like params.
+      gradient: g, a pytree like params; what `optax.masked` left out of it
+        stays fixed, and has no part in the Hessian.
       damping: τ.
       structure: "full": one matrix `[P, P]` by `jax.hessian`. "block": one for
         every layer, by `kfgn.block_hessian`, and for every parameter in none.
 
     Raises:
       OptionError: an unknown structure, or a negative damping.
-      ParameterError: the gradient is not like params.
+      ParameterError: the gradient is not like params, or, by blocks, lacks a
+        part of a layer.
     """
     _check_options(objective, damping, structure)
     _check_like(gradient, params)
@@ -72,17 +77,30 @@ def newton_direction(
 
 
 def _solve_full(objective, params, batch, gradient, damping) -> Solved:
-    flat, unravel = ravel_pytree(params)
-    hessian = jax.hessian(lambda x: objective(unravel(x), batch))(flat)
-    solution, smallest, negative = _solve(hessian, ravel_pytree(gradient)[0], damping)
-    return Solved(unravel(solution.astype(flat.dtype)), smallest, negative)
+    leaves, own = named_leaves(gradient), named_leaves(params)
+    dtypes = {n: jnp.result_type(own[n]) for n in leaves}
+    wide = factor_dtype(*dtypes.values())  # eigenvalues need at least float32
+    flat, unravel = ravel_pytree({n: jnp.asarray(own[n], wide) for n in leaves})
+
+    def moved(x: Array) -> Array:
+        narrow = {n: leaf.astype(dtypes[n]) for n, leaf in unravel(x).items()}
+        return objective(with_leaves(params, narrow), batch)
+
+    vector = ravel_pytree({n: jnp.asarray(g, wide) for n, g in leaves.items()})[0]
+    solution, smallest, negative = _solve(jax.hessian(moved)(flat), vector, damping)
+    found = {n: x.astype(leaves[n].dtype) for n, x in unravel(solution).items()}
+    return Solved(with_leaves(gradient, found), smallest, negative)
 
 
 def _solve_blocks(objective, params, batch, gradient, damping) -> Solved:
     graph = build_graph(objective, params, check_batch(batch)[0])
     leaves, found, parts = named_leaves(gradient), {}, []
+    shapes = {n: jnp.shape(x) for n, x in named_leaves(params).items()}
+    present = Blocks(graph.layers, tuple(graph.reasons), shapes).present(leaves)
     for name, block in block_hessian(objective)(params, batch).items():
-        layer = graph.layers.get(name)
+        if name not in present and name not in leaves:
+            continue  # masked out
+        layer = present.get(name)
         own = leaves[name] if layer is None else layer.to_matrix(leaves)
         slots = 1 if layer is None else len(layer.slots)
         vectors = own.reshape(slots, -1)
@@ -133,11 +151,16 @@ def scale_by_newton(
     give the search `value_fn=objective`, which takes `batch` as well. A batch
     whose numbers are not finite changes nothing but the count of skipped ones.
 
+    Within `optax.masked` and `optax.partition` the Hessian is that of the
+    parameters in it, by blocks whole layers, and `update` needs all of them as
+    `all_params=params`. `optax.inject_hyperparams` needs `static_args="objective"`.
+
     Args:
       objective, damping, structure: as for `newton_direction`.
 
     Raises:
       OptionError: as `newton_direction`; in `update`, also without params or batch.
+      ParameterError: in `update`, params are masked out and `all_params` is missing.
     """
     _check_options(objective, damping, structure)
 
@@ -148,16 +171,14 @@ def scale_by_newton(
             jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32)
         )
 
-    def update(updates, state, params=None, *, batch: Any = None, **extra):
+    def update(updates, state, params=None, *, batch: Any = None, all_params=None, **extra):
         del extra
         check_state(state, ScaleByNewtonState)
-        if params is None or batch is None:
-            raise OptionError(
-                "scale_by_newton needs params and the batch: call update(grads, state, params, "
-                "batch=batch)"
-            )
+        everything = whole_params("scale_by_newton", params, batch, all_params)
+        if not jax.tree.leaves(updates):  # all is masked out
+            return updates, state
         solved = newton_direction(
-            objective, params, batch, updates, damping=damping, structure=structure
+            objective, everything, batch, updates, damping=damping, structure=structure
         )
         moved = state._replace(
             count=state.count + 1,
@@ -199,6 +220,8 @@ def _check_like(gradient: PyTree, params: PyTree) -> None:
         {n: jnp.shape(leaf) for n, leaf in named_leaves(tree).items()}
         for tree in (gradient, params)
     )
+    if has_masked(gradient):
+        expected = {n: shape for n, shape in expected.items() if n in found}
     if found != expected:
         raise ParameterError(
             f"the gradient must be like params, of shapes {expected}; found {found}"

@@ -50,7 +50,13 @@ class Objective:
             object.__setattr__(self, "loss", from_function(self.loss))
         check_not_negative("l2", self.l2)
 
-    def __call__(self, params: PyTree, batch: tuple[PyTree, PyTree]) -> Array:
+    def __call__(self, params: PyTree, batch: tuple[PyTree, PyTree] | None = None) -> Array:
+        if batch is None:
+            raise BatchError(
+                "an objective is called as objective(params, batch), found no batch; optax's line "
+                "searches take it from update(..., batch=batch), and optax.inject_hyperparams, "
+                'which calls all that is callable, needs static_args="objective"'
+            )
         return self.mean_loss(params, batch) + self.penalty(params)
 
     def mean_loss(self, params: PyTree, batch: tuple[PyTree, PyTree]) -> Array:

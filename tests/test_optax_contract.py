@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,20 @@ import optax
 import pytest
 
 import kfgn
+from tests.contract import (
+    UPDATES,
+    Case,
+    Record,
+    by_layer,
+    check_jit_equals_no_jit,
+    check_loss_falls,
+    check_state_is_named_tuples_of_arrays,
+    check_structure_is_stable,
+    descend,
+    measure,
+    parametrize,
+    train,
+)
 from tests.small import (
     L2,
     OBJECTIVE,
@@ -25,14 +38,11 @@ from tests.small import (
     shapes,
 )
 
-UPDATES = 20
 ADAPTS = 5  # an update at which both dampings adapt
 
 # Shapes are all that a factory needs.
 SHAPES = (shapes(make_params()), shapes(make_batch()))
 LAYERS = kfgn.layers(OBJECTIVE, *SHAPES)
-
-descend = functools.partial(optax.scale, -1.0)
 
 
 def recipe(alias: str = "kfra", **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -43,13 +53,6 @@ def kronecker(damping: Any = 0.1, **options: Any) -> optax.GradientTransformatio
     return kfgn.scale_by_kronecker(LAYERS, damping, **options)
 
 
-def by_layer(**labels: Any) -> Callable[[Any], Any]:
-    """A label for every parameter of a layer."""
-    return lambda params: {
-        name: dict.fromkeys(layer, labels[name]) for name, layer in params.items()
-    }
-
-
 def curvature_parts() -> optax.GradientTransformationExtraArgs:
     return kfgn.scale_by_curvature(
         LAYERS,
@@ -57,13 +60,6 @@ def curvature_parts() -> optax.GradientTransformationExtraArgs:
         factor_damping=kfgn.Damping(1.0, 1e-4, 1e4, period=ADAPTS - 1),
         step_damping=kfgn.Damping(1.0, 0.0, 1e4, period=ADAPTS),
     )
-
-
-class Case(NamedTuple):
-    make: Callable[[], optax.GradientTransformation]
-    method: str = "kfra"
-    falls_to: float = 0.9  # of the initial loss
-    strict: bool = True  # False where optax itself promotes dtypes implicitly
 
 
 inject = optax.inject_hyperparams
@@ -131,63 +127,18 @@ CASES = {
 }
 
 
-class Record(NamedTuple):
-    """What happened in a short training."""
-
-    tx: optax.GradientTransformation
-    losses: list[float]  # on one batch, before every update and after the last
-    calls: list[tuple[Any, Any]]  # the arguments and results of every update
-    traces: int
-
-
-@functools.cache
-def curvature_of(method: str) -> Callable[..., Any]:
-    return jit(kfgn.value_grad_and_curvature(OBJECTIVE, method))
-
-
-def measure(method: str, params: Any, batch: Any, update: int = 0) -> Any:
-    key = {"key": jax.random.key(update)} if method == "kfac" else {}
-    return curvature_of(method)(params, batch, **key)
-
-
 @functools.cache
 def trained(name: str) -> Record:
-    """Trains once for all tests of a case, on three batches in turn."""
-    tx, traces = CASES[name].make(), []
-
-    @jit
-    def update(grads, state, params, curvature):
-        traces.append(name)
-        return tx.update(grads, state, params, curvature=curvature)
-
-    loss = jit(OBJECTIVE)
-    params, batches = make_params(), [make_batch(seed=seed) for seed in range(3)]
-    state, losses, calls = tx.init(params), [], []
-    for k in range(UPDATES):
-        losses.append(float(loss(params, batches[0])))
-        (_, grads), curvature = measure(CASES[name].method, params, batches[k % 3], k)
-        arguments = (grads, state, params, curvature)
-        updates, state = update(*arguments)
-        calls.append((arguments, (updates, state)))
-        params = optax.apply_updates(params, updates)
-    losses.append(float(loss(params, batches[0])))
-    return Record(tx, losses, calls, len(traces))
+    """Trains once for all tests of a case."""
+    return train(CASES[name])
 
 
-each_case = pytest.mark.parametrize(
-    "name",
-    [
-        name if case.strict else pytest.param(name, marks=pytest.mark.loose_dtypes)
-        for name, case in CASES.items()
-    ],
-)
+each_case = parametrize(CASES)
 
 
 @each_case
 def test_loss_falls(name):
-    losses = trained(name).losses
-    assert np.isfinite(losses).all()
-    assert losses[-1] < CASES[name].falls_to * losses[0]
+    check_loss_falls(trained(name), CASES[name].falls_to)
 
 
 @each_case
@@ -197,41 +148,17 @@ def test_update_is_traced_once(name):
 
 @each_case
 def test_structure_is_stable(name):
-    record = trained(name)
-    like_params = jax.tree.map(lambda p: (p.shape, p.dtype), make_params())
-    layout = jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), record.calls[0][0][1])
-    for _, (updates, state) in record.calls:
-        assert jax.tree.map(lambda u: (u.shape, u.dtype), updates) == like_params
-        assert jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), state) == layout
+    check_structure_is_stable(trained(name))
 
 
 @each_case
 def test_state_is_named_tuples_of_arrays(name):
-    record = trained(name)
-    for state in (record.tx.init(make_params()), record.calls[-1][1][1]):
-        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
-        assert sum(own_states(state)) >= 1
-
-
-def own_states(tree):
-    """Whether each node that kfgn put into a state is a NamedTuple."""
-    children = jax.tree.leaves(tree, is_leaf=lambda x: x is not tree)
-    if type(tree).__module__.startswith("kfgn."):
-        yield isinstance(tree, tuple) and hasattr(tree, "_fields")
-    for child in children:
-        if child is not tree:
-            yield from own_states(child)
+    check_state_is_named_tuples_of_arrays(trained(name))
 
 
 @each_case
 def test_jit_equals_no_jit(name):
-    # disable_jit also runs cond and while_loop as Python, on concrete values.
-    record = trained(name)
-    for count in (1, ADAPTS, UPDATES):
-        (grads, state, params, curvature), expected = record.calls[count - 1]
-        with jax.disable_jit():
-            actual = record.tx.update(grads, state, params, curvature=curvature)
-        assert_close(actual, expected, 2e-3)
+    check_jit_equals_no_jit(trained(name), (1, ADAPTS, UPDATES))
 
 
 def test_plain_calls_need_no_jit():

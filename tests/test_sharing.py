@@ -168,3 +168,23 @@ def test_homogeneous_convolution(name):
     dense = dense.reshape(-1, 2, 4 * 5, 4)
     truth = jnp.einsum("poic,oq,pqid->cd", dense, omega, dense) / 20
     np.testing.assert_allclose(found, truth, **CLOSE)
+
+
+def test_a_bias_that_slices_of_a_kernel_share_is_a_layer_of_its_own():
+    def model(p, x):
+        for k in range(2):
+            x = jnp.tanh(x @ p["stack"][k] + p["shift"])
+        return x
+
+    rng = np.random.default_rng(0)
+    params = {"stack": jnp.asarray(rng.normal(size=(2, 3, 3))), "shift": jnp.ones(3)}
+    batch = (jnp.asarray(rng.normal(size=(5, 3))), jnp.ones((5, 3)))
+    layers = kfgn.layers(kfgn.Objective(model, kfgn.losses.squared_error), params, batch).layers
+    assert {n: layer.parameters for n, layer in layers.items()} == {
+        "stack": ("stack",),
+        "shift": ("shift",),
+    }
+    for layer in layers.values():
+        leaves = {n: params[n] for n in layer.parameters}
+        back = layer.from_matrix(layer.to_matrix(leaves))
+        jax.tree.map(np.testing.assert_array_equal, back, leaves)
