@@ -20,10 +20,11 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError, experiment, race
-from benchmarks.__main__ import positive_int, widths
+from benchmarks.arguments import positive_int, widths
 from benchmarks.datasets import NAMES, DataError, load
 from benchmarks.models import Autoencoder, initial_params
 from benchmarks.optimizers import closest, first_order, second_order
+from benchmarks.plots import COLOURS
 
 # What is changed, from the defaults of kfgn.kfra and kfgn.kfac.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -138,7 +139,7 @@ def _train(
 
 
 def _beside_adam(images: np.ndarray, layers: Any, size: int, options: Any) -> dict[str, float]:
-    """KFRA's and KFAC's losses, and Adam's best of two rates after as many seconds as KFRA."""
+    """The losses of all methods, and Adam's best of two rates after as long as the first took."""
     seconds, found = 0.0, {}
     for method in METHODS:
         (points,) = _train(images, layers, size, method, {}, options.updates, [options.seed])
@@ -167,10 +168,10 @@ def _settings_table(settings: dict[str, Any], updates: int) -> Any:
 
 def _sizes_table(sizes: dict[str, dict[str, float]]) -> Any:
     lines = [
-        [name, f"{f['kfra']:.1f}", f"{f['kfac']:.1f}", f"{f['adam']:.1f}", f"{f['seconds']:.1f}"]
+        [name, *(f"{f[kind]:.1f}" for kind in (*METHODS, "adam", "seconds"))]
         for name, f in sizes.items()
     ]
-    columns = ["changed", "kfra", "kfac", "adam, same time", "seconds"]
+    columns = ["changed", *METHODS, "adam, same time", "seconds"]
     return experiment.table("Other batches and networks", columns, lines)
 
 
@@ -178,12 +179,11 @@ def _plot(path: Path, settings: dict[str, Any]) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(SETTINGS))
-    for offset, (method, colour) in zip((-0.15, 0.15), (("kfra", "tab:red"), ("kfac", "tab:blue")),
-                                        strict=True):  # fmt: skip
+    for method, offset in zip(METHODS, (-0.15, 0.15), strict=False):
         for place, name in zip(places, SETTINGS, strict=True):
             ends = [end for _, end in settings[f"{method}: {name}"]]
             label = method if place == 0 else None
-            axes.plot(ends, [place + offset] * len(ends), "o", color=colour, label=label)
+            axes.plot(ends, [place + offset] * len(ends), "o", color=COLOURS[method], label=label)
     axes.set_yticks(places, list(SETTINGS))
     axes.invert_yaxis()
     axes.set_xlabel("training loss at the end, every seed")

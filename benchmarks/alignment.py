@@ -23,13 +23,13 @@ from rich.table import Table
 
 import kfgn
 from benchmarks import BenchmarkError, datasets, experiment
-from benchmarks.__main__ import names, widths
+from benchmarks.arguments import names, widths
 from benchmarks.models import Autoencoder, initial_params
 from benchmarks.optimizers import closest
 from benchmarks.plots import COLOURS
 
 DATA = tuple(name for name in datasets.NAMES if name != "fashion_mnist")
-SOLVER = {"tolerance": 1e-3, "max_iterations": 150}
+SOLVER: dict[str, Any] = {"tolerance": 1e-3, "max_iterations": 150}
 # A label, the method, and its options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kfra": ("kfra", {}),
@@ -135,8 +135,8 @@ def _along(objective, model, images, name: str, size: int, probes: list[int], se
             damping = optax.tree_utils.tree_get(state, "factor_damping")
             found = jax.device_get(compare(params, (inputs, inputs), damping, key))
             yield [
-                Row(name, size, update, float(damping), *where, float(cosine))
-                for where, cosine in found.items()
+                Row(name, size, update, float(damping), method, inverse, layer, reference, float(c))
+                for (method, inverse, layer, reference), c in found.items()
             ]
         params, state = step(params, state, inputs, key)
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import experiment
-from benchmarks.__main__ import positive_int
+from benchmarks.arguments import positive_int
 from benchmarks.timing import timed
 
 LAYERS = 4
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for value in values:
                 rows += _measure(swept, value, options.repeats, options.seed)
                 ticker.step(f"{swept} = {value}")
-    fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in SWEEPS}
+    fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in sweeps}
     settings = {"layers": LAYERS, "base": BASE, "repeats": options.repeats, "seed": options.seed}
     measured = {"rows": [row._asdict() for row in rows], "exponents": fits}
     tables = [_costs(rows, sweeps), _exponents(fits)]
@@ -111,8 +111,7 @@ def _model(params: Any, x: jax.Array) -> jax.Array:
 
 
 def _factors(objective: kfgn.Objective, method: str, samples: int) -> Callable:
-    chosen = {"samples": samples} if method == "kfac" else {}
-    curvature_of = kfgn.value_grad_and_curvature(objective, method, **chosen)
+    curvature_of = kfgn.value_grad_and_curvature(objective, method, samples=samples)
 
     def call(params, batch):
         extra = {"key": jax.random.key(0)} if method == "kfac" else {}
@@ -147,7 +146,7 @@ def _costs(rows: list[Row], sweeps: dict[str, list[int]]) -> Any:
 def _exponents(fits: dict[str, float | None]) -> Any:
     lines = []
     for (method, swept), expected in EXPECTED.items():
-        fit = fits[f"{method} {swept}"]
+        fit = fits.get(f"{method} {swept}")
         if swept != "S" or method == "kfac":
             cell = "-" if fit is None else f"{fit:.2f}"
             lines.append([f"{method}, {swept}", cell, expected])
@@ -157,7 +156,7 @@ def _exponents(fits: dict[str, float | None]) -> Any:
 def _plot(path: Path, rows: list[Row]) -> None:
     figure = Figure(figsize=(14, 3.8), layout="constrained")
     colours = {"kfra": "tab:red", "kflr": "tab:purple", "kfac": "tab:blue"}
-    for axes, swept in zip(figure.subplots(1, 4), SWEEPS, strict=True):
+    for axes, swept in zip(figure.subplots(1, len(SWEEPS)), SWEEPS, strict=True):
         for method in METHODS:
             chosen = [r for r in rows if (r.method, r.swept) == (method, swept)]
             seconds = [r.seconds - r.gradient_seconds for r in chosen]

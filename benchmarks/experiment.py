@@ -7,7 +7,6 @@ settings, the machine and what was measured), `table.txt` and plots.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -27,18 +26,17 @@ from rich.table import Table
 
 import kfgn
 from benchmarks import BenchmarkError
+from benchmarks.arguments import OneLineParser, seed_int
 
 LINE_SECONDS = 10.0  # between the lines that stand in for a progress bar
 RESULTS = Path("benchmarks/results")
 
 
-def options(name: str, doc: str | None, data: bool = True) -> argparse.ArgumentParser:
+def options(name: str, doc: str | None, data: bool = True) -> OneLineParser:
     """A parser with the options that every experiment has: --out, --seed, and --data-dir."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m benchmarks {name}", description=doc, allow_abbrev=False
-    )
+    parser = OneLineParser(prog=f"python -m benchmarks {name}", description=doc, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=RESULTS / name, help="folder for the results")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters and batches (0)")
+    parser.add_argument("--seed", type=seed_int, default=0, help="of parameters and batches (0)")
     if data:
         parser.add_argument("--data-dir", type=Path, help="read the data's files here")
     return parser

@@ -20,7 +20,7 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError, experiment, race
-from benchmarks.__main__ import number, positive_int, widths
+from benchmarks.arguments import number, positive_int, widths
 from benchmarks.datasets import DataError, load
 from benchmarks.optimizers import first_order, second_order
 from benchmarks.plots import COLOURS
@@ -78,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             points, final = race.run(optimizer, params, data, evaluate, updates, every)
             runs[name] = points, float(indefinite(final))
             ticker.step(f"{name}: {points[-1].loss:.2e}")
-    settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
+    settings: dict[str, Any] = {
+        key: str(value) for key, value in vars(options).items() if key != "data_dir"
+    }
     settings["examples with an indefinite output Hessian at the start"] = float(indefinite(params))
     measured = {
         name: {"points": points, "indefinite_at_end": share}

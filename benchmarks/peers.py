@@ -21,7 +21,7 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError, experiment, race
-from benchmarks.__main__ import number, positive_int, positive_number, widths
+from benchmarks.arguments import number, positive_int, positive_number, widths
 from benchmarks.datasets import NAMES, DataError, load
 from benchmarks.models import ENCODER, Autoencoder, initial_params
 from benchmarks.optimizers import Optimizer, closest, first_order, second_order

@@ -20,7 +20,7 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import experiment
-from benchmarks.__main__ import widths
+from benchmarks.arguments import widths
 from benchmarks.datasets import load
 
 LOSSES: dict[str, tuple[kfgn.losses.Loss, int, int]] = {  # loss, outputs, rank of its Hessian
@@ -109,9 +109,9 @@ def _model(activation: Callable) -> Callable:
 
 def _batch(count: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     data = load("digits")
-    images, labels = jnp.asarray(data.train[:count], jnp.float64), data.train_labels
-    assert labels is not None
-    labels = jnp.asarray(labels[:count])
+    assert data.train_labels is not None
+    images = jnp.asarray(data.train[:count], jnp.float64)
+    labels = jnp.asarray(data.train_labels[:count])
     return images, (labels[:, None] % 2).astype(jnp.float64) if outputs == 1 else labels
 
 

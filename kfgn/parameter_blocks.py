@@ -32,6 +32,7 @@ from kfgn.objective import Objective, check_batch
 from kfgn.paths import named_leaves
 from kfgn.per_example import mean_over, prepare
 from kfgn.products import require_batch, require_objective
+from kfgn.second_order_terms import example_terms
 
 Array = jax.Array
 PyTree = Any
@@ -63,8 +64,9 @@ class ParameterHessianProducts(NamedTuple):
 class NegativeCurvature(NamedTuple):
     """How far one layer's Hessian H is from its Gauss-Newton matrix G, each a scalar.
 
-    H - G holds all second-order terms of the layers above, (V87), brought down to
-    this one, and what the loss itself lacks of convexity.
+    H - G holds all second-order terms of the layers above, brought down to this one, and what
+    the loss itself lacks of convexity. T is the layer's own term, which enters between the next
+    layers and this: after a transfer function, the diagonal `σ''(z_j) dE/dx_j` of (V87).
     """
 
     least: Array  # the least eigenvalue of H
@@ -73,6 +75,11 @@ class NegativeCurvature(NamedTuple):
     second_order_trace: Array  # the trace of H - G
     second_order_norm: Array  # the Frobenius norm of H - G
     gauss_newton_norm: Array  # the Frobenius norm of G, to compare with
+    # The same of T in the pre-activation, which `of="block"` leaves out:
+    term_negative_share: Array | None = None
+    term_positive_share: Array | None = None
+    term_trace: Array | None = None
+    term_norm: Array | None = None
 
 
 def parameter_hessian(
@@ -129,14 +136,15 @@ def negative_curvature(
 
     Without second-order terms every layer's Hessian is positive semi-definite. A
     network that is piecewise linear in each layer, with a convex loss, has none.
+    A layer's own terms T may cancel with others: where T is negative, H need not be.
 
     Args:
       objective: the objective.
       of: "pre_activation" looks at every example's Hessian in the layer's
         pre-activation: the least and greatest eigenvalue of all examples, the
         share among all eigenvalues, the mean trace, the root of the mean squared
-        norms. "block" looks at the mean Hessian in the layer's parameters, for
-        small layers.
+        norms, and the same of the layer's own terms. "block" looks at the mean
+        Hessian in the layer's parameters, for small layers.
       tol: eigenvalues below `-tol` times the largest magnitude of the same matrix
         are negative; None stands for ten rounding units times its size.
 
@@ -163,44 +171,57 @@ def negative_curvature(
 
     def of_pre_activations(params, batch):
         exact, positive = (prepare(objective, params, batch, h, exact=False) for h in (True, False))
+        own_terms = example_terms(objective, exact.graph, params)
 
         def one(arguments):
             h, g = exact.walk_one(arguments[0]).uses, positive.walk_one(arguments[1]).uses
-            return {name: _measured(h[name], g[name], tol) for name in h}
+            t = own_terms(arguments[2])
+            return {name: _measured(h[name], g[name], tol, t[name]) for name in h}
 
-        found = jax.lax.map(one, (exact.arguments, positive.arguments))
+        found = jax.lax.map(one, (exact.arguments, positive.arguments, tuple(batch)))
         count = jax.tree.leaves(exact.arguments)[0].shape[0]
         return {name: _gathered(measured, count) for name, measured in found.items()}
 
     return of_blocks if of == "block" else of_pre_activations
 
 
-def _measured(hessian: Array, positive: Array, tol: float | None) -> NegativeCurvature:
+def _measured(
+    hessian: Array, positive: Array, tol: float | None, term: Array | None = None
+) -> NegativeCurvature:
     """The measures of matrices `[..., D, D]`, with squared norms."""
-    values = jnp.linalg.eigvalsh(hessian)
-    relative = 10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tol is None else tol
-    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    beyond = hessian - positive
-    return NegativeCurvature(
+    values, beyond = jnp.linalg.eigvalsh(hessian), hessian - positive
+    measured = NegativeCurvature(
         values[..., 0],
         values[..., -1],
-        jnp.mean((values < -relative * largest).astype(values.dtype), axis=-1),
+        _negative_share(values, tol),
         jnp.trace(beyond, axis1=-2, axis2=-1),
         jnp.sum(beyond**2, axis=(-2, -1)),
         jnp.sum(positive**2, axis=(-2, -1)),
     )
+    if term is None:
+        return measured
+    own = jnp.linalg.eigvalsh(term)
+    shares = _negative_share(own, tol), _negative_share(-own, tol)
+    return NegativeCurvature(*measured[:6], *shares, jnp.trace(term), jnp.sum(term**2))
+
+
+def _negative_share(values: Array, tol: float | None) -> Array:
+    relative = 10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tol is None else tol
+    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.mean((values < -relative * largest).astype(values.dtype), axis=-1)
 
 
 def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
     """The measures of `count` examples, or of one matrix with blocks for slots, as scalars."""
-    return NegativeCurvature(
-        jnp.min(measured.least),
-        jnp.max(measured.greatest),
-        jnp.mean(measured.negative_share),
-        jnp.sum(measured.second_order_trace) / count,
-        jnp.sqrt(jnp.sum(measured.second_order_norm) / count),
-        jnp.sqrt(jnp.sum(measured.gauss_newton_norm) / count),
-    )
+
+    def gather(field: str, values: Array) -> Array:
+        if field in ("least", "greatest"):
+            return jnp.min(values) if field == "least" else jnp.max(values)
+        mean = jnp.sum(values) / (jnp.size(values) if field.endswith("share") else count)
+        return jnp.sqrt(mean) if field.endswith("norm") else mean
+
+    found = {f: gather(f, x) for f, x in measured._asdict().items() if x is not None}
+    return NegativeCurvature(**found)
 
 
 def _split(block: Array, layer: Layer | None) -> ParameterHessian:

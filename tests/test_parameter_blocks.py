@@ -254,6 +254,7 @@ def test_block_diagnosis():
     mean = np.mean(case.hessian, axis=0)
     assert ours["first"].negative_share > 0
     for name, own in ours.items():
+        assert own.term_trace is own.term_norm is None
         order = np.concatenate([case.places[name]["w"], case.places[name]["b"][None]]).ravel()
         compare(own, mean[None, order[:, None], order], positive[name][None], 1)
 
@@ -269,6 +270,79 @@ def compare(own: kfgn.NegativeCurvature, exact: Any, positive: Any, count: int) 
     close(own.second_order_trace, np.einsum("nii->", beyond) / count)
     close(own.second_order_norm, np.sqrt(np.sum(beyond**2) / count))
     close(own.gauss_newton_norm, np.sqrt(np.sum(positive**2) / count))
+
+
+SECOND = {
+    "tanh": lambda z: -2 * np.tanh(z) * (1 - np.tanh(z) ** 2),
+    "softplus": lambda z: 1 / (2 + np.exp(z) + np.exp(-z)),
+    "relu": np.zeros_like,
+}
+
+
+@pytest.mark.parametrize("activation", SECOND)
+@every_loss
+def test_own_terms(activation, loss):
+    """Eq. 87 of Veitch: the entries σ''(z_j) dE/dx_j, with the gradients by jax.grad."""
+    case, ours = setup(activation, loss), found(activation, loss)["negative"]
+    inputs, targets = case.batch
+    transfer, reference, p = ACTIVATIONS[activation], LOSSES[loss].reference, case.params
+    first = inputs @ p["first"]["w"] + p["first"]["b"]
+    second = transfer(first) @ p["second"]["w"] + p["second"]["b"]
+
+    def above_second(x, y):
+        return reference(x @ p["out"]["w"] + p["out"]["b"], y)
+
+    def above_first(x, y):
+        return above_second(transfer(x @ p["second"]["w"] + p["second"]["b"]), y)
+
+    for name, z, above in (("first", first, above_first), ("second", second, above_second)):
+        gradients = quick_jit(jax.vmap(jax.grad(above)))(transfer(z), targets)
+        terms = SECOND[activation](np.asarray(z)) * np.asarray(gradients)
+        own, largest = ours[name], np.max(np.abs(terms), axis=1, keepdims=True)
+        close(own.term_negative_share, np.mean(terms < -1e-13 * largest))
+        close(own.term_positive_share, np.mean(terms > 1e-13 * largest))
+        close(own.term_trace, np.sum(terms) / COUNT)
+        close(own.term_norm, np.sqrt(np.sum(terms**2) / COUNT))
+    assert ours["out"].term_norm == ours["out"].term_negative_share == 0
+
+
+def test_own_terms_add_up():
+    """Where paths meet and units mix: what congruences with the next layers' Hessians leave."""
+    rng = np.random.default_rng(4)
+    p = {name: jnp.asarray(rng.normal(size=(3, 3))) for name in ("first", "second", "out")}
+
+    def next_of(z, p):
+        """The pre-activations that the first one leads to: of the next layer, and the outputs'."""
+        x = jax.nn.softmax(z) * jnp.sin(z[::-1])
+        return x, z**2
+
+    def model(p, x):
+        def one(x):
+            h, direct = next_of(x @ p["first"], p)
+            return (jnp.tanh(h @ p["second"]) + direct) @ p["out"]
+
+        return jax.vmap(one)(x)
+
+    inputs, targets = jnp.asarray(rng.normal(size=(1, 3))), jnp.asarray(rng.normal(size=(1, 3)))
+    objective = kfgn.Objective(model, kfgn.losses.squared_error)
+    own = quick_jit(kfgn.negative_curvature(objective))(p, (inputs, targets))["first"]
+
+    def ends(z):
+        h, direct = next_of(z, p)
+        return h @ p["second"], direct
+
+    def loss(second, direct):
+        outputs = (jnp.tanh(second) + direct) @ p["out"]
+        return objective.loss(outputs, targets[0])
+
+    z = inputs[0] @ p["first"]
+    behind = jax.grad(loss, (0, 1))(*ends(z))
+    truth = jax.hessian(lambda z: sum(jnp.vdot(g, e) for g, e in zip(behind, ends(z), strict=True)))
+    values = np.linalg.eigvalsh(np.asarray(quick_jit(truth)(z)))
+    close(own.term_trace, values.sum())
+    close(own.term_norm, np.linalg.norm(values))
+    close(own.term_negative_share, np.mean(values < 0))
+    close(own.term_positive_share, np.mean(values > 0))
 
 
 def test_losses_that_are_not_convex():

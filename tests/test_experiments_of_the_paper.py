@@ -1,0 +1,119 @@
+"""The experiments of Botev et al. run from their command lines, in small."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import ablations, cost, mixture, peers, ranks
+from benchmarks.__main__ import main
+
+# optax's Adam and L-BFGS promote dtypes.
+pytestmark = pytest.mark.loose_dtypes
+
+
+def measured(folder, *arguments):
+    """What a command writes down, which must come with a table and a plot."""
+    assert main([*arguments, "--out", str(folder)]) == 0
+    assert (folder / "table.txt").read_text().strip()
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.glob("*.png"))
+    assert list(folder.glob("*.png"))
+    report = json.loads((folder / "results.json").read_text())
+    assert report["command"].startswith(f"python -m benchmarks {arguments[0]} --")
+    return report["measured"]
+
+
+def test_alignment(tmp_path):
+    rows = measured(
+        tmp_path, "alignment", "--data", "digits", "--layers", "8,4", "--batches", "20",
+        "--probes", "0,1", "--trained-by", "kfra",
+    )  # fmt: skip
+    assert {row["update"] for row in rows} == {0, 1}
+    assert all(-1.0001 <= row["cosine"] <= 1.0001 for row in rows)
+    # At the start the damping dominates, and all directions are near the gradient.
+    assert all(row["cosine"] > 0.5 for row in rows if row["layer"] == "whole")
+
+
+def test_ranks(tmp_path, monkeypatch):
+    leaky = "leaky relu, max(0.1 x, x)"
+    monkeypatch.setattr(ranks, "ACTIVATIONS", {leaky: ranks.ACTIVATIONS[leaky]})
+    found = measured(tmp_path, "ranks", "--layers", "4", "--examples", "1,3", "--depths", "2")
+    assert all(row["rank"] <= row["bound"] for row in found["ranks"])
+    exact = [row for row in found["ranks"] if row["samples"] == 0]
+    assert all(row["rank"] == row["bound"] for row in exact)  # a tanh network loses none
+    assert all(row["first_rank"] == 32 for row in found["dead"])
+
+
+def test_cost(tmp_path, monkeypatch):
+    monkeypatch.setattr(cost, "SWEEPS", {"N": (8, 16), "S": (1, 2)})
+    monkeypatch.setattr(cost, "BASE", {"N": 8, "D": 4, "K": 2, "S": 1})
+    found = measured(tmp_path, "cost", "--repeats", "1")
+    assert {(row["swept"], row["method"]) for row in found["rows"]} >= {
+        ("N", "kfra"),
+        ("S", "kfac"),
+    }
+    assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_mixture(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixture, "RATES", (2.0**-7,))
+    found = measured(
+        tmp_path, "mixture", "--data", "digits", "--layers", "8,4", "--updates", "10",
+        "--adam-updates", "20", "--batch-size", "100",
+    )  # fmt: skip
+    for run in found.values():
+        assert run["points"][-1][2] < run["points"][0][2]
+
+
+def test_mixture_is_a_likelihood():
+    """Probabilities of both targets sum to one, and are those of eq. (27)."""
+    outputs = jnp.asarray([0.3, -1.2, 2.0])
+    ones = [jnp.exp(mixture.log_likelihoods(outputs, jnp.asarray(y))) for y in (0.0, 1.0)]
+    np.testing.assert_allclose(sum(ones), 1, rtol=1e-6)
+    s = jax.nn.sigmoid
+    expected = s(0.3) * s(-1.2) + (1 - s(0.3)) * s(2.0)
+    np.testing.assert_allclose(ones[1], expected, rtol=1e-6)
+
+
+def test_peers(tmp_path, monkeypatch):
+    one_rate = {name: (make, rates[:1]) for name, (make, rates) in peers.TRIED.items()}
+    monkeypatch.setattr(peers, "TRIED", one_rate)
+    found = measured(
+        tmp_path, "peers", "--data", "digits", "--layers", "8,4", "--seconds", "0.01",
+        "--batch-size", "100",
+    )  # fmt: skip
+    assert {name.split()[0] for name in found} >= {"kfra", "kfac", "adam", "muon", "l-bfgs"}
+
+
+def test_ablations(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "METHODS", ("kfra",))
+    monkeypatch.setattr(ablations, "_shapes", lambda options: {"batch 50": (options.layers, 50)})
+    few = {name: ablations.SETTINGS[name] for name in ("the defaults", "no momentum")}
+    monkeypatch.setattr(ablations, "SETTINGS", few)
+    found = measured(
+        tmp_path, "ablations", "--data", "digits", "--layers", "8,4", "--updates", "4",
+        "--seeds", "1", "--batch-size", "100", "--batches", "50",
+    )  # fmt: skip
+    assert set(found["settings"]) == {f"kfra: {n}" for n in few}
+    assert set(found["sizes"]) == {"batch 50"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["alignment", "--data", "mnits"], "did you mean 'mnist'"),
+        (["alignment", "--probes", "a"], "--probes"),
+        (["mixture", "--data", "faces"], "mnist or digits"),
+        (["mixture", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
+        (["peers", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
+        (["ablations", "--data", "faces"], "faces"),
+    ],
+)
+def test_bad_command_lines(arguments, said, tmp_path, capsys):
+    assert main([*arguments, "--out", str(tmp_path), "--data-dir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
