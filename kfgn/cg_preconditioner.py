@@ -26,8 +26,11 @@ from kfgn.damping import Damping
 from kfgn.errors import OptionError, ParameterError
 from kfgn.exact import gauss_newton_diagonal
 from kfgn.factors import Factors
-from kfgn.graph import build_graph
+from kfgn.graph import Graph, build_graph
 from kfgn.kronecker import eigen
+from kfgn.layer import Layer
+from kfgn.linalg import PRECISION
+from kfgn.linearized import linearize
 from kfgn.objective import Objective, check_batch
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.per_example import mean_over
@@ -44,20 +47,57 @@ PRECONDITIONERS = (None, *DIAGONALS, "kronecker")
 def empirical_fisher_diagonal(objective: Objective, *, chunk_size: int = 32) -> Callable:
     """`(params, batch) -> mean_n (dE_n / dθ)^2`, a pytree like params, without l2.
 
+    Where a kernel is used once per example, its gradient is an outer product
+    `a_n g_n'`, and the mean of its square `mean_n a_n^2 (g_n^2)'` one product of
+    matrices; elsewhere every example's gradient is formed.
+
     Args:
       objective: the objective.
       chunk_size: how many examples' gradients are held at once.
     """
 
     def diagonal(params, batch):
+        inputs, targets = check_batch(batch)
+        graph = build_graph(objective, params, inputs)
+        once = {name: layer for name, layer in graph.layers.items() if _used_once(layer)}
+        found = _squared_outer_products(objective, graph, params, inputs, targets, once)
+        leaves = named_leaves(params)
+        others = {n: leaf for n, leaf in leaves.items() if n not in found}
+
         def squares(example):
             one = jax.tree.map(lambda a: a[None], example)
-            gradient = jax.grad(lambda p: objective.mean_loss(p, one))(params)
-            return jax.tree.map(lambda g: jnp.square(g.astype(wide(g))), gradient)
+            gradient = jax.grad(
+                lambda p: objective.mean_loss(with_leaves(params, {**leaves, **p}), one)
+            )(others)
+            return {n: jnp.square(g.astype(wide(g))) for n, g in gradient.items()}
 
-        return mean_over(squares, check_batch(batch), chunk_size)
+        if others:
+            found.update(mean_over(squares, (inputs, targets), chunk_size))
+        return with_leaves(params, {n: found[n] for n in leaves})
 
     return diagonal
+
+
+def _used_once(layer: Layer) -> bool:
+    """Whether every example meets the layer's kernel at one place."""
+    return len(layer.uses) == 1 and layer.first.form.positions == 1 and not layer.indexed
+
+
+def _squared_outer_products(
+    objective: Objective, graph: Graph, params: PyTree, inputs: PyTree, targets: PyTree,
+    layers: dict[str, Layer],
+) -> Named:  # fmt: skip
+    if not layers:
+        return {}
+    model = linearize(graph, objective, params, inputs, targets, with_probes=True)
+    _, gradients = model.pull(model.loss.gradients(model.outputs, model.targets))
+    found: Named = {}
+    for name, layer in layers.items():
+        a = layer.first.activations(model.values[layer.first.input], model.dtype)[:, :, 0]
+        g = layer.first.pre_activations(gradients[name]).astype(model.dtype)[:, :, 0]
+        mean = jnp.einsum("nsi,nso->sio", a**2, g**2, precision=PRECISION) / len(a)
+        found.update(layer.from_matrix(mean.reshape(layer.matrix_shape)))
+    return {n: x.astype(wide(x)) for n, x in found.items()}
 
 
 def gauss_newton_diagonal_by_leaf(objective: Objective) -> Callable:

@@ -128,3 +128,33 @@ def test_what_it_needs():
         kfgn.scale_by_conjugate_gradient(
             objective, damping=0.0, preconditioner="gauss_newton_diagonal"
         )
+
+
+@pytest.mark.usefixtures("x64")
+def test_empirical_fisher_where_kernels_are_shared():
+    """Kernels used once, at many places, and twice, beside gradients by vmap."""
+
+    def model(p, x):
+        dims = ("NWC", "WIO", "NWC")
+        h = jax.lax.conv_general_dilated(x, p["conv"], (1,), "SAME", dimension_numbers=dims)
+        h = jnp.tanh(h.reshape(len(x), -1) @ p["once"]["kernel"] + p["once"]["bias"])
+        return jnp.tanh(h @ p["tied"]) @ p["tied"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "conv": rng.normal(size=(3, 2, 2)),
+        "once": {"kernel": rng.normal(size=(8, 3)), "bias": rng.normal(size=3)},
+        "tied": rng.normal(size=(3, 3)),
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    batch = jnp.asarray(rng.normal(size=(6, 4, 2))), jnp.asarray(rng.normal(size=(6, 3)))
+    objective = kfgn.Objective(model, kfgn.losses.squared_error, l2=0.1)
+    found = jax.jit(kfgn.empirical_fisher_diagonal(objective, chunk_size=4))(params, batch)
+
+    def one(x, y):
+        return jax.grad(lambda p: objective.mean_loss(p, (x[None], y[None])))(params)
+
+    each = jax.jit(jax.vmap(one))(*batch)
+    truth = jax.tree.map(lambda g: jnp.mean(g**2, axis=0), each)
+    # Sums of six products each: roundoff.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), found, truth)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.logistic_solvers import Outcome, Points
+from benchmarks.logistic.solvers import Outcome, Points
 
 COLOURS = {
     "Newton, search": "tab:red",

@@ -24,7 +24,7 @@ from rich.table import Table
 import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.arguments import OneLineParser, names, positive_int, positive_number, widths
-from benchmarks.curvature_plots import plot_layers, plot_network
+from benchmarks.curvature.plots import plot_layers, plot_network
 from benchmarks.datasets import DataError, load
 from benchmarks.experiment import Ticker, options, progress, record, table
 

@@ -21,8 +21,8 @@ from rich.table import Table
 from benchmarks import BenchmarkError
 from benchmarks.arguments import OneLineParser, number, positive_int, positive_number
 from benchmarks.experiment import options, progress, record, table
-from benchmarks.logistic_plots import TITLES, plot_boundaries, plot_losses
-from benchmarks.logistic_solvers import Outcome, Points, Solvers
+from benchmarks.logistic.plots import TITLES, plot_boundaries, plot_losses
+from benchmarks.logistic.solvers import Outcome, Points, Solvers
 
 NAME = "logistic"
 # Tables 1 and 2 of the paper: iterations, training loss, and accuracy (headed "Test error" there).
