@@ -8,6 +8,7 @@ from kfgn.block_gauss_newton_cg import block_gauss_newton_direction
 from kfgn.blocks import Blocks, layers
 from kfgn.cg import Solution, conjugate_gradient
 from kfgn.cg_preconditioner import empirical_fisher_diagonal
+from kfgn.convexity import NegativeCurvature, negative_curvature
 from kfgn.curvature import Curvature, value_grad_and_curvature
 from kfgn.damping import Damping
 from kfgn.dense import (
@@ -43,10 +44,8 @@ from kfgn.minimise import Minimum, minimise
 from kfgn.newton import newton, newton_direction, scale_by_newton
 from kfgn.objective import Objective
 from kfgn.parameter_blocks import (
-    NegativeCurvature,
     ParameterHessian,
     ParameterHessianProducts,
-    negative_curvature,
     parameter_hessian,
 )
 from kfgn.products import gauss_newton_vector_product, hessian_vector_product
