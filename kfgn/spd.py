@@ -23,8 +23,11 @@ Array = jax.Array
 
 # Up to this size LAPACK factorises (twice the size, augmented); above, products do.
 _LEAF = 128
-# Matrices at least this part of the largest in their stack are padded to its size.
-_ALIKE = 0.95
+# Matrices at least this part of the largest in their stack are padded to its size,
+# as long as the stack's work, the sum of the cubes, grows by no more than this factor:
+# each stack has a recursion of its own to compile, about 0.7 s for one of 1000.
+_ALIKE = 0.75
+_MORE_WORK = 1.25
 # Stacks of matrices up to this size are eliminated, all at once.
 _SMALL = 16
 # Stands for infinity in an augmented factorisation: far above any inverse, and
@@ -112,16 +115,22 @@ def _alike(matrices: list[Array]) -> list[list[int]]:
     for i in sorted(
         range(len(matrices)), key=lambda i: (str(matrices[i].dtype), -len(matrices[i]))
     ):
-        first = matrices[groups[-1][0]] if groups else None
-        if (
-            first is not None
-            and first.dtype == matrices[i].dtype
-            and len(matrices[i]) >= _ALIKE * len(first)
-        ):
+        if groups and _fits(matrices[i], [matrices[k] for k in groups[-1]]):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
+
+
+def _fits(matrix: Array, members: list[Array]) -> bool:
+    size = len(members[0])
+    padded = (len(members) + 1) * size**3
+    own = len(matrix) ** 3 + sum(len(member) ** 3 for member in members)
+    return (
+        matrix.dtype == members[0].dtype
+        and len(matrix) >= _ALIKE * size
+        and padded <= _MORE_WORK * own
+    )
 
 
 def _by_turns(stack: Array) -> Array:
