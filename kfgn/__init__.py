@@ -28,6 +28,7 @@ from kfgn.errors import (
     OptionError,
     ParameterError,
 )
+from kfgn.evaluation import BiasVariance, accuracy, bias_variance
 from kfgn.exact import (
     block_gauss_newton,
     block_hessian,
@@ -64,6 +65,7 @@ __all__ = [
     "HESSIAN_FREE_PRESETS",
     "PRESETS",
     "BatchError",
+    "BiasVariance",
     "Blocks",
     "CheckResult",
     "Curvature",
@@ -85,9 +87,11 @@ __all__ = [
     "ParameterHessianProducts",
     "Solution",
     "UnknownPrimitiveWarning",
+    "accuracy",
     "average_curvature",
     "average_parameters",
     "batches",
+    "bias_variance",
     "block_gauss_newton",
     "block_gauss_newton_direction",
     "block_hessian",

@@ -41,6 +41,8 @@ class Loss:
         (negative eigenvalues set to zero), so that they stay semi-definite.
       sample: `(key, outputs) -> target` of one example, drawn from the model's
         predictive distribution, or None where the loss has no such reading.
+      correct: `(outputs, target) -> scalar` of one example, whether (or how much
+        of) the target is predicted, or None where the loss predicts no classes.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class Loss:
         name: str,
         convex: bool = False,
         sample: Callable[[Array, Outputs], Any] | None = None,
+        correct: Callable[[Outputs, Any], Array] | None = None,
     ):
         self.function = function
         self.name = name
         self.convex = convex
         self._sample = sample
+        self._correct = correct
 
     def __repr__(self) -> str:
         return f"kfgn.losses.{self.name}"
@@ -96,6 +100,16 @@ class Loss:
                 'or use "kfra" or "kflr", which need none.'
             )
         return self._sample(key, outputs)
+
+    def correct(self, outputs: Outputs, target: Any) -> Array:
+        """Whether one example's target is predicted, or the share of its labels that are."""
+        if self._correct is None:
+            raise LossError(
+                f"the loss {self.name!r} predicts no classes, so accuracy has no meaning of its "
+                "own; pass correct=, a function (outputs, target) -> True or False of one "
+                "example, such as lambda h, y: h.argmax() == y.argmax() for one-hot targets."
+            )
+        return self._correct(outputs, target)
 
     # A batch.
 
@@ -156,6 +170,7 @@ def from_function(
     *,
     convex: bool = False,
     sample: Callable[[Array, Outputs], Any] | None = None,
+    correct: Callable[[Outputs, Any], Array] | None = None,
 ) -> Loss:
     """A loss from any twice differentiable function of one example.
 
@@ -166,10 +181,11 @@ def from_function(
         eigendecomposition per example; without it the Gauss-Newton quantities
         use the nearest positive semi-definite output Hessian.
       sample: `(key, outputs) -> target` for one example, for KFAC.
+      correct: `(outputs, target) -> scalar` for one example, for `kfgn.accuracy`.
     """
     if not callable(per_example_loss):
         raise LossError(
             f"expected a function (outputs, target) -> scalar, found {type(per_example_loss)}"
         )
     name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
-    return Loss(per_example_loss, name, convex, sample)
+    return Loss(per_example_loss, name, convex, sample, correct)

@@ -69,7 +69,10 @@ class _SigmoidBinaryCrossEntropy(Loss):
         def sample(key, outputs):
             return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
 
-        super().__init__(value, "sigmoid_binary_cross_entropy", True, sample)
+        def correct(outputs, target):
+            return jnp.mean((outputs > 0) == (target > 0.5))
+
+        super().__init__(value, "sigmoid_binary_cross_entropy", True, sample, correct)
 
     @staticmethod
     def _variance(outputs):
@@ -122,7 +125,11 @@ class _SoftmaxCrossEntropy(Loss):
                 return labels
             return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
 
-        super().__init__(value, name, True, sample)
+        def correct(outputs, target):
+            labels = target if integer_labels else jnp.argmax(target, axis=-1)
+            return jnp.mean(jnp.argmax(outputs, axis=-1) == labels)
+
+        super().__init__(value, name, True, sample, correct)
         self.integer_labels = integer_labels
 
     def hessian(self, outputs, target):

@@ -109,20 +109,14 @@ class Problem:
         self.train: Arrays = (inputs, labels)
         self.dev = _on_device(dev)
         self.params = module.init(jax.random.key(seed), inputs[:1])
-        self._figures = jax.jit(self._measured)
-
-    def _measured(self, params: Any, train: Arrays, dev: Arrays) -> list[jax.Array]:
-        figures = [self.objective.penalty(params)]
-        for inputs, labels in (train, dev):
-            outputs: Any = self.module.apply(params, inputs)
-            figures.append(jnp.mean(jax.vmap(self.objective.loss)(outputs, labels)))
-            figures.append(jnp.mean((jnp.argmax(outputs, axis=1) == labels).astype(jnp.float32)))
-        return figures
+        self._figures = jax.jit(kfgn.bias_variance(self.objective, chunk_size=10_000))
 
     def measure(self, params: Any, iteration: int, seconds: float) -> Point:
         """Losses and accuracies on the images trained on and on the others."""
-        penalty, *rest = map(float, self._figures(params, self.train, self.dev))
-        return Point(iteration, seconds, penalty + rest[0], *rest)
+        figures = map(float, self._figures(params, self.train, self.dev))
+        train_loss, *rest = figures
+        objective = train_loss + float(self.objective.penalty(params))
+        return Point(iteration, seconds, objective, train_loss, *rest)
 
 
 def minimise(problem: Problem, name: str, method: str, iterations: int) -> Run:
