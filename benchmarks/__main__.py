@@ -30,6 +30,7 @@ EXPERIMENTS = {
     "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
     "cnn": "subsampled Newton-CG on convolutional networks",
     "mixture": "a mixture of two classifiers, whose Fisher matrix is not its Gauss-Newton matrix",
+    "grid": "first-order methods at a grid of rates beside KFRA and KFAC (section 5.1)",
     "peers": "the autoencoder by kfgn and by optax's optimisers, for the same time each",
     "ablations": "which of the defaults matter",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",

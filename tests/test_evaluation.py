@@ -67,7 +67,7 @@ def test_own_notion_of_correct():
     params, batch = make_params(), one_hot(make_batch(count=30))
     expected = share(network(params, batch[0]), np.argmax(batch[1], axis=1))
     squared = kfgn.Objective(network, LOSSES.squared_error)
-    with pytest.raises(kfgn.LossError, match="squared_error.*correct="):
+    with pytest.raises(kfgn.LossError, match=r"squared_error.*correct="):
         kfgn.accuracy(squared)(params, batch)
 
     def correct(outputs, target):
@@ -122,8 +122,8 @@ def test_low_precision_is_counted_in_float32():
     ("make", "error", "match"),
     [
         (lambda: kfgn.accuracy(network), kfgn.OptionError, "objective"),
-        (lambda: kfgn.accuracy(OBJECTIVE, chunk_size=0), kfgn.OptionError, "chunk_size.*found 0"),
-        (lambda: kfgn.accuracy(OBJECTIVE, correct=3), kfgn.OptionError, "correct.*found 3"),
+        (lambda: kfgn.accuracy(OBJECTIVE, chunk_size=0), kfgn.OptionError, r"chunk_size.*found 0"),
+        (lambda: kfgn.accuracy(OBJECTIVE, correct=3), kfgn.OptionError, r"correct.*found 3"),
         (
             lambda: kfgn.accuracy(OBJECTIVE, correct=lambda o, t: o > 0)(
                 make_params(), make_batch()
