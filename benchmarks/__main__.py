@@ -31,11 +31,13 @@ EXPERIMENTS = {
     "cnn": "subsampled Newton-CG on convolutional networks",
     "mixture": "a mixture of two classifiers, whose Fisher matrix is not its Gauss-Newton matrix",
     "grid": "first-order methods at a grid of rates beside KFRA and KFAC (section 5.1)",
+    "versus": "KFRA beside KFAC, setting by setting and seed by seed",
     "peers": "the autoencoder by kfgn and by optax's optimisers, for the same time each",
     "ablations": "which of the defaults matter",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
     "cost": "what the factors cost as batch, width, outputs and samples grow",
+    "surface": "the error surface of a toy network, and its curvature",
     "curvature": "where and by how much curvature is negative while a network trains",
 }
 

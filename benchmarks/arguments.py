@@ -22,6 +22,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """A whole number, zero or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, zero or above, not {text!r}")
+    return int(text)
+
+
 def seed_int(text: str) -> int:
     """A whole number that can seed a generator."""
     if not text.isdecimal() or int(text) >= 2**32:

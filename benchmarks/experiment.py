@@ -8,6 +8,7 @@ settings, the machine and what was measured), `table.txt` and plots.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -61,6 +62,11 @@ class Ticker:
             line = f"{self.name}  {self.done}/{self.total}  {figures}"
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    def expect(self, more: int) -> None:
+        """So many more than were announced."""
+        self.total += more
+        self.bar.update(self._task, total=self.total)
+
 
 @contextmanager
 def progress(console: Console, name: str, total: int) -> Iterator[Ticker]:
@@ -95,10 +101,11 @@ def record(
 ) -> None:
     """Prints the tables and writes them with everything measured into the folder."""
     command = " ".join(["python -m benchmarks", name, *(arguments or [])])
-    report = {"command": command, **environment(), "settings": dict(settings), "measured": measured}
+    report = {"command": command, **environment(), "settings": dict(settings)}
+    report["measured"] = _finite(measured)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "results.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         with (folder / "table.txt").open("w") as file:
             for shown in tables:
                 Console(file=file, width=110, color_system=None).print(shown)
@@ -107,6 +114,15 @@ def record(
     for shown in tables:
         console.print(shown)
     console.print(f"written to {folder}")
+
+
+def _finite(measured: Any) -> Any:
+    """The same with null for what JSON cannot say: a number that is not finite."""
+    if isinstance(measured, Mapping):
+        return {key: _finite(value) for key, value in measured.items()}
+    if isinstance(measured, (list, tuple)):
+        return [_finite(value) for value in measured]
+    return None if isinstance(measured, float) and not math.isfinite(measured) else measured
 
 
 def environment() -> dict[str, Any]:

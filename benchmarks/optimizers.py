@@ -87,11 +87,16 @@ def first_order(
 
 
 def second_order(
-    name: str, objective: Any, params: Params, batch: Batch, options: Mapping[str, Any]
+    name: str,
+    objective: Any,
+    params: Params,
+    batch: Batch,
+    options: Mapping[str, Any],
+    samples: int = 1,
 ) -> Optimizer:
-    """A kfgn optimiser, with the paper's settings except where ``options`` say otherwise."""
+    """A kfgn optimiser, with default settings except where ``options`` say otherwise."""
     transformation = getattr(kfgn, name)(objective, params, batch, **options)
-    curvature_fn = kfgn.value_grad_and_curvature(objective, name)
+    curvature_fn = kfgn.value_grad_and_curvature(objective, name, samples=samples)
 
     def step(
         params: Params, state: State, batch: Batch, key: jax.Array

@@ -1,14 +1,16 @@
 """``python -m benchmarks peers``: kfgn beside optax's optimisers, for the same time each.
 
 The paper's autoencoder on one data set: KFRA and KFAC with default settings; Adam, AdamW, Muon and
-Sophia at several learning rates each; L-BFGS with its line search on every batch. All have the same
-start, the same batches in the same order, the same machine and the same seconds of updates
-(compilation and evaluation left out). kfac-jax is not run by this command: curves of it that were
-measured elsewhere can be drawn by ``autoencoder --references``.
+Sophia at several learning rates each, and at further ones while the best lies at the end of those
+tried; L-BFGS with its line search on every batch. All have the same start, the same batches in the
+same order, the same machine and the same seconds of updates (compilation and evaluation left out).
+kfac-jax is not run by this command: curves of it that were measured elsewhere can be drawn by
+``autoencoder --references``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,19 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError, experiment, race
-from benchmarks.arguments import number, positive_int, positive_number, widths
+from benchmarks.arguments import number, positive_int, positive_number, whole, widths
 from benchmarks.datasets import NAMES, DataError, load
 from benchmarks.models import ENCODER, Autoencoder, initial_params
-from benchmarks.optimizers import Optimizer, closest, first_order, second_order
+from benchmarks.optimizers import Optimizer, closest, second_order
 
-# Makers of optax optimisers and the rates that are tried.
+# Makers of optax optimisers and the rates that are tried first.
 TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
     "adam": (optax.adam, (3e-4, 1e-3, 3e-3)),
     "adamw": (optax.adamw, (3e-4, 1e-3, 3e-3)),
-    "muon": (optax.contrib.muon, (1e-3, 3e-3, 1e-2)),
-    "sophia": (optax.contrib.sophia, (3e-4, 1e-3, 3e-3)),
+    "muon": (optax.contrib.muon, (1e-2, 3e-2, 1e-1)),
+    "sophia": (optax.contrib.sophia, (3e-5, 1e-4, 3e-4)),
 }
+BETWEEN = math.sqrt(10)  # a further rate and the last
 EVALUATED = 10_000
 
 
@@ -44,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--seconds", type=positive_number, default=25.0, help="of updates, for each (25)")
     add("--layers", type=widths, default=ENCODER, help="of the encoder (1000,500,250,30)")
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
+    add("--further", type=whole, default=3, help="rates tried beyond the first, at most (3)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
     options = parser.parse_args(arguments)
     if options.data not in NAMES:
@@ -64,19 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, runs = Console(), {}
     contestants = _contestants(objective, params, (first, first))
     with experiment.progress(console, "peers", len(contestants)) as ticker:
-        for name, optimizer in contestants.items():
+
+        def train(name: str, optimizer: Optimizer) -> float:
             batches = race.batches(images, images, options.batch_size, options.seed)
             runs[name], _ = race.run(
                 optimizer, params, batches, evaluate, 10**6,
                 eval_every=_every(name), seconds=options.seconds,
             )  # fmt: skip
             ticker.step(f"{name}: {runs[name][-1].loss:.2f}")
+            return runs[name][-1].loss
+
+        for name, optimizer in contestants.items():
+            train(name, optimizer)
+        for kind, (make, rates) in TRIED.items():
+            ends = {rate: runs[f"{kind} {rate:g}"][-1].loss for rate in rates}
+            for _ in range(options.further):
+                rate = _next_rate(ends)
+                if rate is None:
+                    break
+                ticker.expect(1)
+                label = f"{kind} {rate:g}"
+                ends[rate] = train(label, _of_optax(label, make(rate), objective))
     settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
     experiment.record(
         options.out, "peers", arguments, settings, runs, [_table(runs, options.seconds)], console
     )
     _plot(options.out / "losses.png", runs, options.data)
     return 0
+
+
+def _next_rate(ends: dict[float, float]) -> float | None:
+    """The rate beyond the best, where that is the least or the greatest of those tried."""
+    best = min(ends, key=lambda rate: ends[rate] if math.isfinite(ends[rate]) else math.inf)
+    if best == max(ends):
+        return float(f"{best * BETWEEN:.1g}")
+    return float(f"{best / BETWEEN:.1g}") if best == min(ends) else None
 
 
 def _every(name: str) -> int:
@@ -89,10 +115,7 @@ def _contestants(objective: Any, params: Any, batch: Any) -> dict[str, Optimizer
     for name, (make, rates) in TRIED.items():
         for rate in rates:
             label = f"{name} {rate:g}"
-            if name == "adam":
-                found[label] = first_order("adam", objective, rate)
-            else:
-                found[label] = _of_optax(label, make(rate), objective)
+            found[label] = _of_optax(label, make(rate), objective)
     found["l-bfgs"] = _of_optax("l-bfgs", optax.lbfgs(), objective)
     return found
 

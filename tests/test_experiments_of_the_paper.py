@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ablations, cost, mixture, peers, ranks
+from benchmarks import ablations, cost, mixture, peers, ranks, versus
 from benchmarks.__main__ import main
 
 # optax's Adam and L-BFGS promote dtypes.
@@ -84,9 +85,59 @@ def test_peers(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "TRIED", one_rate)
     found = measured(
         tmp_path, "peers", "--data", "digits", "--layers", "8,4", "--seconds", "0.01",
-        "--batch-size", "100",
+        "--batch-size", "100", "--further", "1",
     )  # fmt: skip
-    assert {name.split()[0] for name in found} >= {"kfra", "kfac", "adam", "muon", "l-bfgs"}
+    kinds = [name.split()[0] for name in found]
+    assert set(kinds) >= {"kfra", "kfac", "adam", "muon", "l-bfgs"}
+    # The only rate is at the end of the tried ones: another follows.
+    assert kinds.count("adam") == kinds.count("muon") == 2
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0}, None),
+        ({1e-3: 2.0, 3e-3: 1.0}, 9e-3),
+        ({1e-3: 1.0, 3e-3: 2.0}, 3e-4),
+        ({1e-3: 1.0, 3e-3: math.nan}, 3e-4),
+    ],
+)
+def test_rates_go_on_where_the_best_is_at_the_end(ends, expected):
+    assert peers._next_rate(ends) == expected
+
+
+def test_versus(tmp_path, monkeypatch):
+    cases = versus._cases
+
+    def few(options):
+        found = cases(options)
+        assert len(found) == 9
+        return {name: found[name] for name in ("digits, defaults", "digits, 2 samples")}
+
+    monkeypatch.setattr(versus, "_cases", few)
+    found = measured(
+        tmp_path, "versus", "--data", "digits", "--layers", "8,4", "--updates", "4",
+        "--seeds", "2", "--batch-size", "100", "--batches", "50",
+    )  # fmt: skip
+    plain, sampled = found.values()
+    assert plain["kfra"] != plain["kfac"]
+    losses = [[point[2] for point in run["kfac"][1]] for run in (plain, sampled)]
+    assert losses[0] != losses[1]  # the samples arrive
+    for runs in (plain, sampled):
+        assert all(points[-1][2] < points[0][2] for points in runs["kfac"] + runs["kfra"])
+
+
+def test_surface(tmp_path):
+    """Section 2.2.3: nothing negative within a layer of ReLUs, and no negative trace anywhere."""
+    found = measured(tmp_path, "surface", "--points", "41")
+    for name in ("relu", "leaky"):
+        for plane in ("within the first layer", "within the second"):
+            assert found[f"{name}: {plane}"]["negative eigenvalue"] == 0
+        across = found[f"{name}: across both"]
+        assert across["negative eigenvalue"] > 0.1
+        assert across["negative trace"] == 0
+    assert found["tanh: within the first layer"]["negative eigenvalue"] > 0.1
+    assert found["tanh: within the second"]["negative eigenvalue"] == 0
 
 
 def test_ablations(tmp_path, monkeypatch):
@@ -111,6 +162,12 @@ def test_ablations(tmp_path, monkeypatch):
         (["mixture", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
         (["peers", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
         (["ablations", "--data", "faces"], "faces"),
+        (["versus", "--data", "mnits"], "did you mean 'mnist'"),
+        (["versus", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
+        (["grid", "--data", "mnits"], "did you mean 'mnist'"),
+        (["grid", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
+        (["grid", "--methods", "sgd"], "adam"),
+        (["grid", "--periods", "2"], "up to 1"),
     ],
 )
 def test_bad_command_lines(arguments, said, tmp_path, capsys):
