@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ablations, cost, mixture, peers, ranks, versus
+from benchmarks import ablations, cost, mixture, peers, race, ranks, versus
 from benchmarks.__main__ import main
+from benchmarks.peers import outside
 
 # optax's Adam and L-BFGS promote dtypes.
 pytestmark = pytest.mark.loose_dtypes
@@ -85,12 +88,54 @@ def test_peers(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "TRIED", one_rate)
     found = measured(
         tmp_path, "peers", "--data", "digits", "--layers", "8,4", "--seconds", "0.01",
-        "--batch-size", "100", "--further", "1",
+        "--batch-size", "100", "--further", "1", "--no-kfac-jax",
     )  # fmt: skip
     kinds = [name.split()[0] for name in found]
     assert set(kinds) >= {"kfra", "kfac", "adam", "muon", "l-bfgs"}
     # The only rate is at the end of the tried ones: another follows.
     assert kinds.count("adam") == kinds.count("muon") == 2
+
+
+class _Options:
+    batch_size, seed, seconds, l2 = 5, 0, 0.0, 0.0
+
+
+def test_kfac_jax_runs_outside_or_is_skipped_with_a_reason(tmp_path, monkeypatch):
+    """The environment's Python gets the problem; what it says, or why it failed, comes back."""
+    params = {"params": {"Dense_1": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)},
+                         "Dense_0": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}}  # fmt: skip
+    given = np.ones((20, 3), np.float32), params, "squared_error", _Options, 10
+    python = tmp_path / "python"
+    monkeypatch.setattr(outside, "environment", lambda: python)
+
+    def answer(script):
+        python.write_text(f"#!{sys.executable}\n{script}")
+        python.chmod(0o755)
+
+    answer(
+        "import json, sys, numpy as np\n"
+        "given = np.load(sys.argv[2])\n"
+        "assert given['kernel0'].shape == (3, 2) and given['batches'].shape == (3000, 5)\n"
+        "loss = json.load(open(sys.argv[3]))['damping']\n"
+        "print('a warning')\n"
+        "print(json.dumps({'points': [[0, 0.0, loss]], 'versions': {'jax': '1'}}))\n"
+    )
+    found = outside.kfac_jax_runs(*given)
+    assert found == {
+        f"kfac-jax, damping {damping}": ([race.Point(0, 0.0, damping)], {"jax": "1"})
+        for damping in (3, 150)
+    }
+    answer("import sys\nsys.exit('ImportError: no such jax')")
+    with pytest.raises(outside.Skipped, match="fails: ImportError: no such jax"):
+        outside.kfac_jax_runs(*given)
+    monkeypatch.undo()
+    monkeypatch.setattr(outside, "_call", _no_index)
+    with pytest.raises(outside.Skipped, match="cannot be installed: no index"):
+        outside.environment(tmp_path / "new")
+
+
+def _no_index(command, seconds):
+    raise subprocess.CalledProcessError(1, command, stderr="first\nno index\n")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ The paper's autoencoder on one data set: KFRA and KFAC with default settings; Ad
 Sophia at several learning rates each, and at further ones while the best lies at the end of those
 tried; L-BFGS with its line search on every batch. All have the same start, the same batches in the
 same order, the same machine and the same seconds of updates (compilation and evaluation left out).
-kfac-jax is not run by this command: curves of it that were measured elsewhere can be drawn by
-``autoencoder --references``.
+kfac-jax, which has a training loop of its own, runs in an environment of its own, made where there
+is none yet, or is skipped with the reason (--no-kfac-jax leaves it out).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.arguments import number, positive_int, positive_number, whole, w
 from benchmarks.datasets import NAMES, DataError, load
 from benchmarks.models import ENCODER, Autoencoder, initial_params
 from benchmarks.optimizers import Optimizer, closest, second_order
+from benchmarks.peers import outside
 
 # Makers of optax optimisers and the rates that are tried first.
 TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--further", type=whole, default=3, help="rates tried beyond the first, at most (3)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
+    add("--no-kfac-jax", action="store_true", help="leave out kfac-jax")
     options = parser.parse_args(arguments)
     if options.data not in NAMES:
         raise closest("data set", options.data, NAMES)
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = jnp.asarray(images[: options.batch_size])
     console, runs = Console(), {}
     contestants = _contestants(objective, params, (first, first))
-    with experiment.progress(console, "peers", len(contestants)) as ticker:
+    with experiment.progress(console, "peers", len(contestants) + 1) as ticker:
 
         def train(name: str, optimizer: Optimizer) -> float:
             batches = race.batches(images, images, options.batch_size, options.seed)
@@ -89,12 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ticker.expect(1)
                 label = f"{kind} {rate:g}"
                 ends[rate] = train(label, _of_optax(label, make(rate), objective))
+        others = {} if options.no_kfac_jax else _kfac_jax(images, params, data.loss, options)
+        runs |= others.pop("runs", {})
+        ticker.step(others.get("kfac-jax", ""))
     settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
-    experiment.record(
-        options.out, "peers", arguments, settings, runs, [_table(runs, options.seconds)], console
-    )
+    settings |= others
+    shown = _table(runs, options.seconds, others.get("kfac-jax"))
+    experiment.record(options.out, "peers", arguments, settings, runs, [shown], console)
     _plot(options.out / "losses.png", runs, options.data)
     return 0
+
+
+def _kfac_jax(images: Any, params: Any, loss: str, options: Any) -> dict[str, Any]:
+    """Its runs and versions, or the reason why there are none."""
+    try:
+        found = outside.kfac_jax_runs(images, params, loss, options, EVALUATED)
+    except outside.Skipped as reason:
+        return {"kfac-jax": f"skipped: {reason}"}
+    runs = {name: points for name, (points, _) in found.items()}
+    versions = next(iter(found.values()))[1]
+    return {"runs": runs, "kfac-jax": ", ".join(f"{n} {v}" for n, v in versions.items())}
 
 
 def _next_rate(ends: dict[float, float]) -> float | None:
@@ -141,13 +157,13 @@ def _best(runs: dict[str, Any]) -> dict[str, str]:
     """The best run of every kind of optimiser, by its last loss."""
     best: dict[str, str] = {}
     for name, points in runs.items():
-        kind = name.split()[0]
+        kind = name.split()[0].rstrip(",")
         if kind not in best or points[-1].loss < runs[best[kind]][-1].loss:
             best[kind] = name
     return best
 
 
-def _table(runs: dict[str, Any], seconds: float) -> Any:
+def _table(runs: dict[str, Any], seconds: float, kfac_jax: str | None) -> Any:
     best = set(_best(runs).values())
     lines = []
     for name, points in runs.items():
@@ -157,6 +173,8 @@ def _table(runs: dict[str, Any], seconds: float) -> Any:
         each = 1e3 * last.seconds / max(last.update, 1)
         lines.append([label, last.update, f"{each:.0f}", f"{half.loss:.2f}", f"{last.loss:.2f}"])
     title = f"Training loss after {seconds:g} s of updates (*: the best rate)"
+    if kfac_jax:
+        title += f"; {kfac_jax}"
     return experiment.table(title, ["optimiser", "updates", "ms/update", "half way", "end"], lines)
 
 
