@@ -12,18 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import kfgn
-from benchmarks import BenchmarkError, experiment, race
+from benchmarks import experiment, race, task
 from benchmarks.arguments import positive_int, widths
-from benchmarks.datasets import NAMES, DataError, load
-from benchmarks.models import Autoencoder, initial_params
-from benchmarks.optimizers import closest, first_order, second_order
+from benchmarks.optimizers import first_order, second_order
 from benchmarks.plots import COLOURS
 
 # What is changed, from the defaults of kfgn.kfra and kfgn.kfac.
@@ -46,8 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "the paper's preset": {"preset": "paper"},
 }
 METHODS = ("kfra", "kfac")
-EVALUATED = 10_000
-WIDTHS = (125, 250, 500, 1000)
+WIDTHS = (250, 500, 1000, 2000)
 DEPTHS = (2, 4, 8, 16)
 BATCHES = (125, 500, 2000, 8000)
 
@@ -62,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--seeds", type=positive_int, default=2, help="trainings of each setting (2)")
     add("--batches", type=widths, default=BATCHES, help="batch sizes (125,500,2000,8000)")
-    add("--widths", type=widths, default=WIDTHS, help="of one hidden layer (125,...,1000)")
+    add("--widths", type=widths, default=WIDTHS, help="of one hidden layer (250,...,2000)")
     add("--depths", type=widths, default=DEPTHS, help="layers of width 100 (2,4,8,16)")
     options = parser.parse_args(arguments)
-    images = _images(options.data, options.data_dir, max(*options.batches, options.batch_size))
+    given = _task(options, options.layers, max(*options.batches, options.batch_size))
+    given = given._replace(batch_size=options.batch_size)
     console, settings, sizes = Console(), {}, {}
     shapes = _shapes(options)
     seeds = range(options.seed, options.seed + options.seeds)
@@ -73,13 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with experiment.progress(console, "ablations", total) as ticker:
         for method in METHODS:
             for name, changed in SETTINGS.items():
-                runs = _train(images, options.layers, options.batch_size, method, changed,
-                              options.updates, seeds)  # fmt: skip
+                runs = _train(given, method, changed, options.updates, seeds)
                 losses = [[points[1].loss, points[-1].loss] for points in runs]
                 ticker.step(f"{method}, {name}: {losses[0][-1]:.1f}")
                 settings[f"{method}: {name}"] = losses
         for name, (layers, size) in shapes.items():
-            sizes[name] = _beside_adam(images, layers, size, options)
+            sizes[name] = _beside_adam(_task(options, layers, size), options)
             ticker.step(name)
     said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
     measured = {"settings": settings, "sizes": sizes}
@@ -89,18 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _images(name: str, folder: Path | None, at_least: int) -> np.ndarray:
-    if name not in NAMES:
-        raise closest("data set", name, NAMES)
-    try:
-        data = load(name, data_dir=folder)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    if data.loss != "sigmoid_binary_cross_entropy":
-        raise BenchmarkError(f"argument --data: {name} has no grey levels from 0 to 1")
-    if len(data.train) < at_least:
-        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
-    return data.train
+def _task(options: Any, layers: Sequence[int], size: int) -> task.Task:
+    return task.autoencoder(options.data, options.data_dir, layers, size, 1e-5)
 
 
 def _shapes(options: Any) -> dict[str, tuple[tuple[int, ...], int]]:
@@ -113,42 +97,32 @@ def _shapes(options: Any) -> dict[str, tuple[tuple[int, ...], int]]:
 
 
 def _train(
-    images: np.ndarray, layers: Sequence[int], size: int, method: str, changed: dict[str, Any],
-    updates: int, seeds: Sequence[int], seconds: float = math.inf,
+    given: task.Task, method: str, changed: dict[str, Any], updates: int,
+    seeds: Sequence[int], seconds: float = math.inf,
 ) -> list[list[race.Point]]:  # fmt: skip
     """A training for every seed, of parameters and batches."""
-    model = Autoencoder(images.shape[1], layers)
-    loss = kfgn.losses.sigmoid_binary_cross_entropy
-    objective = kfgn.Objective(model.apply, loss, l2=1e-5)
-    held, first = jnp.asarray(images[:EVALUATED]), jnp.asarray(images[:size])
-    evaluate = jax.jit(lambda p: objective.mean_loss(p, (held, held)))
     if method == "adam":
-        optimizer = first_order("adam", objective, changed["learning_rate"])
+        optimizer = first_order("adam", given.objective, changed["learning_rate"])
     else:
-        start = initial_params(model, seeds[0])
-        optimizer = second_order(method, objective, start, (first, first), changed)
+        start = given.start(seeds[0])
+        optimizer = second_order(method, given.objective, start, given.example_batch, changed)
     every = max(1, updates // 2) if seconds == math.inf else 50
-    found = []
-    for seed in seeds:
-        batches = race.batches(images, images, size, seed)
-        params = initial_params(model, seed)
-        found.append(
-            race.run(optimizer, params, batches, evaluate, updates, every, seed, seconds)[0]
-        )
-    return found
+    return [
+        race.run(optimizer, given.start(seed), given.batches(seed), given.evaluate, updates,
+                 every, seed, seconds)[0]
+        for seed in seeds
+    ]  # fmt: skip
 
 
-def _beside_adam(images: np.ndarray, layers: Any, size: int, options: Any) -> dict[str, float]:
+def _beside_adam(given: task.Task, options: Any) -> dict[str, float]:
     """The losses of all methods, and Adam's best of two rates after as long as the first took."""
     seconds, found = 0.0, {}
     for method in METHODS:
-        (points,) = _train(images, layers, size, method, {}, options.updates, [options.seed])
+        (points,) = _train(given, method, {}, options.updates, [options.seed])
         found[method] = points[-1].loss
         seconds = seconds or points[-1].seconds
     found["adam"] = min(
-        _train(
-            images, layers, size, "adam", {"learning_rate": rate}, 10**6, [options.seed], seconds
-        )[0][-1].loss
+        _train(given, "adam", {"learning_rate": rate}, 10**6, [options.seed], seconds)[0][-1].loss
         for rate in (1e-3, 3e-3)
     )
     return found | {"seconds": seconds}

@@ -12,22 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import kfgn
-from benchmarks import BenchmarkError, experiment, race
+from benchmarks import BenchmarkError, experiment, race, task
 from benchmarks.arguments import names, positive_int, widths
-from benchmarks.datasets import NAMES, DataError, load
-from benchmarks.models import Autoencoder, initial_params
+from benchmarks.datasets import NAMES
 from benchmarks.optimizers import closest, second_order
 from benchmarks.plots import COLOURS
 
 METHODS = ("kfra", "kfac")
-EVALUATED = 10_000  # training images
 EVALUATIONS = 20
 LONGER = 5  # times as many updates
 
@@ -91,29 +86,19 @@ def _cases(options: Any) -> dict[str, Case]:
 
 def _pairs(case: Case, options: Any) -> dict[str, list[list[race.Point]]]:
     """The points of every seed's run, by method."""
-    try:
-        data = load(case.data, data_dir=options.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    images = data.train
-    if len(images) < case.batch_size:
-        raise BenchmarkError(f"{case.data} has {len(images)} images, fewer than a batch")
-    model = Autoencoder(images.shape[1], options.layers)
-    objective = kfgn.Objective(model.apply, getattr(kfgn.losses, data.loss), l2=1e-5)
-    held, first = jnp.asarray(images[:EVALUATED]), jnp.asarray(images[: case.batch_size])
-    evaluate = jax.jit(lambda p: objective.mean_loss(p, (held, held)))
+    made_of = task.autoencoder(case.data, options.data_dir, options.layers, case.batch_size, 1e-5)
     seeds = range(options.seed, options.seed + options.seeds)
-    starts = {seed: initial_params(model, seed) for seed in seeds}
+    start = made_of.start(options.seed)
     every, found = max(1, case.updates // EVALUATIONS), {}
     for method in METHODS:
         samples = case.samples if method == "kfac" else 1
         made = second_order(
-            method, objective, starts[options.seed], (first, first), case.options or {}, samples
+            method, made_of.objective, start, made_of.example_batch, case.options or {}, samples
         )
         found[method] = [
             race.run(
-                made, starts[seed], race.batches(images, images, case.batch_size, seed),
-                evaluate, case.updates, every, seed,
+                made, made_of.start(seed), made_of.batches(seed), made_of.evaluate,
+                case.updates, every, seed,
             )[0]
             for seed in seeds
         ]  # fmt: skip

@@ -11,30 +11,27 @@ GPU, where the settings of one method train side by side. An interrupted command
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
-import kfgn
-from benchmarks import BenchmarkError, experiment, race
+from benchmarks import BenchmarkError, experiment, race, task
 from benchmarks.arguments import names, number, positive_int, positive_number, widths
-from benchmarks.datasets import NAMES, DataError, load
-from benchmarks.grid import settings as grid
+from benchmarks.datasets import NAMES
 from benchmarks.grid.ledger import Ledger
 from benchmarks.grid.report import best_of_adam, claims_table, losses_table, plot
-from benchmarks.grid.settings import Setting
-from benchmarks.models import ENCODER, Autoencoder, initial_params
-from benchmarks.optimizers import Optimizer, closest
+from benchmarks.grid.settings import (
+    ADAM_DEFAULT,
+    Setting,
+    first_order_settings,
+    second_order_settings,
+)
+from benchmarks.grid.trainer import Trainer
+from benchmarks.models import ENCODER
+from benchmarks.optimizers import closest
 
-EVALUATED = 10_000  # training images
-EVALUATIONS = 30  # of every training
-TIMED = 40  # updates, of one setting where many train side by side
 FIRST_ORDER = ("adam", "sgd", "momentum", "nesterov")
 SECOND_ORDER = ("kfra", "kfac")
 FULL = {
@@ -46,36 +43,24 @@ FULL_FACES = 4  # times as many updates on FACES
 Runs = dict[Setting, dict[int, list[race.Point]]]  # by setting and seed
 
 
-class Task(NamedTuple):
-    """One data set's autoencoder, ready to train, with how long that takes."""
-
-    data: str
-    images: np.ndarray
-    objective: Any
-    start: Callable[[int], Any]  # of a seed: the parameters
-    evaluate: Callable[[Any], Any]
-    updates: int
-    second_order_updates: int
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains all of the grid on every data set; writes the results after each."""
     options = _parse(arguments)
     console, ledger = Console(), Ledger(options.out / "runs.jsonl", options.resume)
-    tasks = [_task(name, options) for name in options.data]
+    trainers = {name: _trainer(name, options, ledger) for name in options.data}
     said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
     measured, tables = {}, []
-    for task in tasks:
-        runs = _run_all(task, options, ledger, console)
-        measured[task.data] = [
+    for name, trainer in trainers.items():
+        runs = _run_all(trainer, options, console)
+        measured[name] = [
             {**setting._asdict(), "label": setting.label, "seed": seed, "points": points}
             for setting, seeds in runs.items()
             for seed, points in seeds.items()
         ]
-        tables += [losses_table(task.data, runs), claims_table(task.data, runs)]
-        shown = console if task is tasks[-1] else Console(quiet=True)
+        tables += [losses_table(name, runs), claims_table(name, runs)]
+        shown = console if name == options.data[-1] else Console(quiet=True)
         experiment.record(options.out, "grid", arguments, said, measured, tables, shown)
-        plot(options.out / f"{task.data}.png", task.data, runs)
+        plot(options.out / f"{name}.png", name, runs)
     ledger.finish()
     return 0
 
@@ -122,130 +107,38 @@ def _parts(text: str) -> tuple[float, ...]:
     return found
 
 
-def _task(name: str, options: Any) -> Task:
-    try:
-        data = load(name, data_dir=options.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    images = data.train
-    if len(images) < options.batch_size:
-        raise BenchmarkError(f"{name} has {len(images)} images, fewer than a batch")
-    model = Autoencoder(images.shape[1], options.layers)
-    objective = kfgn.Objective(model.apply, getattr(kfgn.losses, data.loss), l2=options.l2)
-    held = jnp.asarray(images[:EVALUATED])
+def _trainer(name: str, options: Any, ledger: Ledger) -> Trainer:
+    found = task.autoencoder(name, options.data_dir, options.layers, options.batch_size, options.l2)
     longer = FULL_FACES if options.full and name == "faces" else 1
-    return Task(
-        name, images, objective, functools.cache(lambda seed: initial_params(model, seed)),
-        jax.jit(lambda p: objective.mean_loss(p, (held, held))),
-        longer * options.updates, longer * options.second_order_updates,
-    )  # fmt: skip
+    identity = {key: getattr(options, key) for key in ("layers", "batch_size", "l2")}
+    updates = longer * options.updates, longer * options.second_order_updates
+    return Trainer(found, *updates, ledger, identity)
 
 
-def _run_all(task: Task, options: Any, ledger: Ledger, console: Console) -> Runs:
-    first = grid.first_order_settings(
+def _run_all(trainer: Trainer, options: Any, console: Console) -> Runs:
+    """Every setting once, and second order and Adam's best and default for the other seeds."""
+    first = first_order_settings(
         options.methods, options.exponents, options.periods, options.stride
     )
-    second = grid.second_order_settings(SECOND_ORDER)
-    seeds = range(options.seed, options.seed + options.seeds)
-    steps = {name: grid.first_order_step(name, task.objective) for name in options.methods}
-    total = len(first) + len(seeds) * len(second) + 2 * (len(seeds) - 1)
+    second = second_order_settings(SECOND_ORDER)
+    one, *others = range(options.seed, options.seed + options.seeds)
+    total = len(first) + (1 + len(others)) * len(second) + 2 * len(others)
     runs: Runs = {}
-    with experiment.progress(console, task.data, total) as ticker:
+    with experiment.progress(console, trainer.task.data, total) as ticker:
 
-        def finish(found: dict[Setting, list[race.Point]], seed: int) -> None:
+        def keep(found: dict[Setting, list[race.Point]], seed: int) -> None:
             for setting, points in found.items():
                 runs.setdefault(setting, {})[seed] = points
                 ticker.step(f"{setting.label}: {points[-1].loss:.2f}")
 
         for setting in second:
-            made = _second_order(task, setting, options)
-            for seed in seeds:
-                finish(_train_second_order(task, setting, made, seed, options, ledger), seed)
+            for seed in (one, *others):
+                keep(trainer.second_order(setting, seed), seed)
         for method in options.methods:
             own = [setting for setting in first if setting.method == method]
             for at in range(0, len(own), options.together):
-                group = own[at : at + options.together]
-                finish(
-                    _first_order(task, group, steps[method], seeds[0], options, ledger), seeds[0]
-                )
-        default = Setting("adam", grid.ADAM_DEFAULT, 1.0)
-        for setting in {best_of_adam(runs)[0]: None, default: None}:
-            for seed in seeds[1:]:
-                finish(_first_order(task, [setting], steps["adam"], seed, options, ledger), seed)
+                keep(trainer.first_order(own[at : at + options.together], one), one)
+        for setting in (best_of_adam(runs)[0], Setting("adam", ADAM_DEFAULT, 1.0)):
+            for seed in others:
+                keep(trainer.first_order([setting], seed), seed)
     return runs
-
-
-def _second_order(task: Task, setting: Setting, options: Any) -> Optimizer:
-    """One optimiser for all seeds: it is compiled once."""
-    first = jnp.asarray(task.images[: options.batch_size])
-    start = task.start(options.seed)
-    return grid.second_order_optimizer(setting, task.objective, start, (first, first))
-
-
-def _train_second_order(
-    task: Task, setting: Setting, made: Optimizer, seed: int, options: Any, ledger: Ledger
-) -> dict[Setting, list[race.Point]]:
-    run = _identity(task, setting, seed, options, task.second_order_updates)
-    points = ledger.find(run)
-    if points is None:
-        points = _train(task, made, task.start(seed), seed, options, task.second_order_updates)
-        ledger.add(run, points)
-    return {setting: points}
-
-
-def _first_order(
-    task: Task, group: Sequence[Setting], step: Any, seed: int, options: Any, ledger: Ledger
-) -> dict[Setting, list[race.Point]]:
-    """The runs of settings of one method, those that are not in the ledger side by side."""
-    keys = {s: _identity(task, s, seed, options, task.updates) for s in group}
-    found = {s: ledger.find(key) for s, key in keys.items()}
-    missing = [s for s, points in found.items() if points is None]
-    params = task.start(seed)
-    if len(missing) == 1:
-        made = grid.first_order_optimizer(missing[0], step, task.updates)
-        trained = [_train(task, made, params, seed, options, task.updates)]
-    elif missing:
-        trained = _side_by_side(task, missing, step, params, seed, options)
-    for setting, points in zip(missing, trained if missing else [], strict=True):
-        ledger.add(keys[setting], points)
-        found[setting] = points
-    return {s: points for s, points in found.items() if points is not None}
-
-
-def _side_by_side(
-    task: Task, group: Sequence[Setting], step: Any, params: Any, seed: int, options: Any
-) -> list[list[race.Point]]:
-    """Many settings in one program; seconds are those of one setting that trains alone."""
-    alone = grid.first_order_optimizer(group[0], step, task.updates)
-    timed = _train(task, alone, params, seed, options, min(TIMED, task.updates))[-1]
-    many = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(group), *a.shape)), params)
-    evaluate = jax.jit(lambda p: jax.lax.map(task.evaluate, p))
-    together = task._replace(evaluate=evaluate)
-    made = grid.all_at_once(group, step, task.updates)
-    points = _train(together, made, many, seed, options, task.updates)
-    each = timed.seconds / timed.update
-    return [
-        [race.Point(p.update, each * p.update, p.loss[k]) for p in points]
-        for k in range(len(group))
-    ]
-
-
-def _train(
-    task: Task, optimizer: Any, params: Any, seed: int, options: Any, updates: int
-) -> list[race.Point]:
-    batches = race.batches(task.images, task.images, options.batch_size, seed)
-    every = max(1, updates // EVALUATIONS)
-    points, _ = race.run(optimizer, params, batches, task.evaluate, updates, every, seed)
-    lost = math.inf  # what is not a number is worse than any that is
-    return [p._replace(loss=_or(p.loss, lost)) for p in points]
-
-
-def _or(loss: Any, lost: float) -> Any:
-    return np.nan_to_num(np.asarray(loss), nan=lost, posinf=lost).tolist()
-
-
-def _identity(task: Task, setting: Setting, seed: int, options: Any, updates: int) -> dict:
-    return {
-        "data": task.data, **setting._asdict(), "seed": seed, "updates": updates,
-        "layers": options.layers, "batch_size": options.batch_size, "l2": options.l2,
-    }  # fmt: skip

@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
-import kfgn
-from benchmarks import BenchmarkError, experiment, race
+from benchmarks import experiment, race, task
 from benchmarks.arguments import number, positive_int, positive_number, whole, widths
-from benchmarks.datasets import NAMES, DataError, load
-from benchmarks.models import ENCODER, Autoencoder, initial_params
-from benchmarks.optimizers import Optimizer, closest, second_order
+from benchmarks.models import ENCODER
+from benchmarks.optimizers import Optimizer, second_order
 from benchmarks.peers import outside
 
 # Makers of optax optimisers and the rates that are tried first.
@@ -37,7 +34,6 @@ TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
     "sophia": (optax.contrib.sophia, (3e-5, 1e-4, 3e-4)),
 }
 BETWEEN = math.sqrt(10)  # a further rate and the last
-EVALUATED = 10_000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,29 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
     add("--no-kfac-jax", action="store_true", help="leave out kfac-jax")
     options = parser.parse_args(arguments)
-    if options.data not in NAMES:
-        raise closest("data set", options.data, NAMES)
-    try:
-        data = load(options.data, data_dir=options.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    images = data.train
-    if len(images) < options.batch_size:
-        raise BenchmarkError(f"{options.data} has {len(images)} images, fewer than a batch")
-    model = Autoencoder(images.shape[1], options.layers)
-    objective = kfgn.Objective(model.apply, getattr(kfgn.losses, data.loss), l2=options.l2)
-    params = initial_params(model, options.seed)
-    held = jnp.asarray(images[:EVALUATED])
-    evaluate = jax.jit(lambda p: objective.mean_loss(p, (held, held)))
-    first = jnp.asarray(images[: options.batch_size])
+    given = task.autoencoder(
+        options.data, options.data_dir, options.layers, options.batch_size, options.l2
+    )
+    objective, params = given.objective, given.start(options.seed)
     console, runs = Console(), {}
-    contestants = _contestants(objective, params, (first, first))
+    contestants = _contestants(objective, params, given.example_batch)
     with experiment.progress(console, "peers", len(contestants) + 1) as ticker:
 
         def train(name: str, optimizer: Optimizer) -> float:
-            batches = race.batches(images, images, options.batch_size, options.seed)
             runs[name], _ = race.run(
-                optimizer, params, batches, evaluate, 10**6,
+                optimizer, params, given.batches(options.seed), given.evaluate, 10**6,
                 eval_every=_every(name), seconds=options.seconds,
             )  # fmt: skip
             ticker.step(f"{name}: {runs[name][-1].loss:.2f}")
@@ -91,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ticker.expect(1)
                 label = f"{kind} {rate:g}"
                 ends[rate] = train(label, _of_optax(label, make(rate), objective))
-        others = {} if options.no_kfac_jax else _kfac_jax(images, params, data.loss, options)
+        others = {} if options.no_kfac_jax else _kfac_jax(given, options)
         runs |= others.pop("runs", {})
         ticker.step(others.get("kfac-jax", ""))
     settings = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
@@ -102,10 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _kfac_jax(images: Any, params: Any, loss: str, options: Any) -> dict[str, Any]:
+def _kfac_jax(given: task.Task, options: Any) -> dict[str, Any]:
     """Its runs and versions, or the reason why there are none."""
     try:
-        found = outside.kfac_jax_runs(images, params, loss, options, EVALUATED)
+        start = given.start(options.seed)
+        found = outside.kfac_jax_runs(given.images, start, given.loss, options, task.EVALUATED)
     except outside.Skipped as reason:
         return {"kfac-jax": f"skipped: {reason}"}
     runs = {name: points for name, (points, _) in found.items()}
