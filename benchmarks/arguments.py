@@ -54,6 +54,14 @@ def positive_number(text: str) -> float:
     return number(text)
 
 
+def parts(text: str) -> tuple[float, ...]:
+    """Parts of a whole, above 0 and up to 1, with commas between them."""
+    found = tuple(positive_number(part) for part in text.split(","))
+    if max(found) > 1:
+        raise argparse.ArgumentTypeError(f"must be parts of a whole, up to 1, not {text!r}")
+    return found
+
+
 def widths(text: str) -> tuple[int, ...]:
     """Layer widths, with commas between them."""
     return tuple(positive_int(width.strip()) for width in text.split(","))

@@ -20,12 +20,12 @@ from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError, experiment, race
-from benchmarks.arguments import number, positive_int, widths
+from benchmarks.arguments import number, parts, positive_int, widths
 from benchmarks.datasets import DataError, load
 from benchmarks.optimizers import first_order, second_order
 from benchmarks.plots import COLOURS
 
-RATES = tuple(2.0**-k for k in (7, 8, 9, 10, 11, 12))
+EXPONENTS = (7, 8, 9, 10, 11, 12)  # k of Adam's rates 2^-k
 PERIODS = (1.0, 0.25)  # the rate halves after so much of the updates; 1 leaves it as it is
 SECOND_ORDER = ("kfra", "kflr", "kfac")
 EVALUATED = 10_000  # training images
@@ -60,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--layers", type=widths, default=(1000, 500, 250, 30), help="(1000,500,250,30)")
     add("--updates", type=positive_int, default=200, help="of the second-order methods (200)")
     add("--adam-updates", type=positive_int, default=800, help="(800)")
+    add("--exponents", type=widths, default=EXPONENTS, help="k of Adam's rates 2^-k (7,...,12)")
+    add(
+        "--periods",
+        type=parts,
+        default=PERIODS,
+        help="parts of its updates to halve after (1,0.25)",
+    )
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
     options = parser.parse_args(arguments)
@@ -132,11 +139,12 @@ def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, 
         name: (second_order(name, objective, params, batch, {}), options.updates)
         for name in SECOND_ORDER
     }
-    for rate in RATES:
-        for part in PERIODS:
+    for exponent in options.exponents:
+        for part in options.periods:
             period = None if part == 1 else max(1, int(part * options.adam_updates))
-            name = f"adam 2^{int(np.log2(rate))}" + ("" if part == 1 else f", halved each {part:g}")
-            found[name] = first_order("adam", objective, rate, period), options.adam_updates
+            name = f"adam 2^-{exponent}" + ("" if part == 1 else f", halved each {part:g}")
+            adam = first_order("adam", objective, 2.0**-exponent, period)
+            found[name] = adam, options.adam_updates
     return found
 
 
@@ -168,12 +176,13 @@ def _table(runs: dict[str, Any]) -> Any:
 def _plot(path: Path, runs: dict[str, Any]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_update, by_time = figure.subplots(1, 2, sharey=True)
+    first_adam = next(name for name in runs if name.startswith("adam"))
     for name, (points, _) in runs.items():
         adam = name.startswith("adam")
         style = {"color": COLOURS["adam"], "alpha": 0.4} if adam else {"color": COLOURS[name]}
         for axes, field in ((by_update, "update"), (by_time, "seconds")):
             values = [getattr(p, field) for p in points]
-            label = None if adam and name != f"adam 2^{int(np.log2(RATES[0]))}" else name[:4]
+            label = None if adam and name != first_adam else name[:4]
             axes.plot(values, [p.loss for p in points], label=label, **style)
     for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
         axes.set_yscale("log")

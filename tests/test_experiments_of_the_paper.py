@@ -63,11 +63,10 @@ def test_cost(tmp_path, monkeypatch):
     assert all(row["seconds"] > 0 for row in found["rows"])
 
 
-def test_mixture(tmp_path, monkeypatch):
-    monkeypatch.setattr(mixture, "RATES", (2.0**-7,))
+def test_mixture(tmp_path):
     found = measured(
         tmp_path, "mixture", "--data", "digits", "--layers", "8,4", "--updates", "10",
-        "--adam-updates", "20", "--batch-size", "100",
+        "--adam-updates", "20", "--batch-size", "100", "--exponents", "7",
     )  # fmt: skip
     for run in found.values():
         assert run["points"][-1][2] < run["points"][0][2]

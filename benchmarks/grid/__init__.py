@@ -18,7 +18,7 @@ import jax
 from rich.console import Console
 
 from benchmarks import BenchmarkError, experiment, race, task
-from benchmarks.arguments import names, number, positive_int, positive_number, widths
+from benchmarks.arguments import names, number, parts, positive_int, widths
 from benchmarks.datasets import NAMES
 from benchmarks.grid.ledger import Ledger
 from benchmarks.grid.report import best_of_adam, claims_table, losses_table, plot
@@ -76,7 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     add("--methods", type=names, default=FIRST_ORDER, help=f"({','.join(FIRST_ORDER)})")
     add("--exponents", type=widths, default=tuple(range(6, 14)), help="k of rates 2^-k (6,...,13)")
     periods = "parts of the updates after which rates halve (1,0.25,0.0625)"
-    add("--periods", type=_parts, default=(1.0, 0.25, 0.0625), help=periods)
+    add("--periods", type=parts, default=(1.0, 0.25, 0.0625), help=periods)
     add(
         "--stride", type=positive_int, default=2, help="others than Adam have every so manieth rate"
     )
@@ -98,13 +98,6 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     if options.together is None:
         options.together = 1 if jax.default_backend() == "cpu" else 1000
     return options
-
-
-def _parts(text: str) -> tuple[float, ...]:
-    found = tuple(positive_number(part) for part in text.split(","))
-    if max(found) > 1:
-        raise BenchmarkError(f"--periods takes parts of all updates, up to 1, not {text!r}")
-    return found
 
 
 def _trainer(name: str, options: Any, ledger: Ledger) -> Trainer:
