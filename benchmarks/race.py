@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,40 @@ def _compiled(optimizer: Optimizer) -> Callable[..., Any]:
     return jax.jit(optimizer.step)
 
 
+class Step(NamedTuple):
+    """What there is after an update."""
+
+    update: int
+    seconds: float  # of updates alone, so far
+    params: Any
+    state: Any
+    value: Any  # what the step returned beside them
+
+
+def timed_steps(
+    step: Callable[..., Any],
+    params: Any,
+    state: Any,
+    data: Iterator[Any],
+    seed: int = 0,
+    updates: float = math.inf,
+    seconds: float = math.inf,
+) -> Iterator[Step]:
+    """Steps on batch after batch, for so many updates or seconds, whichever ends first.
+
+    Neither drawing the batches nor what is done between the steps is timed.
+    """
+    key, spent = jax.random.key(seed), 0.0
+    for update in itertools.count(1):
+        batch, draw = next(data), jax.random.fold_in(key, update)
+        start = time.perf_counter()
+        params, state, value = jax.block_until_ready(step(params, state, batch, draw))
+        spent += time.perf_counter() - start
+        yield Step(update, spent, params, state, value)
+        if update >= updates or spent >= seconds:
+            return
+
+
 def run(
     optimizer: Optimizer,
     params: Any,
@@ -45,21 +80,18 @@ def run(
     seed: int = 0,
     seconds: float = math.inf,
 ) -> tuple[list[Point], Any]:
-    """Trains for so many updates or seconds, whichever ends first; stops where the loss is lost."""
+    """Trains and evaluates; stops where the loss is lost."""
     state, step = optimizer.init(params), _compiled(optimizer)
-    batch, key = next(data), jax.random.key(seed)
-    jax.block_until_ready(step(params, state, batch, key))  # compiles, where it has to
-    points, spent = [Point(0, 0.0, _losses(evaluate(params)))], 0.0
-    for update in range(1, updates + 1):
-        start = time.perf_counter()
-        params, state, _ = step(params, state, batch, jax.random.fold_in(key, update))
-        jax.block_until_ready(params)
-        spent += time.perf_counter() - start
-        if update % eval_every == 0 or update == updates or spent >= seconds:
-            points.append(Point(update, spent, _losses(evaluate(params))))
-            if spent >= seconds or not np.isfinite(points[-1].loss).any():
+    first = next(data)
+    jax.block_until_ready(step(params, state, first, jax.random.key(seed)))  # compiles, if need be
+    points = [Point(0, 0.0, _losses(evaluate(params)))]
+    data = itertools.chain([first], data)
+    for at in timed_steps(step, params, state, data, seed, updates, seconds):
+        params = at.params
+        if at.update % eval_every == 0 or at.update == updates or at.seconds >= seconds:
+            points.append(Point(at.update, at.seconds, _losses(evaluate(params))))
+            if not np.isfinite(points[-1].loss).any():
                 break
-        batch = next(data)
     return points, params
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,23 @@ def test_what_is_measured(results, folder):
         if rates:
             best = min(run["trials"], key=lambda trial: trial["objective"])
             assert run["method"].endswith(f" {best['rate']:g}")
+
+
+def test_the_next_rate_runs_where_the_best_is_lost(monkeypatch):
+    """Trials rank 3, 1, 2; in the long run 3 ends where it began and 1 is not finite."""
+    ends = {1.0: (0.2, None), 2.0: (0.3, 0.1), 3.0: (0.1, 0.9)}
+
+    def train(method, part, given, rate, seconds, evaluations):
+        end = ends[rate][0 if seconds == given.trial_seconds else 1]
+        return {"curve": [{"objective": 0.9}, {"objective": end}], "inside": {}}
+
+    monkeypatch.setattr(cnn, "_train", train)
+    method = lecture.Method("adam", 1, lambda p: p, lambda *a: a, rates=(1.0, 2.0, 3.0))
+    given = SimpleNamespace(trial_seconds=1.0, seconds=10.0, evaluations=1)
+    part = SimpleNamespace(data="digits", loss="squared")
+    run = cnn._run(method, part, given)
+    assert run["method"] == "adam 2" and run["lost"] == [3.0, 1.0]
+    assert run["curve"][-1]["objective"] == 0.1
 
 
 @pytest.mark.parametrize("folder", ["all", "few"])

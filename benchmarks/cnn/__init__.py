@@ -5,13 +5,12 @@ l images, with C = 0.01 l and the squared or the cross-entropy loss; the gradien
 and the Gauss-Newton matrix of a few of them; conjugate gradients, backtracking and damping as
 there. Every method has the same seconds from the same start; compiling and evaluating do not
 count. Each first-order step size of a small grid is tried for some seconds, and the one with the
-least f gets a full run from the start.
+least f gets a full run from the start; if it is lost on the way, the next best gets one.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from benchmarks.cnn.lecture import (
 from benchmarks.cnn.plots import plot_part
 from benchmarks.datasets import DataError, load
 from benchmarks.experiment import options, progress, record, table
+from benchmarks.race import timed_steps
 
 NAME = "cnn"
 Row = dict[str, float | None]
@@ -152,38 +152,51 @@ def _images(name: str, given: Any) -> tuple[Any, Any]:
 
 
 def _run(method: Method, part: Part, given: Any) -> dict[str, Any]:
-    """A method's full run, at the step size whose trial ended with the least f."""
+    """A method's full run at the step size whose trial ended with the least f.
+
+    Where that step size is lost in the longer run, the next best gets one.
+    """
     trials: list[dict[str, Any]] = []
     for rate in method.rates if len(method.rates) > 1 else ():
         trial = _train(method, part, given, rate, given.trial_seconds, evaluations=1)
         trials.append({"rate": rate, **trial["curve"][-1]})
-    best = min(trials, key=lambda t: _or_infinite(t["objective"]))["rate"] if trials else None
-    run = _train(method, part, given, best, given.seconds, given.evaluations)
-    name = method.name if best is None else f"{method.name} {best:g}"
-    return {"data": part.data, "loss": part.loss, "method": name, **run, "trials": trials}
+    ranked = sorted(trials, key=lambda t: _or_infinite(t["objective"]))
+    run, lost = {}, []
+    for rate in [trial["rate"] for trial in ranked] or [None]:
+        run = _train(method, part, given, rate, given.seconds, given.evaluations)
+        run["method"] = method.name if rate is None else f"{method.name} {rate:g}"
+        if not _is_lost(run["curve"]):
+            break
+        lost.append(rate)
+    return {"data": part.data, "loss": part.loss, **run, "trials": trials, "lost": lost}
+
+
+def _is_lost(curve: Sequence[Row]) -> bool:
+    """Whether a run ended no lower than it began."""
+    return _or_infinite(curve[-1]["objective"]) >= _or_infinite(curve[0]["objective"])
 
 
 def _train(
     method: Method, part: Part, given: Any, rate: float | None, seconds: float, evaluations: int
 ) -> dict[str, Any]:
     """Trains for so many seconds, and evaluates at equal distances of them."""
-    params, state = part.start, method.init(part.start)
     rate_argument = np.float32(rate or 0)
-    drawn = kfgn.batches(part.train, method.batch_size, seed=given.seed)
     example = tuple(a[: method.batch_size] for a in part.train)
-    program, compile_seconds = method.program(params, state, example, rate_argument)
-    clock, count, due = 0.0, 0, seconds / evaluations
-    curve = [part.first]
+    state = method.init(part.start)
+    program, compile_seconds = method.program(part.start, state, example, rate_argument)
+
+    def step(params, state, batch, key):
+        del key
+        return *program(params, state, batch, rate_argument), None
+
+    drawn = (batch for batch, _ in kfgn.batches(part.train, method.batch_size, seed=given.seed))
+    curve, due = [part.first], seconds / evaluations
     steps: list[dict[str, float]] = []
-    while clock < seconds and count < given.iterations:
-        begin = time.perf_counter()
-        batch, _ = next(drawn)
-        params, state = jax.block_until_ready(program(params, state, batch, rate_argument))
-        clock, count = clock + time.perf_counter() - begin, count + 1
-        steps.append(method.inside(state))
-        if clock >= due or count == given.iterations:
-            curve.append(_row(part, params, count, clock))
-            due = (math.floor(clock / seconds * evaluations) + 1) * seconds / evaluations
+    for at in timed_steps(step, part.start, state, drawn, 0, given.iterations, seconds):
+        steps.append(method.inside(at.state))
+        if at.seconds >= due or at.update == given.iterations:
+            curve.append(_row(part, at.params, at.update, at.seconds))
+            due = (math.floor(at.seconds / seconds * evaluations) + 1) * seconds / evaluations
     inside = {k: [step[k] for step in steps] for k in steps[0]}
     return {"compile_seconds": round(compile_seconds, 2), "curve": curve, "inside": inside}
 

@@ -5,6 +5,7 @@ Seconds are those of training alone: compiling and measuring are not in them.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -19,6 +20,7 @@ from flax import linen as nn
 
 import kfgn
 from benchmarks.optimizers import Optimizer
+from benchmarks.race import timed_steps
 
 Arrays = tuple[jax.Array, jax.Array]
 MEASUREMENTS = 20  # of a run that goes by iterations, about
@@ -165,29 +167,27 @@ def train(
 ) -> Run:
     """Steps on the batches in turn, so many of them or for so long; `tell` sees every state."""
     run, params = Run(optimizer.name), jax.tree.map(jnp.copy, problem.params)
-    key, began = jax.random.key(problem.seed), time.perf_counter()
+    began = time.perf_counter()
     state = optimizer.init(params)
-    step = jax.jit(optimizer.step).lower(params, state, batches[0], key).compile()
+    example = params, state, batches[0], jax.random.key(problem.seed)
+    step = jax.jit(optimizer.step).lower(*example).compile()
     run.compile_seconds = time.perf_counter() - began
     run.points.append(problem.measure(params, 0, 0.0))
     every = max(1, iterations // MEASUREMENTS) if iterations else None
-    done, spent, pause = 0, 0.0, 0.01 * seconds
-    while spent < seconds and (iterations is None or done < iterations):
-        chosen, draw = batches[done % len(batches)], jax.random.fold_in(key, done)
-        began = time.perf_counter()
-        params, state, value = step(params, state, chosen, draw)
-        jax.block_until_ready((params, state))
-        done, spent = done + 1, spent + time.perf_counter() - began
-        tell(state)
-        due = spent >= pause if every is None else done % every == 0
-        if due:
-            run.points.append(problem.measure(params, done, spent))
-            pause = max(1.2 * spent, spent + 0.01 * seconds)  # most of the way is made early
-        if not math.isfinite(float(value)):
+    pause, most = 0.01 * seconds, math.inf if iterations is None else iterations
+    data = itertools.cycle(batches)
+    for at in timed_steps(step, params, state, data, problem.seed, most, seconds):
+        params = at.params
+        tell(at.state)
+        lost = not math.isfinite(float(at.value))
+        last = lost or at.update >= most or at.seconds >= seconds
+        if last or (at.seconds >= pause if every is None else at.update % every == 0):
+            run.points.append(problem.measure(params, at.update, at.seconds))
+            # Most of the way is made early.
+            pause = max(1.2 * at.seconds, at.seconds + 0.01 * seconds)
+        if lost:
             run.note = "diverged"
             break
-    if run.last.iteration < done:
-        run.points.append(problem.measure(params, done, spent))
     run.params = params
     return run
 
