@@ -57,7 +57,8 @@ def kfac_jax_runs(
     python, found = environment(), {}
     with tempfile.TemporaryDirectory() as folder:
         problem = Path(folder) / "problem.npz"
-        np.savez(problem, images=images, batches=_batches(len(images), options), **_flat(params))
+        arrays: dict[str, Any] = {"images": images, "batches": _batches(len(images), options)}
+        np.savez(problem, **arrays, **_flat(params))
         for damping in DAMPINGS:
             settings = {
                 "loss": loss, "l2": options.l2, "damping": damping,
@@ -81,7 +82,7 @@ def _batches(count: int, options: Any) -> np.ndarray:
     return np.stack([batch for batch, _ in itertools.islice(drawn, MOST_UPDATES)])
 
 
-def _flat(params: Any) -> dict[str, np.ndarray]:
+def _flat(params: Any) -> dict[str, Any]:
     """Kernels and biases in the order of the layers, which flax counts."""
     layers = jax.device_get(params)["params"]
     named = {}
