@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import subprocess
 import tempfile
 import venv
@@ -107,7 +108,8 @@ def _call(command: list[str], seconds: float) -> str:
 
 
 def _said(error: Exception) -> str:
-    """The last line that a failed process wrote."""
+    """The error that a failed process ended with, or else its last line."""
     text = getattr(error, "stderr", None) or str(error)
-    lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return (named or lines or [type(error).__name__])[-1]
