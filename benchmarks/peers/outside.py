@@ -22,6 +22,8 @@ from benchmarks.datasets.base import resolve_cache_dir
 from benchmarks.race import Point
 
 RELEASE = "kfac-jax==0.0.8"
+# The latest jax that this release runs with: later ones changed how primitives are bound.
+REQUIRED = (RELEASE, "jax==0.8.2", "jaxlib==0.8.2")
 DAMPINGS = (3.0, 150.0)  # at the start: one that suits this loss, and its example's
 INSTALLING = 900.0  # seconds at most
 MOST_UPDATES = 3000  # whose batches are written down; then they come round again
@@ -33,13 +35,13 @@ class Skipped(Exception):
 
 def environment(folder: Path | None = None) -> Path:
     """The Python of an environment with kfac-jax; raises Skipped where there can be none."""
-    home = folder or resolve_cache_dir(None) / RELEASE
+    home = folder or resolve_cache_dir(None) / "-".join(REQUIRED).replace("==", "-")
     python = home / "bin" / "python"
     if python.exists() and _runs(python):
         return python
     try:
         venv.create(home, with_pip=True, clear=True)
-        _call([str(python), "-m", "pip", "install", "--quiet", RELEASE], INSTALLING)
+        _call([str(python), "-m", "pip", "install", "--quiet", *REQUIRED], INSTALLING)
     except (OSError, subprocess.SubprocessError) as error:
         raise Skipped(f"cannot be installed: {_said(error)}") from error
     if not _runs(python):
