@@ -21,7 +21,7 @@ from benchmarks import BenchmarkError, experiment, race, task
 from benchmarks.arguments import names, number, parts, positive_int, widths
 from benchmarks.datasets import NAMES
 from benchmarks.grid.ledger import Ledger
-from benchmarks.grid.report import best_of_adam, claims_table, losses_table, plot
+from benchmarks.grid.report import Runs, best_of_adam, claims_table, losses_table, plot
 from benchmarks.grid.settings import (
     ADAM_DEFAULT,
     Setting,
@@ -30,17 +30,14 @@ from benchmarks.grid.settings import (
 )
 from benchmarks.grid.trainer import Trainer
 from benchmarks.models import ENCODER
-from benchmarks.optimizers import closest
+from benchmarks.optimizers import FIRST_ORDER, closest
 
-FIRST_ORDER = ("adam", "sgd", "momentum", "nesterov")
 SECOND_ORDER = ("kfra", "kfac")
 FULL = {
     "layers": ENCODER, "updates": 40_000, "second_order_updates": 5_000, "stride": 1,
     "periods": (1.0, 0.5, 0.25, 0.125, 0.0625),
 }  # fmt: skip
 FULL_FACES = 4  # times as many updates on FACES
-
-Runs = dict[Setting, dict[int, list[race.Point]]]  # by setting and seed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +70,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--updates", type=positive_int, default=1200, help="of first-order methods (1200)")
     add("--second-order-updates", type=positive_int, default=240, help="(240)")
-    add("--methods", type=names, default=FIRST_ORDER, help=f"({','.join(FIRST_ORDER)})")
+    add("--methods", type=names, default=tuple(FIRST_ORDER), help=f"({','.join(FIRST_ORDER)})")
     add("--exponents", type=widths, default=tuple(range(6, 14)), help="k of rates 2^-k (6,...,13)")
     periods = "parts of the updates after which rates halve (1,0.25,0.0625)"
     add("--periods", type=parts, default=(1.0, 0.25, 0.0625), help=periods)

@@ -14,7 +14,7 @@ from benchmarks.grid.settings import ADAM_DEFAULT, Setting
 from benchmarks.plots import COLOURS
 from benchmarks.race import Point
 
-Runs = dict[Setting, dict[int, list[Point]]]
+Runs = dict[Setting, dict[int, list[Point]]]  # by setting and seed
 MEANS = (10, 20)  # of so many best settings of Adam
 OTHERS = ("sgd", "momentum", "nesterov")
 
