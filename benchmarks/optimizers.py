@@ -32,7 +32,14 @@ NAMES = (*SECOND_ORDER, *FIRST_ORDER)
 DEFAULT_UPDATES = {"second order": 800, "first order": 4000}
 
 # What the second-order methods adapt, recorded with the losses wherever their state has it.
-STATE_METRICS = ("step_damping", "factor_damping", "step_size", "reduction_ratio", "skipped")
+STATE_METRICS = (
+    "step_damping",
+    "factor_damping",
+    "step_size",
+    "reduction_ratio",
+    "skipped",
+    "refused",
+)
 
 
 @dataclass(frozen=True)

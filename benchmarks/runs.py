@@ -33,6 +33,7 @@ COLUMNS = (
     "step_size",
     "reduction_ratio",
     "skipped",
+    "refused",
 )
 
 

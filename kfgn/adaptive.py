@@ -17,12 +17,13 @@ import optax
 from kfgn.blocks import Blocks, require_curvature
 from kfgn.checks import check_decay, check_flag, check_not_negative, check_pair, check_period
 from kfgn.curvature import Curvature
-from kfgn.damping import Damping, check_damping, levenberg_marquardt
+from kfgn.damping import Damping, check_damping
 from kfgn.errors import OptionError
 from kfgn.paths import named_leaves, with_leaves
 from kfgn.precondition import Preconditioner, all_finite, moving_average
-from kfgn.quadratic import Direction, Step, combine, minimise, push
+from kfgn.quadratic import Direction, combine, minimise, push
 from kfgn.transform import check_layers, check_state, keep_if, refresh_due
+from kfgn.trust import judge
 
 Array = jax.Array
 Named = dict[str, Any]
@@ -33,6 +34,7 @@ class ScaleByCurvatureState(NamedTuple):
 
     count: Array  # type: ignore[assignment]  # updates made
     skipped: Array  # updates skipped, for numbers that were not finite
+    refused: Array  # steps not taken, as they extrapolate and the objective would rise
     factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
     factor_damping: Array  # γ
@@ -69,7 +71,9 @@ def scale_by_curvature(
       decay: of the moving average of the factors, or None for none.
       refresh_inverse_every: updates between two inversions.
       inverse: "factored" (eq. 36) or "eigen" (eq. 35).
-      momentum: a second direction, the previous step, in the quadratic model.
+      momentum: a second direction, the previous step, in the quadratic model
+        (Martens & Grosse 2015, section 7). A step that goes against it, or more
+        than once along it, is taken only where the objective falls.
     """
     check_damping("step_damping", step_damping)
     least, of = step_damping.minimum, "step_damping, which factor_damping follows,"
@@ -132,6 +136,7 @@ class _Recipe:
         return ScaleByCurvatureState(
             count=number(0, jnp.int32),
             skipped=number(0, jnp.int32),
+            refused=number(0, jnp.int32),
             factors=factors,
             inverses=inverses,
             factor_damping=number((self.factor_damping or self.step_damping).initial),
@@ -166,17 +171,21 @@ class _Recipe:
         directions = [push(curvature, direction), *before]
         step = minimise(curvature, directions, state.step_damping + self.l2)
         moved = combine(directions, step.coefficients)
-        adapts = usable & self.step_damping.due(count)
-        ratio, tau, accepted = self._adapt_step_damping(state, curvature, step, moved, adapts)
-        good = usable & accepted & all_finite((step, moved))
-        moved = jax.tree.map(lambda x: jnp.where(good, x, jnp.zeros_like(x)), moved)
+        known, due = (state.reduction_ratio, state.step_damping), self.step_damping.due(count)
+        verdict = judge(
+            curvature, step, moved, known, self.step_damping, self.thresholds, due, usable
+        )
+        good = usable & verdict.finite & all_finite((step, moved))
+        taken = good & ~verdict.refused
+        moved = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), moved)
         advanced = state._replace(
             count=count,
             factor_damping=gamma,
-            step_damping=tau,
+            refused=state.refused + verdict.refused.astype(jnp.int32),
+            step_damping=verdict.damping,
             step_size=step.coefficients[0].astype(jnp.float32),
             momentum=step.coefficients[-1].astype(jnp.float32) * float(self.momentum),
-            reduction_ratio=ratio,
+            reduction_ratio=verdict.ratio,
         )
         skipped = state._replace(skipped=state.skipped + 1)
         numbers = _select(good, advanced, _select(usable, self._retreat(skipped), skipped))
@@ -247,32 +256,6 @@ class _Recipe:
             return jnp.array(False), self.preconditioner.invert(parts, gamma + self.l2)
 
         return jax.lax.while_loop(lambda carry: carry[0], turn, (due, state.inverses))[1]
-
-    def _adapt_step_damping(
-        self,
-        state: ScaleByCurvatureState,
-        curvature: Curvature,
-        step: Step,
-        moved: Named,
-        adapts: Array,
-    ) -> tuple[Array, Array, Array]:
-        """ρ, τ, and whether the step may be taken, measured where it is due.
-
-        A step to where the objective is not finite is refused.
-        """
-
-        def measure():
-            after = curvature.displaced(jax.tree.map(jnp.negative, moved))
-            ratio = ((after - curvature.value) / step.predicted).astype(jnp.float32)
-            tau = levenberg_marquardt(
-                self.step_damping, state.step_damping, ratio, *self.thresholds
-            )
-            return ratio, tau, jnp.isfinite(after)
-
-        def keep():
-            return state.reduction_ratio, state.step_damping, jnp.array(True)
-
-        return jax.lax.cond(adapts, measure, keep)
 
     def _retreat(self, state: ScaleByCurvatureState) -> ScaleByCurvatureState:
         """Stronger damping after a step whose numbers were not finite.

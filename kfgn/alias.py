@@ -134,7 +134,9 @@ def optimizer(
       refresh_inverse_every: updates between inversions of the factors.
       inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35).
       momentum: let the quadratic model weigh the previous step in too (Martens
-        & Grosse 2015, section 7), at the cost of one more linear pass.
+        & Grosse 2015, section 7), at the cost of one more linear pass. A step
+        that goes against it, or more than once along it, extrapolates: it is
+        taken only where the batch's objective falls, else `refused`.
       average_decay: β of the average of the parameters, eq. (44), kept in the
         state as `average`; None keeps none.
       unassigned: "raise"; "diagonal" to precondition parameters in no layer by

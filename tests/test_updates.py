@@ -107,6 +107,7 @@ class Reference:
     def __init__(self, settings: Settings):
         self.settings, self.count, self.previous = settings, 0, None
         self.gamma, self.tau, self.ratio = settings.gamma, settings.tau, 1.0
+        self.checked, self.refused = 0, 0  # between the updates at which τ adapts; altogether
         self.inverses: list[np.ndarray] = []
         self.factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -129,7 +130,7 @@ class Reference:
             model = curvature + (self.tau + L2) * np.eye(len(g))
             coefficients = np.linalg.solve(v.T @ model @ v, -v.T @ g)
             step = v @ coefficients
-            return step, g @ step + 0.5 * step @ model @ step
+            return step, g @ step + 0.5 * step @ model @ step, coefficients[1:]
 
         done = self.count - 1
         if done % s.refresh == 0 or done < s.refresh:
@@ -140,15 +141,20 @@ class Reference:
             candidates = [self.gamma, self.gamma * factor, self.gamma / factor]
             self.gamma = min(candidates, key=lambda gamma: solve(self.invert(gamma))[1])
             self.inverses = self.invert(self.gamma)
-        step, predicted = solve(self.inverses)
-        if self.count % s.tau_period == 0:
+        step, predicted, follows = solve(self.inverses)
+        due, extrapolates = self.count % s.tau_period == 0, any(c < 0 or c > 1 for c in follows)
+        if due or extrapolates:
             before, after = OBJECTIVE(params, batch), OBJECTIVE(moved_by(params, step), batch)
             self.ratio = float(after - before) / predicted
             factor = s.omega**s.tau_period
-            self.tau *= factor if self.ratio > s.high else 1
-            self.tau /= factor if self.ratio < s.low else 1
+            self.tau *= factor if due and self.ratio > s.high else 1
+            refused = extrapolates and self.ratio < 0
+            self.tau /= factor if refused or (due and self.ratio < s.low) else 1
+            self.checked += extrapolates and not due
+            self.refused += refused
+            step = 0 * step if refused else step
         if s.momentum:
-            self.previous = step
+            self.previous = step if step.any() else None
         return step
 
     def invert(self, gamma):
@@ -183,26 +189,41 @@ def moved_by(params: Any, step: np.ndarray) -> Any:
     ids=["factored, momentum", "eigen", "rising", "γ follows τ", "eigen, γ follows τ"],
 )
 def test_recipe_equals_its_dense_reference(settings, x64):
-    params, batches = make_params(jnp.float64), [make_batch(jnp.float64, s) for s in range(2)]
+    taus, gammas, _ = beside_reference(settings, make_params(jnp.float64), 8)
+    assert len(set(taus)) > 1 and len(set(gammas)) > 1  # both did adapt
+    assert (max(taus) > settings.tau) == (settings.low == 5)
+
+
+def test_steps_that_extrapolate_are_refused_where_the_objective_rises(x64):
+    settings = Settings(gamma=None, refresh=2, tau=1e-4, tau_period=7)
+    saturated = jax.tree.map(lambda leaf: 6 * leaf, make_params(jnp.float64))
+    taus, _, reference = beside_reference(settings, saturated, 20)
+    assert reference.checked > reference.refused > 0  # some are taken
+    assert max(taus) > settings.tau
+
+
+def beside_reference(settings: Settings, params: Any, updates: int) -> Any:
+    """Trains and compares every update; every τ and γ, and the reference."""
+    batches = [make_batch(jnp.float64, s) for s in range(2)]
     tx, reference = settings.optimizer(params, batches[0]), Reference(settings)
     curvature_fn = jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kfra"))
     update, state = jit(tx.update), tx.init(params)
     taus, gammas = [settings.tau], [settings.gamma]
-    for k in range(8):
+    for k in range(updates):
         batch = batches[k % 2]
         (_, grads), curvature = curvature_fn(params, batch)
-        updates, state = update(grads, state, params, curvature=curvature)
+        step, state = update(grads, state, params, curvature=curvature)
         expected = reference.update(params, batch, grads, curvature.factors)
-        assert_close(as_vector(updates), expected, 1e-5)
+        assert_close(as_vector(step), expected, 1e-5)
         get = functools.partial(optax.tree_utils.tree_get, state)
         assert float(get("factor_damping")) == pytest.approx(reference.gamma, rel=1e-5)
         assert float(get("step_damping")) == pytest.approx(reference.tau, rel=1e-5)
         assert float(get("reduction_ratio")) == pytest.approx(reference.ratio, rel=1e-4)
+        assert int(get("refused")) == reference.refused
         taus.append(reference.tau)
         gammas.append(reference.gamma)
-        params = optax.apply_updates(params, updates)
-    assert len(set(taus)) > 1 and len(set(gammas)) > 1  # both did adapt
-    assert (max(taus) > settings.tau) == (settings.low == 5)
+        params = optax.apply_updates(params, step)
+    return taus, gammas, reference
 
 
 @pytest.mark.parametrize("inverse", ["factored", "eigen"])
