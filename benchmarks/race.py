@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import kfgn
-from benchmarks.optimizers import Optimizer
+from benchmarks.optimizers import Optimizer, evaluated_params
 
 
 class Point(NamedTuple):
@@ -80,7 +80,7 @@ def run(
     seed: int = 0,
     seconds: float = math.inf,
 ) -> tuple[list[Point], Any]:
-    """Trains and evaluates; stops where the loss is lost."""
+    """Trains and evaluates, the average of the parameters where one is kept; stops where lost."""
     state, step = optimizer.init(params), _compiled(optimizer)
     first = next(data)
     jax.block_until_ready(step(params, state, first, jax.random.key(seed)))  # compiles, if need be
@@ -89,7 +89,8 @@ def run(
     for at in timed_steps(step, params, state, data, seed, updates, seconds):
         params = at.params
         if at.update % eval_every == 0 or at.update == updates or at.seconds >= seconds:
-            points.append(Point(at.update, at.seconds, _losses(evaluate(params))))
+            average = evaluated_params(params, at.state)
+            points.append(Point(at.update, at.seconds, _losses(evaluate(average))))
             if not np.isfinite(points[-1].loss).any():
                 break
     return points, params
