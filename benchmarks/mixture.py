@@ -70,13 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=PERIODS,
         help="parts of its updates to halve after (1,0.25)",
     )
-    add("--presets", type=names, default=PRESETS, help="of second order (default,paper)")
+    add("--methods", type=names, default=SECOND_ORDER, help="of second order (kfra,kflr,kfac)")
+    add("--presets", type=names, default=PRESETS, help="of their options (default,paper)")
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
     options = parser.parse_args(arguments)
-    for name in options.presets:
-        if name not in PRESETS:
-            raise closest("preset", name, PRESETS)
+    for kind, known in (("method", SECOND_ORDER), ("preset", PRESETS)):
+        for name in getattr(options, f"{kind}s"):
+            if name not in known:
+                raise closest(kind, name, known)
     images, targets = _odd(options.data, options.data_dir, options.batch_size)
     params = _network((images.shape[1], *options.layers, 3), options.seed)
     objective = kfgn.Objective(_model, MIXTURE, l2=options.l2)
@@ -144,7 +146,7 @@ def _model(params: Any, x: jax.Array) -> jax.Array:
 def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for preset in options.presets:
-        for name in SECOND_ORDER:
+        for name in options.methods:
             label = name if preset == "default" else f"{name}, {preset}"
             made = second_order(name, objective, params, batch, {"preset": preset})
             found[label] = made, options.updates

@@ -67,7 +67,9 @@ def test_mixture(tmp_path):
     found = measured(
         tmp_path, "mixture", "--data", "digits", "--layers", "8,4", "--updates", "10",
         "--adam-updates", "20", "--batch-size", "100", "--exponents", "7",
+        "--methods", "kfra,kfac",
     )  # fmt: skip
+    assert {"kfra", "kfac", "kfra, paper", "kfac, paper"} < set(found)
     for run in found.values():
         assert run["points"][-1][2] < run["points"][0][2]
 
