@@ -107,7 +107,7 @@ def test_curvature(tmp_path):
         ("curvature", ["--transfers", "tanh,step"], "--transfers must be some of tanh, sigmoid"),
         ("curvature", ["--examples", "2000"], "the digits are 1500: ask for no more"),
         ("curvature", ["--seed", "-1"], "argument --seed: must be a whole number from 0"),
-        ("mixture", ["--methods", "kfca"], "no method 'kfca'; did you mean 'kfac'"),
+        ("mixture", ["--methods", "kfacs"], "no method 'kfacs'; did you mean 'kfac'"),
         ("mixture", ["--presets", "papers"], "no preset 'papers'; did you mean 'paper'"),
     ],
 )
