@@ -19,6 +19,7 @@ import optax
 
 import kfgn
 from benchmarks import BenchmarkError
+from benchmarks.optimizers import STATE_METRICS
 
 Row = dict[str, float | None]
 
@@ -28,12 +29,7 @@ COLUMNS = (
     "batch_loss",
     "train_loss",
     "test_loss",
-    "step_damping",
-    "factor_damping",
-    "step_size",
-    "reduction_ratio",
-    "skipped",
-    "refused",
+    *STATE_METRICS,
 )
 
 

@@ -69,9 +69,9 @@ def judge(
         # The mean over the batch is not known better than that.
         roundoff = 8 * jnp.finfo(rise.dtype).eps * jnp.abs(curvature.value)
         refused = doubtful & (rise > roundoff)
-        adapted = levenberg_marquardt(step_damping, tau, found, *thresholds)
-        raised = levenberg_marquardt(step_damping, tau, jnp.full_like(found, -jnp.inf), *thresholds)
-        adapted = jnp.where(refused, raised, jnp.where(due, adapted, tau))
+        judged = jnp.where(refused, -jnp.inf, found)  # the worst of ratios
+        adapted = levenberg_marquardt(step_damping, tau, judged, *thresholds)
+        adapted = jnp.where(due | refused, adapted, tau)
         return Verdict(found, adapted, jnp.isfinite(rise), refused)
 
     def keep():
