@@ -7,6 +7,8 @@ the problem itself: there, Adam's loss after as much time stands beside.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +50,7 @@ BATCHES = (125, 500, 2000, 8000)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains all, prints the tables and writes everything down."""
-    parser = experiment.options("ablations", __doc__)
+    parser = experiment.options("ablations", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", default="mnist", help="curves, mnist, faces, digits or fashion_mnist (mnist)")
     add("--updates", type=positive_int, default=100, help="of each training (100)")
@@ -63,22 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = given._replace(batch_size=options.batch_size)
     console, settings, sizes = Console(), {}, {}
     shapes = _shapes(options)
-    seeds = range(options.seed, options.seed + options.seeds)
+    seeds = experiment.all_seeds(options)
     total = len(METHODS) * len(SETTINGS) + len(shapes)
-    with experiment.progress(console, "ablations", total) as ticker:
-        for method in METHODS:
-            for name, changed in SETTINGS.items():
-                runs = _train(given, method, changed, options.updates, seeds)
-                losses = [[points[1].loss, points[-1].loss] for points in runs]
-                ticker.step(f"{method}, {name}: {losses[0][-1]:.1f}")
-                settings[f"{method}: {name}"] = losses
+    what = {"data": options.data, "updates": options.updates}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "ablations", total) as ticker,
+    ):
+        for method, name in itertools.product(METHODS, SETTINGS):
+            own = {"layers": options.layers, "batch_size": options.batch_size, "method": method,
+                   "changed": SETTINGS[name], "seeds": list(seeds)}  # fmt: skip
+            run = functools.partial(_ends, given, method, SETTINGS[name], options.updates, seeds)
+            settings[f"{method}: {name}"] = ledger.measure({**what, **own}, run)
+            ticker.step(f"{method}, {name}: {settings[f'{method}: {name}'][0][-1]:.1f}")
         for name, (layers, size) in shapes.items():
-            sizes[name] = _beside_adam(_task(options, layers, size), options)
+            own = {"layers": layers, "batch_size": size, "seed": options.seed}
+            beside = functools.partial(_beside_adam, _task(options, layers, size), options)
+            sizes[name] = ledger.measure({**what, **own}, beside)
             ticker.step(name)
-    said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
-    measured = {"settings": settings, "sizes": sizes}
-    tables = [_settings_table(settings, options.updates), _sizes_table(sizes)]
-    experiment.record(options.out, "ablations", arguments, said, measured, tables, console)
+        said, measured = experiment.settings(options), {"settings": settings, "sizes": sizes}
+        tables = [_settings_table(settings, options.updates), _sizes_table(sizes)]
+        experiment.record(options.out, "ablations", arguments, said, measured, tables, console)
     _plot(options.out / "ablations.png", settings)
     return 0
 
@@ -112,6 +119,14 @@ def _train(
                  every, seed, seconds)[0]
         for seed in seeds
     ]  # fmt: skip
+
+
+def _ends(
+    given: task.Task, method: str, changed: dict[str, Any], updates: int, seeds: Sequence[int]
+) -> list[list[float]]:
+    """The losses half way and at the end, for every seed."""
+    runs = _train(given, method, changed, updates, seeds)
+    return [[points[1].loss, points[-1].loss] for points in runs]
 
 
 def _beside_adam(given: task.Task, options: Any) -> dict[str, float]:

@@ -9,7 +9,9 @@ average, and every direction has the damping γ that the training is at.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from rich.table import Table
 
 import kfgn
 from benchmarks import BenchmarkError, datasets, experiment
-from benchmarks.arguments import names, widths
+from benchmarks.arguments import names, positive_int, widths
 from benchmarks.models import Autoencoder, initial_params
 from benchmarks.optimizers import closest
 from benchmarks.plots import COLOURS
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     """The cosine between a method's direction and an exact one."""
 
     trained_by: str
+    seed: int
     batch: int
     update: int
     damping: float
@@ -56,13 +59,14 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains, compares on the way, prints the table and writes everything down."""
-    parser = experiment.options("alignment", __doc__)
+    parser = experiment.options("alignment", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", default="mnist", help=f"one of {', '.join(DATA)} (mnist)")
     add("--layers", type=widths, default=(250, 125, 60, 30), help="of the encoder (250,125,60,30)")
     add("--batches", default="250,500,1000", help="batch sizes (250,500,1000)")
     add("--trained-by", type=names, default=("kfra", "kfac"), help="kfra,kfac: a training for each")
     add("--probes", default="0,5,20,50,100,200", help="after these updates (0,5,20,50,100,200)")
+    add("--seeds", type=positive_int, default=3, help="of parameters and batches (3)")
     options = parser.parse_args(arguments)
     probes, sizes = _whole_numbers("--probes", options.probes), widths(options.batches)
     for name in options.trained_by:
@@ -73,21 +77,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     loss = getattr(kfgn.losses, data.loss)
     objective = kfgn.Objective(model.apply, loss, l2=1e-5)
     console, rows = Console(), []
-    total = len(options.trained_by) * len(sizes) * len(probes)
-    with experiment.progress(console, "alignment", total) as ticker:
-        for name in options.trained_by:
-            for size in sizes:
-                for found in _along(objective, model, data.train, name, size, probes, options.seed):
-                    rows += found
-                    ticker.step(f"{name}, batch {size}, update {found[0].update}")
-    settings = {
-        "data": options.data, "layers": list(options.layers), "batches": list(sizes), "l2": 1e-5,
-        "trained_by": list(options.trained_by), "probes": probes, "seed": options.seed,
-        "conjugate gradients": SOLVER,
-    }  # fmt: skip
-    measured = [row._asdict() for row in rows]
-    tables = [_table(rows, sizes), _by_layer(rows, max(sizes))]
-    experiment.record(options.out, "alignment", arguments, settings, measured, tables, console)
+    trainings = list(itertools.product(options.trained_by, sizes, experiment.all_seeds(options)))
+    training = functools.cache(functools.partial(_Training, objective, model, data.train))
+    what = {"data": options.data, "layers": options.layers, "probes": probes}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "alignment", len(trainings)) as ticker,
+    ):
+        for name, size, seed in trainings:
+
+            def train(name: str = name, size: int = size, seed: int = seed) -> list[Row]:
+                return list(training(name, size).rows(probes, seed))
+
+            own = {**what, "trained_by": name, "batch": size, "seed": seed}
+            rows += [Row(*row) for row in ledger.measure(own, train)]
+            ticker.step(f"{name}, batch {size}, seed {seed}")
+        settings = {**experiment.settings(options), "conjugate gradients": SOLVER, "l2": 1e-5}
+        measured = [row._asdict() for row in rows]
+        tables = [_table(rows, sizes), _by_layer(rows, max(sizes))]
+        experiment.record(options.out, "alignment", arguments, settings, measured, tables, console)
     _plot(options.out / "alignment.png", rows, max(sizes), options.data)
     return 0
 
@@ -111,34 +119,40 @@ def _load(name: str, folder: Path | None, at_least: int) -> Any:
     return data
 
 
-def _along(objective, model, images, name: str, size: int, probes: list[int], seed: int):
-    """Trains, and yields the rows of every probe."""
-    params = initial_params(model, seed)
-    order = np.random.default_rng(seed)
-    first = jnp.asarray(images[:size])
-    optimizer = getattr(kfgn, name)(objective, params, (first, first))
-    curvature_of = kfgn.value_grad_and_curvature(objective, name)
+class _Training:
+    """Trainings by one method with one batch size; other seeds compile nothing."""
 
-    @jax.jit
-    def step(params, state, inputs, key):
-        extra = {"key": key} if name == "kfac" else {}
-        (_, grads), curvature = curvature_of(params, (inputs, inputs), **extra)
-        updates, state = optimizer.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state
+    def __init__(self, objective: kfgn.Objective, model: Any, images: Any, name: str, size: int):
+        self.model, self.images, self.name, self.size = model, images, name, size
+        first = jnp.asarray(images[:size])
+        example = initial_params(model, 0), (first, first)
+        self.optimizer = getattr(kfgn, name)(objective, *example)
+        curvature_of = kfgn.value_grad_and_curvature(objective, name)
 
-    compare = jax.jit(_comparison(objective, kfgn.layers(objective, params, (first, first))))
-    state = optimizer.init(params)
-    for update in range(probes[-1] + 1):
-        inputs = jnp.asarray(images[order.permutation(len(images))[:size]])
-        key = jax.random.fold_in(jax.random.key(seed), update)
-        if update in probes:
-            damping = optax.tree_utils.tree_get(state, "factor_damping")
-            found = jax.device_get(compare(params, (inputs, inputs), damping, key))
-            yield [
-                Row(name, size, update, float(damping), method, inverse, layer, reference, float(c))
-                for (method, inverse, layer, reference), c in found.items()
-            ]
-        params, state = step(params, state, inputs, key)
+        @jax.jit
+        def step(params, state, inputs, key):
+            extra = {"key": key} if name == "kfac" else {}
+            (_, grads), curvature = curvature_of(params, (inputs, inputs), **extra)
+            updates, state = self.optimizer.update(grads, state, params, curvature=curvature)
+            return optax.apply_updates(params, updates), state
+
+        self.step = step
+        self.compare = jax.jit(_comparison(objective, kfgn.layers(objective, *example)))
+
+    def rows(self, probes: Sequence[int], seed: int) -> Iterator[Row]:
+        """Trains from one start, and yields the rows of every probe."""
+        params = initial_params(self.model, seed)
+        order, state = np.random.default_rng(seed), self.optimizer.init(params)
+        for update in range(probes[-1] + 1):
+            inputs = jnp.asarray(self.images[order.permutation(len(self.images))[: self.size]])
+            key = jax.random.fold_in(jax.random.key(seed), update)
+            if update in probes:
+                damping = optax.tree_utils.tree_get(state, "factor_damping")
+                found = jax.device_get(self.compare(params, (inputs, inputs), damping, key))
+                for which, cosine in found.items():
+                    own = self.name, seed, self.size, update, float(damping)
+                    yield Row._make((*own, *which, float(cosine)))
+            params, state = self.step(params, state, inputs, key)
 
 
 def _comparison(objective: kfgn.Objective, layers: kfgn.Blocks) -> Callable:
@@ -186,12 +200,19 @@ def _cosine(a: Any, b: Any) -> jax.Array:
 
 
 def _mean(rows: list[Row], **wanted: Any) -> str | None:
-    chosen = [r.cosine for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
-    return f"{np.mean(chosen):.3f}" if chosen else None
+    """Over the probes and seeds; where there are several seeds, with the range of their means."""
+    chosen = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
+    if not chosen:
+        return None
+    seeds = [
+        np.mean([r.cosine for r in chosen if r.seed == seed]) for seed in {r.seed for r in chosen}
+    ]
+    spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else ""
+    return f"{np.mean(seeds):.3f}{spread}"
 
 
 def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
-    """Means over the probes of the whole update's cosines."""
+    """Means over the probes and seeds of the whole update's cosines."""
     columns = ["trained by", "batch", "method", "inverse", "with block GN", "with full GN"]
     lines = []
     for name in dict.fromkeys(r.trained_by for r in rows):
@@ -204,7 +225,7 @@ def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
 
 
 def _by_layer(rows: list[Row], size: int) -> Table:
-    """Means over the probes and both trainings, for the largest batch and the exact inverse."""
+    """Means over the probes, seeds and trainings, for the largest batch and the exact inverse."""
     layers = [r for r in dict.fromkeys(r.layer for r in rows) if r != WHOLE]
     lines = [
         [label, *(_mean(rows, batch=size, method=label, inverse="eigen", layer=layer)
@@ -223,14 +244,16 @@ def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
     for line, name in zip(grid, trainings, strict=True):
         for axes, reference in zip(line, ("block", "full"), strict=True):
             for method, inverse in dict.fromkeys((r.method, r.inverse) for r in rows):
-                points = [
-                    (r.update, r.cosine) for r in rows
+                chosen = [
+                    r for r in rows
                     if (r.trained_by, r.batch, r.method, r.inverse, r.layer, r.reference)
                     == (name, size, method, inverse, WHOLE, reference)
                 ]  # fmt: skip
-                if points:
+                updates = sorted({r.update for r in chosen})
+                cosines = [np.mean([r.cosine for r in chosen if r.update == u]) for u in updates]
+                if chosen:
                     axes.plot(
-                        *zip(*points, strict=True), label=f"{method}, {inverse}", marker=".",
+                        updates, cosines, label=f"{method}, {inverse}", marker=".",
                         linestyle={"factored": "--"}.get(inverse, "-"),
                         color={"kfac, 10 samples": "tab:cyan"}.get(
                             method, COLOURS.get(method, "black")
@@ -241,5 +264,5 @@ def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
             axes.grid(True, alpha=0.25)
     grid[0, 0].legend(fontsize="small")
     grid[0, 1].legend(fontsize="small")
-    figure.suptitle(f"Autoencoder on {data}, batch {size}")
+    figure.suptitle(f"Autoencoder on {data}, batch {size}: means over seeds")
     figure.savefig(path, dpi=130)

@@ -9,6 +9,7 @@ that difference over the upper half of each sweep.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,23 +62,31 @@ class Row(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Times every sweep, fits the exponents, prints the table and writes everything down."""
-    parser = experiment.options("cost", __doc__, data=False)
+    parser = experiment.options("cost", __doc__, data=False, resumable=True)
     add = parser.add_argument
     add("--repeats", type=positive_int, default=7, help="calls whose median counts (7)")
     add("--largest", type=positive_int, default=10**6, help="leave out larger values of a sweep")
     options = parser.parse_args(arguments)
     console, rows = Console(), []
     sweeps = {n: [v for v in values if v <= options.largest] for n, values in SWEEPS.items()}
-    with experiment.progress(console, "cost", sum(map(len, sweeps.values()))) as ticker:
+    given = {"repeats": options.repeats, "seed": options.seed}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "cost", sum(map(len, sweeps.values()))) as ticker,
+    ):
         for swept, values in sweeps.items():
             for value in values:
-                rows += _measure(swept, value, options.repeats, options.seed)
+                found = ledger.measure(
+                    {**given, "swept": swept, "value": value},
+                    functools.partial(_measure, swept, value, **given),
+                )
+                rows += [Row(*row) for row in found]
                 ticker.step(f"{swept} = {value}")
-    fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in sweeps}
-    settings = {"layers": LAYERS, "base": BASE, "repeats": options.repeats, "seed": options.seed}
-    measured = {"rows": [row._asdict() for row in rows], "exponents": fits}
-    tables = [_costs(rows, sweeps), _exponents(fits)]
-    experiment.record(options.out, "cost", arguments, settings, measured, tables, console)
+        fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in sweeps}
+        settings = {"layers": LAYERS, "base": BASE, **given}
+        measured = {"rows": [row._asdict() for row in rows], "exponents": fits}
+        tables = [_costs(rows, sweeps), _exponents(fits)]
+        experiment.record(options.out, "cost", arguments, settings, measured, tables, console)
     _plot(options.out / "cost.png", rows)
     return 0
 

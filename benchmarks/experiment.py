@@ -28,19 +28,41 @@ from rich.table import Table
 import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.arguments import OneLineParser, seed_int
+from benchmarks.ledger import Ledger
 
 LINE_SECONDS = 10.0  # between the lines that stand in for a progress bar
 RESULTS = Path("benchmarks/results")
 
 
-def options(name: str, doc: str | None, data: bool = True) -> OneLineParser:
-    """A parser with the options that every experiment has: --out, --seed, and --data-dir."""
+def options(
+    name: str, doc: str | None, data: bool = True, resumable: bool = False
+) -> OneLineParser:
+    """A parser with the options of every experiment: --out, --seed, and --data-dir, --resume."""
     parser = OneLineParser(prog=f"python -m benchmarks {name}", description=doc, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=RESULTS / name, help="folder for the results")
     parser.add_argument("--seed", type=seed_int, default=0, help="of parameters and batches (0)")
     if data:
         parser.add_argument("--data-dir", type=Path, help="read the data's files here")
+    if resumable:
+        parser.add_argument("--resume", action="store_true", help="go on after an interruption")
     return parser
+
+
+def ledger(given: Any) -> Ledger:
+    """Where a resumable experiment keeps what it has measured, until it records all of it."""
+    found = environment()
+    del found["date"]
+    return Ledger(given.out / "measured.jsonl", given.resume, found)
+
+
+def settings(given: Any) -> dict[str, str]:
+    """The options, as the record has them: without those that change nothing that is measured."""
+    return {k: str(v) for k, v in vars(given).items() if k not in ("data_dir", "out", "resume")}
+
+
+def all_seeds(given: Any) -> range:
+    """`--seeds` of them, from `--seed` on."""
+    return range(given.seed, given.seed + given.seeds)
 
 
 class Ticker:
@@ -100,8 +122,11 @@ def record(
     console: Console,
 ) -> None:
     """Prints the tables and writes them with everything measured into the folder."""
-    command = " ".join(["python -m benchmarks", name, *(arguments or [])])
-    report = {"command": command, **environment(), "settings": dict(settings)}
+    report = {
+        "command": _command(name, arguments or []),
+        **environment(),
+        "settings": dict(settings),
+    }
     report["measured"] = _finite(measured)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +139,17 @@ def record(
     for shown in tables:
         console.print(shown)
     console.print(f"written to {folder}")
+
+
+def _command(name: str, arguments: Sequence[str]) -> str:
+    """What measures the same again: without folders and --resume."""
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in ("--out", "--data-dir"):
+            next(rest, None)
+        elif argument != "--resume" and not argument.startswith(("--out=", "--data-dir=")):
+            kept.append(argument)
+    return " ".join(["python -m benchmarks", name, *kept])
 
 
 def _finite(measured: Any) -> Any:

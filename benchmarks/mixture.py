@@ -10,9 +10,10 @@ is what is evaluated (appendix C.4).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ PERIODS = (1.0, 0.25)  # the rate halves after so much of the updates; 1 leaves 
 SECOND_ORDER = ("kfra", "kflr", "kfac")
 PRESETS = ("default", "paper")  # the paper's has no momentum, and averages parameters
 EVALUATED = 10_000  # training images
+EVALUATIONS = 40  # of every training
+GOALS = (0.1, 0.01, 1e-4)  # losses
+INDEFINITE = "examples with an indefinite output Hessian"
 
 
 def log_likelihoods(outputs: jax.Array, target: jax.Array) -> jax.Array:
@@ -57,21 +61,53 @@ MIXTURE = kfgn.losses.from_function(_loss, sample=_sample)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains all optimisers, prints the table and writes everything down."""
-    parser = experiment.options("mixture", __doc__)
+    options, console = _parse(arguments), Console()
+    data = _odd(options.data, options.data_dir, options.batch_size)
+    trainer = _Trainer(data, options)
+    first, *others = experiment.all_seeds(options)
+    second = len(options.methods) * len(options.presets)
+    total = len(trainer.contestants) + len(others) * (second + 1)
+    runs: dict[str, list[Run]] = {}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "mixture", total) as ticker,
+    ):
+
+        def train(name: str, seed: int) -> None:
+            found = ledger.measure(
+                {**trainer.identity, "name": name, "seed": seed}, lambda: trainer.run(name, seed)
+            )
+            runs.setdefault(name, []).append(Run(race.points(found[0]), found[1]))
+            ticker.step(f"{name}: {runs[name][-1].end:.2e}")
+
+        for name in trainer.contestants:
+            for seed in (first,) if name.startswith("adam") else (first, *others):
+                train(name, seed)
+        for seed in others:
+            train(_best_adam(runs), seed)
+        said = experiment.settings(options)
+        said[f"{INDEFINITE} at the start"] = str(trainer.indefinite(trainer.start(first)))
+        measured = {name: [run._asdict() for run in found] for name, found in runs.items()}
+        experiment.record(
+            options.out, "mixture", arguments, said, measured, [_table(runs)], console
+        )
+    _plot(options.out / "losses.png", runs)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> Any:
+    parser = experiment.options("mixture", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", default="mnist", help="mnist or digits (mnist)")
     add("--layers", type=widths, default=(1000, 500, 250, 30), help="(1000,500,250,30)")
     add("--updates", type=positive_int, default=200, help="of the second-order methods (200)")
     add("--adam-updates", type=positive_int, default=800, help="(800)")
     add("--exponents", type=widths, default=EXPONENTS, help="k of Adam's rates 2^-k (7,...,12)")
-    add(
-        "--periods",
-        type=parts,
-        default=PERIODS,
-        help="parts of its updates to halve after (1,0.25)",
-    )
+    periods = "parts of its updates to halve after (1,0.25)"
+    add("--periods", type=parts, default=PERIODS, help=periods)
     add("--methods", type=names, default=SECOND_ORDER, help="of second order (kfra,kflr,kfac)")
     add("--presets", type=names, default=PRESETS, help="of their options (default,paper)")
+    add("--seeds", type=positive_int, default=2, help="of second order and the best Adam (2)")
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
     options = parser.parse_args(arguments)
@@ -79,33 +115,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in getattr(options, f"{kind}s"):
             if name not in known:
                 raise closest(kind, name, known)
-    images, targets = _odd(options.data, options.data_dir, options.batch_size)
-    params = _network((images.shape[1], *options.layers, 3), options.seed)
-    objective = kfgn.Objective(_model, MIXTURE, l2=options.l2)
-    held = jnp.asarray(images[:EVALUATED]), jnp.asarray(targets[:EVALUATED])
-    evaluate = jax.jit(lambda p: objective.mean_loss(p, held))
-    indefinite = jax.jit(lambda p: _indefinite(p, held))
-    console, runs = Console(), {}
-    contestants = _contestants(objective, params, held, options)
-    with experiment.progress(console, "mixture", len(contestants)) as ticker:
-        for name, (optimizer, updates) in contestants.items():
-            data = race.batches(images, targets, options.batch_size, options.seed)
-            every = max(1, updates // 40)
-            points, final = race.run(optimizer, params, data, evaluate, updates, every)
-            runs[name] = points, float(indefinite(final))
-            ticker.step(f"{name}: {points[-1].loss:.2e}")
-    settings: dict[str, Any] = {
-        key: str(value) for key, value in vars(options).items() if key != "data_dir"
-    }
-    settings["examples with an indefinite output Hessian at the start"] = float(indefinite(params))
-    measured = {
-        name: {"points": points, "indefinite_at_end": share}
-        for name, (points, share) in runs.items()
-    }
-    table = _table(runs)
-    experiment.record(options.out, "mixture", arguments, settings, measured, [table], console)
-    _plot(options.out / "losses.png", runs)
-    return 0
+    return options
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    points: list[race.Point]
+    indefinite_at_end: float  # the part of examples with an indefinite output Hessian
+
+    @property
+    def end(self) -> float:
+        """The last loss, infinite where it is not a number."""
+        return self.points[-1].loss if np.isfinite(self.points[-1].loss) else np.inf
+
+
+class _Trainer:
+    """The contestants, and what they train on."""
+
+    def __init__(self, data: tuple[np.ndarray, np.ndarray], options: Any) -> None:
+        self.data, self.batch_size = data, options.batch_size
+        sizes = data[0].shape[1], *options.layers, 3
+        self.start = functools.cache(lambda seed: _network(sizes, seed))
+        held = jnp.asarray(data[0][:EVALUATED]), jnp.asarray(data[1][:EVALUATED])
+        objective = kfgn.Objective(_model, MIXTURE, l2=options.l2)
+        self.evaluate = jax.jit(lambda params: objective.mean_loss(params, held))
+        self._indefinite = jax.jit(lambda params: _indefinite(params, held))
+        self.contestants = _contestants(objective, self.start(options.seed), held, options)
+        own = "data", "layers", "updates", "adam_updates", "batch_size", "l2"
+        self.identity = {key: getattr(options, key) for key in own}
+
+    def run(self, name: str, seed: int) -> Run:
+        """Trains one of them from one start."""
+        optimizer, updates = self.contestants[name]
+        batches = race.batches(*self.data, self.batch_size, seed)
+        every = max(1, updates // EVALUATIONS)
+        points, params = race.run(
+            optimizer, self.start(seed), batches, self.evaluate, updates, every, seed
+        )
+        return Run(points, self.indefinite(params))
+
+    def indefinite(self, params: Any) -> float:
+        """The part of examples whose output Hessian has a negative eigenvalue."""
+        return float(self._indefinite(params))
 
 
 def _odd(name: str, folder: Path | None, at_least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,29 +218,33 @@ def _indefinite(params: Any, batch: Any) -> jax.Array:
     return jnp.mean(values[:, 0] < -1e-5 * jnp.max(jnp.abs(values), axis=1))
 
 
-def _table(runs: dict[str, Any]) -> Any:
-    best_adam = min((p[-1].loss, n) for n, (p, _) in runs.items() if n.startswith("adam"))[1]
-    goals = (0.1, 0.01, 1e-4)
+def _best_adam(runs: dict[str, list[Run]]) -> str:
+    """By the first seed's last loss."""
+    return min((found[0].end, name) for name, found in runs.items() if name.startswith("adam"))[1]
+
+
+def _table(runs: dict[str, list[Run]]) -> Any:
+    best = _best_adam(runs)
     lines = []
-    for name, (points, share) in runs.items():
-        reached = [next((p for p in points if p.loss <= goal), None) for goal in goals]
+    for name, (run, *others) in runs.items():
+        reached = [next((p for p in run.points if p.loss <= goal), None) for goal in GOALS]
         cells = [f"{p.update} ({p.seconds:.1f} s)" if p else None for p in reached]
-        label = f"{name} (best of Adam)" if name == best_adam else name
-        last = points[-1]
-        lines.append([label, last.update, f"{last.seconds:.1f}", f"{last.loss:.2e}", *cells,
-                      f"{share:.0%}"])  # fmt: skip
-    columns = ["optimiser", "updates", "seconds", "loss", *(f"to {g:g}" for g in goals),
-               "indefinite"]  # fmt: skip
-    return experiment.table(
-        "Mixture of two classifiers, odd or even: training loss", columns, lines
-    )
+        label = f"{name} (best of Adam)" if name == best else name
+        last, least = run.points[-1], min(p.loss for p in run.points)
+        ends = ", ".join(f"{other.end:.2e}" for other in others) or None
+        lines.append([label, last.update, f"{last.seconds:.1f}", f"{last.loss:.2e}",
+                      f"{least:.2e}", ends, *cells, f"{run.indefinite_at_end:.0%}"])  # fmt: skip
+    columns = ["optimiser", "updates", "seconds", "loss", "least", "other seeds",
+               *(f"to {g:g}" for g in GOALS), "indefinite"]  # fmt: skip
+    title = "Mixture of two classifiers, odd or even: training loss"
+    return experiment.table(title, columns, lines)
 
 
-def _plot(path: Path, runs: dict[str, Any]) -> None:
+def _plot(path: Path, runs: dict[str, list[Run]]) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_update, by_time = figure.subplots(1, 2, sharey=True)
     first_adam = next(name for name in runs if name.startswith("adam"))
-    for name, (points, _) in runs.items():
+    for name, ((points, _), *_) in runs.items():
         adam, paper = name.startswith("adam"), name.endswith("paper")
         style: dict[str, Any] = {"color": COLOURS[name[:4]], "alpha": 0.4 if adam else 1.0}
         style["linestyle"] = "--" if paper else "-"

@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -94,6 +94,11 @@ def run(
             if not np.isfinite(points[-1].loss).any():
                 break
     return points, params
+
+
+def points(found: Iterable[Any]) -> list[Point]:
+    """The points that were written down as JSON."""
+    return [Point(*point) for point in found]
 
 
 def _losses(evaluated: Any) -> Any:

@@ -7,6 +7,8 @@ units of ReLU that are dead lose rank on the way back, those of a leaky ReLU los
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +24,7 @@ import kfgn
 from benchmarks import experiment
 from benchmarks.arguments import widths
 from benchmarks.datasets import load
+from benchmarks.ledger import Ledger
 
 LOSSES: dict[str, tuple[kfgn.losses.Loss, int, int]] = {  # loss, outputs, rank of its Hessian
     "softmax cross-entropy": (kfgn.losses.softmax_cross_entropy_with_integer_labels, 10, 9),
@@ -58,16 +61,26 @@ class Dead(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures ranks, prints the tables and writes everything down."""
-    parser = experiment.options("ranks", __doc__, data=False)
+    parser = experiment.options("ranks", __doc__, data=False, resumable=True)
     parser.add_argument("--layers", type=widths, default=(24, 16), help="hidden widths (24,16)")
     parser.add_argument("--examples", type=widths, default=(1, 2, 5, 10, 25, 50, 100, 200))
     parser.add_argument("--depths", type=widths, default=(2, 6, 12), help="hidden layers (2,6,12)")
     options = parser.parse_args(arguments)
     console = Console()
     # Ranks are numerical: singular values beside roundoff, which float64 sets far apart.
-    with jax.enable_x64(True):
-        rows = _ranks(console, options.layers, options.examples, options.seed)
-        dead = _dead(console, options.depths, options.seed)
+    with experiment.ledger(options) as ledger:
+        with jax.enable_x64(True):
+            rows = _ranks(console, ledger, options.layers, options.examples, options.seed)
+            dead = _dead(console, ledger, options.depths, options.seed)
+        _write_down(rows, dead, options, arguments, console)
+    _plot(options.out / "ranks.png", rows)
+    return 0
+
+
+def _write_down(
+    rows: list[Row], dead: list[Dead], options: Any, arguments: Sequence[str] | None,
+    console: Console,
+) -> None:  # fmt: skip
     settings = {"layers": list(options.layers), "data": "digits", "seed": options.seed}
     measured = {"ranks": [r._asdict() for r in rows], "dead": [d._asdict() for d in dead]}
     tables = [
@@ -85,8 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
     ]  # fmt: skip
     experiment.record(options.out, "ranks", arguments, settings, measured, tables, console)
-    _plot(options.out / "ranks.png", rows)
-    return 0
 
 
 def _network(sizes: Sequence[int], seed: int) -> Any:
@@ -116,25 +127,33 @@ def _batch(count: int, outputs: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _ranks(
-    console: Console, hidden: Sequence[int], examples: Sequence[int], seed: int
+    console: Console, ledger: Ledger, hidden: Sequence[int], examples: Sequence[int], seed: int
 ) -> list[Row]:
     rows = []
-    model = _model(jnp.tanh)
     with experiment.progress(console, "ranks", len(LOSSES) * len(examples)) as ticker:
-        for name, (loss, outputs, output_rank) in LOSSES.items():
-            params = _network([64, *hidden, outputs], seed)
-            objective = kfgn.Objective(model, loss)
-            size = sum(leaf.size for leaf in jax.tree.leaves(params))
-            for count in examples:
-                inputs, targets = _batch(count, outputs)
-                if name == "squared error":
-                    targets = jax.nn.one_hot(targets, 10, dtype=jnp.float64)
-                rank = int(jax.jit(kfgn.gauss_newton_rank(objective))(params, (inputs, targets)))
-                rows.append(Row(name, count, 0, rank, min(count * output_rank, size)))
-                for samples in (1, 3):
-                    rank = _fisher_rank(objective, params, inputs, samples, seed)
-                    rows.append(Row(name, count, samples, rank, min(count * samples, size)))
-                ticker.step(f"{name}, {count} examples")
+        for name, count in itertools.product(LOSSES, examples):
+            found = ledger.measure(
+                {"loss": name, "examples": count, "layers": hidden, "seed": seed},
+                functools.partial(_with_examples, name, count, hidden, seed),
+            )
+            rows += [Row(*row) for row in found]
+            ticker.step(f"{name}, {count} examples")
+    return rows
+
+
+def _with_examples(name: str, count: int, hidden: Sequence[int], seed: int) -> list[Row]:
+    loss, outputs, output_rank = LOSSES[name]
+    params = _network([64, *hidden, outputs], seed)
+    objective = kfgn.Objective(_model(jnp.tanh), loss)
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    inputs, targets = _batch(count, outputs)
+    if name == "squared error":
+        targets = jax.nn.one_hot(targets, 10, dtype=jnp.float64)
+    rank = int(jax.jit(kfgn.gauss_newton_rank(objective))(params, (inputs, targets)))
+    rows = [Row(name, count, 0, rank, min(count * output_rank, size))]
+    for samples in (1, 3):
+        rank = _fisher_rank(objective, params, inputs, samples, seed)
+        rows.append(Row(name, count, samples, rank, min(count * samples, size)))
     return rows
 
 
@@ -153,18 +172,21 @@ def _fisher_rank(objective, params: Any, inputs: jax.Array, samples: int, seed: 
     return int(np.linalg.matrix_rank(rows.reshape(len(inputs) * samples, -1)))
 
 
-def _dead(console: Console, depths: Sequence[int], seed: int) -> list[Dead]:
+def _dead(console: Console, ledger: Ledger, depths: Sequence[int], seed: int) -> list[Dead]:
     found = []
     with experiment.progress(console, "dead units", 2 * len(ACTIVATIONS) * len(depths)) as ticker:
-        for name, activation in ACTIVATIONS.items():
-            for depth in depths:
-                for steps in (0, 300):
-                    found.append(_with_depth(name, activation, depth, steps, seed))
-                    ticker.step(f"{name}, depth {depth}")
+        for name, depth, steps in itertools.product(ACTIVATIONS, depths, (0, 300)):
+            one = ledger.measure(
+                {"activation": name, "depth": depth, "steps": steps, "seed": seed},
+                functools.partial(_with_depth, name, depth, steps, seed),
+            )
+            found.append(Dead(*one))
+            ticker.step(f"{name}, depth {depth}")
     return found
 
 
-def _with_depth(name: str, activation: Callable, depth: int, steps: int, seed: int) -> Dead:
+def _with_depth(name: str, depth: int, steps: int, seed: int) -> Dead:
+    activation = ACTIVATIONS[name]
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
     objective = kfgn.Objective(_model(activation), loss)
     batch = _batch(64, 10)

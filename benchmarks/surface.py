@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for plane, layers in PLANES.items():
                 found[name, plane] = _surface(transfer, layers, given)
                 ticker.step(f"{name}, {plane}")
-    settings = {key: str(value) for key, value in vars(given).items()}
+    settings = experiment.settings(given)
     measured = {f"{name}: {plane}": s.shares() for (name, plane), s in found.items()}
     experiment.record(given.out, "surface", arguments, settings, measured, [_table(found)], console)
     _plot(given.out / "surfaces.png", found, given.reach)

@@ -8,6 +8,7 @@ the batch size, the thresholds of the damping, the moving average, KFAC's sample
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,8 @@ from rich.console import Console
 from benchmarks import BenchmarkError, experiment, race, task
 from benchmarks.arguments import names, positive_int, widths
 from benchmarks.datasets import NAMES
-from benchmarks.optimizers import closest, second_order
+from benchmarks.ledger import Ledger
+from benchmarks.optimizers import Optimizer, closest, second_order
 from benchmarks.plots import COLOURS
 
 METHODS = ("kfra", "kfac")
@@ -39,7 +41,7 @@ class Case(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains all pairs, prints the table and writes everything down."""
-    parser = experiment.options("versus", __doc__)
+    parser = experiment.options("versus", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", type=names, default=("mnist", "curves", "faces"), help="(mnist,curves,faces)")
     add("--updates", type=positive_int, default=150, help="(150)")
@@ -55,12 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise BenchmarkError("--data needs a data set")
     console, measured = Console(), {}
     cases = _cases(options)
-    with experiment.progress(console, "versus", len(cases)) as ticker:
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "versus", len(cases)) as ticker,
+    ):
         for name, case in cases.items():
-            measured[name] = _pairs(case, options)
+            measured[name] = _pairs(case, options, ledger)
             ticker.step(f"{name}: {_share(measured[name])}")
-    said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
-    experiment.record(options.out, "versus", arguments, said, measured, [_table(measured)], console)
+        said, tables = experiment.settings(options), [_table(measured)]
+        experiment.record(options.out, "versus", arguments, said, measured, tables, console)
     _plot(options.out / "versus.png", measured)
     return 0
 
@@ -84,10 +89,9 @@ def _cases(options: Any) -> dict[str, Case]:
     return cases | {f"{first}, {n}": base._replace(options=o) for n, o in changed.items()}
 
 
-def _pairs(case: Case, options: Any) -> dict[str, list[list[race.Point]]]:
+def _pairs(case: Case, options: Any, ledger: Ledger) -> dict[str, list[list[race.Point]]]:
     """The points of every seed's run, by method."""
     made_of = task.autoencoder(case.data, options.data_dir, options.layers, case.batch_size, 1e-5)
-    seeds = range(options.seed, options.seed + options.seeds)
     start = made_of.start(options.seed)
     every, found = max(1, case.updates // EVALUATIONS), {}
     for method in METHODS:
@@ -95,13 +99,16 @@ def _pairs(case: Case, options: Any) -> dict[str, list[list[race.Point]]]:
         made = second_order(
             method, made_of.objective, start, made_of.example_batch, case.options or {}, samples
         )
+
+        def train(seed: int, made: Optimizer = made) -> list[race.Point]:
+            own = made_of.start(seed), made_of.batches(seed), made_of.evaluate
+            return race.run(made, *own, case.updates, every, seed)[0]
+
+        what = {**case._asdict(), "layers": options.layers, "method": method}
         found[method] = [
-            race.run(
-                made, made_of.start(seed), made_of.batches(seed), made_of.evaluate,
-                case.updates, every, seed,
-            )[0]
-            for seed in seeds
-        ]  # fmt: skip
+            race.points(ledger.measure({**what, "seed": seed}, functools.partial(train, seed)))
+            for seed in experiment.all_seeds(options)
+        ]
     return found
 
 

@@ -10,12 +10,12 @@ import optax
 import pytest
 
 import kfgn
-from benchmarks import race
+from benchmarks import BenchmarkError, race
 from benchmarks.__main__ import main
 from benchmarks.grid import settings as grid
-from benchmarks.grid.ledger import Ledger
 from benchmarks.grid.report import best_of_adam, claims_table, losses_table
 from benchmarks.grid.settings import Setting
+from benchmarks.ledger import Ledger
 from tests.small import OBJECTIVE, make_batch, make_params
 
 # optax's Adam promotes dtypes.
@@ -61,9 +61,9 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(race, "run", interrupted)
     again = ["grid", *SMALL, "--out", str(tmp_path / "again")]
     assert main(again) == 130
-    ledger = tmp_path / "again" / "runs.jsonl"
+    ledger = tmp_path / "again" / "measured.jsonl"
     assert len(ledger.read_text().splitlines()) == 5
-    ledger.write_text(ledger.read_text() + '{"run": "cut sh')
+    ledger.write_text(ledger.read_text() + '{"what": "cut sh')
     assert main([*again, "--resume"]) == 0
     found = json.loads((tmp_path / "again" / "results.json").read_text())["measured"]["digits"]
     assert ends(found) == pytest.approx(whole, rel=1e-6)
@@ -72,12 +72,31 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
 
 
 def test_a_ledger_knows_other_settings_apart(tmp_path):
-    ledger = Ledger(tmp_path / "runs.jsonl", resume=False)
-    ledger.add({"data": "a", "rate": 0.5}, [race.Point(0, 0.0, 1.0)])
-    again = Ledger(tmp_path / "runs.jsonl", resume=True)
-    assert again.find({"rate": 0.5, "data": "a"}) == [race.Point(0, 0.0, 1.0)]
+    path, here = tmp_path / "measured.jsonl", {"jax": "1"}
+    ledger = Ledger(path, resume=False, environment=here)
+    points = [race.Point(0, 0.0, 1.0), race.Point(1, 0.5, float("inf"))]
+    added = ledger.add({"data": "a", "rate": 0.5}, points)
+    again = Ledger(path, resume=True, environment=here)
+    found = again.find({"rate": 0.5, "data": "a"})
+    assert found == added and race.points(found) == points
     assert again.find({"rate": 0.25, "data": "a"}) is None
-    assert Ledger(tmp_path / "runs.jsonl", resume=False).find({"rate": 0.5, "data": "a"}) is None
+    elsewhere = Ledger(path, resume=True, environment={"jax": "2"})
+    assert elsewhere.find({"rate": 0.5, "data": "a"}) is None
+    anew = Ledger(path, resume=False, environment=here)
+    assert anew.find({"rate": 0.5, "data": "a"}) is None
+
+
+def test_a_ledger_stays_where_there_is_something_left_to_do(tmp_path, capsys):
+    path = tmp_path / "measured.jsonl"
+    with pytest.raises(BenchmarkError, match="--resume: nothing is unfinished in"):
+        Ledger(path, resume=True, environment={})
+    with pytest.raises(KeyboardInterrupt), Ledger(path, resume=False, environment={}) as ledger:
+        ledger.measure({"k": 1}, lambda: [2])
+        raise KeyboardInterrupt
+    assert "--resume" in capsys.readouterr().err
+    with Ledger(path, resume=True, environment={}) as ledger:
+        assert ledger.measure({"k": 1}, lambda: pytest.fail("was measured")) == [2]
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("method", ["adam", "sgd", "momentum", "nesterov"])

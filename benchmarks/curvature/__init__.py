@@ -10,6 +10,7 @@ section 2.2.3), whatever the whole Hessian has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from benchmarks import BenchmarkError
 from benchmarks.arguments import OneLineParser, names, positive_int, positive_number, widths
 from benchmarks.curvature.plots import plot_layers, plot_network
 from benchmarks.datasets import DataError, load
-from benchmarks.experiment import Ticker, options, progress, record, table
+from benchmarks.experiment import Ticker, ledger, options, progress, record, settings, table
 
 NAME = "curvature"
 TRANSFERS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -68,20 +69,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise BenchmarkError(f"the digits are {len(data.train)}: ask for no more of them")
     console, found = Console(), {}
     at = looks(given.updates, given.looks)
-    with jax.enable_x64(True), progress(console, NAME, len(at) * len(given.transfers)) as ticker:
-        for name in given.transfers:
-            found[name] = _train(name, data, given, at, ticker)
-    settings = {k: str(v) if k in ("out", "data_dir") else v for k, v in vars(given).items()}
-    measured = {name: [look._asdict() for look in seen] for name, seen in found.items()}
-    tables = [_layer_table(found), _network_table(found)]
-    record(given.out, NAME, arguments, settings, measured, tables, console)
+    total, said = len(at) * len(given.transfers), settings(given)
+    with ledger(given) as kept:
+        with jax.enable_x64(True), progress(console, NAME, total) as ticker:
+            for name in given.transfers:
+                what = {**said, "transfers": name}
+                if kept.find(what) is not None:  # nothing of it will tick
+                    ticker.expect(-len(at))
+                train = functools.partial(_train, name, data, given, at, ticker)
+                seen = kept.measure(what, train)
+                found[name] = [Look(*look) for look in seen]
+        measured = {name: [look._asdict() for look in seen] for name, seen in found.items()}
+        tables = [_layer_table(found), _network_table(found)]
+        record(given.out, NAME, arguments, said, measured, tables, console)
     plot_layers(given.out / "layers.png", found)
     plot_network(given.out / "network.png", found)
     return 0
 
 
 def _parser() -> OneLineParser:
-    parser = options(NAME, __doc__)
+    parser = options(NAME, __doc__, resumable=True)
     add = parser.add_argument
     add("--transfers", type=names, default=tuple(TRANSFERS), help=f"of {','.join(TRANSFERS)} (all)")
     add("--layers", type=widths, default=(10, 10), help="widths of the hidden layers (10,10)")

@@ -20,7 +20,6 @@ from rich.console import Console
 from benchmarks import BenchmarkError, experiment, race, task
 from benchmarks.arguments import names, number, parts, positive_int, widths
 from benchmarks.datasets import NAMES
-from benchmarks.grid.ledger import Ledger
 from benchmarks.grid.report import Runs, best_of_adam, claims_table, losses_table, plot
 from benchmarks.grid.settings import (
     ADAM_DEFAULT,
@@ -29,6 +28,7 @@ from benchmarks.grid.settings import (
     second_order_settings,
 )
 from benchmarks.grid.trainer import Trainer
+from benchmarks.ledger import Ledger
 from benchmarks.models import ENCODER
 from benchmarks.optimizers import FIRST_ORDER, closest
 
@@ -43,27 +43,26 @@ FULL_FACES = 4  # times as many updates on FACES
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains all of the grid on every data set; writes the results after each."""
     options = _parse(arguments)
-    console, ledger = Console(), Ledger(options.out / "runs.jsonl", options.resume)
-    trainers = {name: _trainer(name, options, ledger) for name in options.data}
-    said = {key: str(value) for key, value in vars(options).items() if key != "data_dir"}
+    console, said = Console(), experiment.settings(options)
     measured, tables = {}, []
-    for name, trainer in trainers.items():
-        runs = _run_all(trainer, options, console)
-        measured[name] = [
-            {**setting._asdict(), "label": setting.label, "seed": seed, "points": points}
-            for setting, seeds in runs.items()
-            for seed, points in seeds.items()
-        ]
-        tables += [losses_table(name, runs), claims_table(name, runs)]
-        shown = console if name == options.data[-1] else Console(quiet=True)
-        experiment.record(options.out, "grid", arguments, said, measured, tables, shown)
-        plot(options.out / f"{name}.png", name, runs)
-    ledger.finish()
+    with experiment.ledger(options) as ledger:
+        trainers = {name: _trainer(name, options, ledger) for name in options.data}
+        for name, trainer in trainers.items():
+            runs = _run_all(trainer, options, console)
+            measured[name] = [
+                {**setting._asdict(), "label": setting.label, "seed": seed, "points": points}
+                for setting, seeds in runs.items()
+                for seed, points in seeds.items()
+            ]
+            tables += [losses_table(name, runs), claims_table(name, runs)]
+            shown = console if name == options.data[-1] else Console(quiet=True)
+            experiment.record(options.out, "grid", arguments, said, measured, tables, shown)
+            plot(options.out / f"{name}.png", name, runs)
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
-    parser = experiment.options("grid", __doc__)
+    parser = experiment.options("grid", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", type=names, default=("curves", "mnist", "faces"), help="(curves,mnist,faces)")
     add("--layers", type=widths, default=(250, 125, 60, 30), help="(250,125,60,30)")
@@ -82,7 +81,6 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     together = "settings that train at once (1 on a CPU, all of a method elsewhere)"
     add("--together", type=positive_int, help=together)
     add("--full", action="store_true", help="the paper's network, grid and updates")
-    add("--resume", action="store_true", help="go on after an interruption")
     options = parser.parse_args(arguments)
     for option, known in (("data", NAMES), ("methods", FIRST_ORDER)):
         for name in getattr(options, option):
@@ -111,7 +109,7 @@ def _run_all(trainer: Trainer, options: Any, console: Console) -> Runs:
         options.methods, options.exponents, options.periods, options.stride
     )
     second = second_order_settings(SECOND_ORDER)
-    one, *others = range(options.seed, options.seed + options.seeds)
+    one, *others = experiment.all_seeds(options)
     total = len(first) + (1 + len(others)) * len(second) + 2 * len(others)
     runs: Runs = {}
     with experiment.progress(console, trainer.task.data, total) as ticker:

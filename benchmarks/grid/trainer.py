@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import race
-from benchmarks.grid.ledger import Ledger
 from benchmarks.grid.settings import (
     Setting,
     all_at_once,
@@ -20,6 +19,7 @@ from benchmarks.grid.settings import (
     first_order_step,
     second_order_optimizer,
 )
+from benchmarks.ledger import Ledger
 from benchmarks.task import Task
 
 EVALUATIONS = 30  # of every training
@@ -61,12 +61,11 @@ class Trainer:
     def second_order(self, setting: Setting, seed: int) -> Found:
         """One run of KFRA or KFAC."""
         key = self._key(setting, seed, self.second_order_updates)
-        points = self.ledger.find(key)
-        if points is None:
-            start = self.task.start(seed)
-            points = self._train(self._made(setting), start, seed, self.second_order_updates)
-            self.ledger.add(key, points)
-        return {setting: points}
+        start, updates = self.task.start(seed), self.second_order_updates
+        found = self.ledger.measure(
+            key, lambda: self._train(self._made(setting), start, seed, updates)
+        )
+        return {setting: race.points(found)}
 
     def first_order(self, group: Sequence[Setting], seed: int) -> Found:
         """Runs of settings of one method: those that are not in the ledger, at once."""
@@ -76,9 +75,8 @@ class Trainer:
         if missing:
             trained = self._alone if len(missing) == 1 else self._side_by_side
             for setting, points in zip(missing, trained(missing, seed), strict=True):
-                self.ledger.add(keys[setting], points)
-                found[setting] = points
-        return {setting: points for setting, points in found.items() if points is not None}
+                found[setting] = self.ledger.add(keys[setting], points)
+        return {setting: race.points(points or ()) for setting, points in found.items()}
 
     def _alone(self, group: Sequence[Setting], seed: int) -> list[list[race.Point]]:
         made = first_order_optimizer(group[0], self._step(group[0].method), self.updates)

@@ -49,39 +49,43 @@ def environment(folder: Path | None = None) -> Path:
     return python
 
 
-def kfac_jax_runs(
-    images: np.ndarray, params: Any, loss: str, options: Any, evaluated: int
-) -> dict[str, tuple[list[Point], dict[str, str]]]:
-    """Points and versions of a training from every damping, on the batches of the other runs.
+def kfac_jax_run(
+    images: np.ndarray,
+    params: Any,
+    loss: str,
+    damping: float,
+    seed: int,
+    options: Any,
+    evaluated: int,
+) -> tuple[list[Point], dict[str, str]]:
+    """Points and versions of a training from a damping, on the batches of the other runs.
 
     Raises:
       Skipped: there is no environment, or kfac-jax failed in it.
     """
-    python, found = environment(), {}
+    python = environment()
     with tempfile.TemporaryDirectory() as folder:
-        problem = Path(folder) / "problem.npz"
-        arrays: dict[str, Any] = {"images": images, "batches": _batches(len(images), options)}
+        problem, settings = Path(folder) / "problem.npz", Path(folder) / "settings.json"
+        batches = _batches(len(images), options.batch_size, seed)
+        arrays: dict[str, Any] = {"images": images, "batches": batches}
         np.savez(problem, **arrays, **_flat(params))
-        for damping in DAMPINGS:
-            settings = {
-                "loss": loss, "l2": options.l2, "damping": damping,
-                "seconds": options.seconds, "evaluated": evaluated,
-            }  # fmt: skip
-            (Path(folder) / "settings.json").write_text(json.dumps(settings))
-            script = str(Path(__file__).with_name("train_kfac_jax.py"))
-            arguments = [str(python), script, str(problem), f"{folder}/settings.json"]
-            try:
-                said = json.loads(_call(arguments, 600 + 20 * options.seconds).splitlines()[-1])
-            except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-                raise Skipped(f"fails: {_said(error)}") from error
-            points = [Point(*point) for point in said["points"]]
-            found[f"kfac-jax, damping {damping:g}"] = points, said["versions"]
-    return found
+        given = {
+            "loss": loss, "l2": options.l2, "damping": damping, "seed": seed,
+            "seconds": options.seconds, "evaluated": evaluated,
+        }  # fmt: skip
+        settings.write_text(json.dumps(given))
+        script = str(Path(__file__).with_name("train_kfac_jax.py"))
+        arguments = [str(python), script, str(problem), str(settings)]
+        try:
+            said = json.loads(_call(arguments, 600 + 20 * options.seconds).splitlines()[-1])
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+            raise Skipped(f"fails: {_said(error)}") from error
+    return [Point(*point) for point in said["points"]], said["versions"]
 
 
-def _batches(count: int, options: Any) -> np.ndarray:
+def _batches(count: int, size: int, seed: int) -> np.ndarray:
     """The indices of the batches that `race.batches` gives, `[updates, batch]`."""
-    drawn = kfgn.batches(np.arange(count, dtype=np.int32), options.batch_size, seed=options.seed)
+    drawn = kfgn.batches(np.arange(count, dtype=np.int32), size, seed=seed)
     return np.stack([batch for batch, _ in itertools.islice(drawn, MOST_UPDATES)])
 
 

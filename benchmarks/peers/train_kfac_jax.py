@@ -44,6 +44,7 @@ def main(problem_path, settings_path):
         (jnp.asarray(problem[f"kernel{k}"]), jnp.asarray(problem[f"bias{k}"]))
         for k in range(layers)
     ]
+    seeded = jax.random.key(settings["seed"])
     code, loss, l2 = layers // 2 - 1, settings["loss"], settings["l2"]
 
     def objective(params, batch):
@@ -70,7 +71,7 @@ def main(problem_path, settings_path):
             num_burnin_steps=0,
         )
         params = jax.tree.map(jnp.copy, start)
-        state = optimizer.init(params, jax.random.key(0), jnp.asarray(images[batches[0]]))
+        state = optimizer.init(params, seeded, jnp.asarray(images[batches[0]]))
         return optimizer, params, state
 
     optimizer, params, state = made()
@@ -78,11 +79,11 @@ def main(problem_path, settings_path):
         batch = jnp.asarray(images[batches[k]])
         params, state, _ = optimizer.step(params, state, jax.random.key(k), batch=batch)
     params = jax.tree.map(jnp.copy, start)
-    state = optimizer.init(params, jax.random.key(0), jnp.asarray(images[batches[0]]))
+    state = optimizer.init(params, seeded, jnp.asarray(images[batches[0]]))
     points, spent = [(0, 0.0, float(evaluate(params)))], 0.0
     for update in itertools.count(1):
         batch = jnp.asarray(images[batches[(update - 1) % len(batches)]])
-        key = jax.random.key(update)
+        key = jax.random.fold_in(seeded, update)
         began = time.perf_counter()
         params, state, _ = optimizer.step(params, state, key, batch=batch)
         jax.block_until_ready(params)
