@@ -43,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "the paper's preset": {"preset": "paper"},
 }
 METHODS = ("kfra", "kfac")
-WIDTHS = (250, 500, 1000, 2000)
+WIDTHS = (250, 500, 1000, 2000, 4000)
 DEPTHS = (2, 4, 8, 16)
 BATCHES = (125, 500, 2000, 8000)
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--seeds", type=positive_int, default=2, help="trainings of each setting (2)")
     add("--batches", type=widths, default=BATCHES, help="batch sizes (125,500,2000,8000)")
-    add("--widths", type=widths, default=WIDTHS, help="of one hidden layer (250,...,2000)")
+    add("--widths", type=widths, default=WIDTHS, help="of one hidden layer (250,...,4000)")
     add("--depths", type=widths, default=DEPTHS, help="layers of width 100 (2,4,8,16)")
     options = parser.parse_args(arguments)
     given = _task(options, options.layers, max(*options.batches, options.batch_size))

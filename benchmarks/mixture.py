@@ -88,9 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = experiment.settings(options)
         said[f"{INDEFINITE} at the start"] = str(trainer.indefinite(trainer.start(first)))
         measured = {name: [run._asdict() for run in found] for name, found in runs.items()}
-        experiment.record(
-            options.out, "mixture", arguments, said, measured, [_table(runs)], console
-        )
+        tables = _tables(runs)
+        experiment.record(options.out, "mixture", arguments, said, measured, tables, console)
     _plot(options.out / "losses.png", runs)
     return 0
 
@@ -223,21 +222,25 @@ def _best_adam(runs: dict[str, list[Run]]) -> str:
     return min((found[0].end, name) for name, found in runs.items() if name.startswith("adam"))[1]
 
 
-def _table(runs: dict[str, list[Run]]) -> Any:
-    best = _best_adam(runs)
-    lines = []
+def _tables(runs: dict[str, list[Run]]) -> list[Any]:
+    """The losses, and how soon some were reached."""
+    best, losses, goals = _best_adam(runs), [], []
     for name, (run, *others) in runs.items():
-        reached = [next((p for p in run.points if p.loss <= goal), None) for goal in GOALS]
-        cells = [f"{p.update} ({p.seconds:.1f} s)" if p else None for p in reached]
         label = f"{name} (best of Adam)" if name == best else name
         last, least = run.points[-1], min(p.loss for p in run.points)
         ends = ", ".join(f"{other.end:.2e}" for other in others) or None
-        lines.append([label, last.update, f"{last.seconds:.1f}", f"{last.loss:.2e}",
-                      f"{least:.2e}", ends, *cells, f"{run.indefinite_at_end:.0%}"])  # fmt: skip
-    columns = ["optimiser", "updates", "seconds", "loss", "least", "other seeds",
-               *(f"to {g:g}" for g in GOALS), "indefinite"]  # fmt: skip
+        losses.append([label, last.update, f"{last.seconds:.1f}", f"{last.loss:.2e}",
+                       f"{least:.2e}", ends])  # fmt: skip
+        reached = [next((p for p in run.points if p.loss <= goal), None) for goal in GOALS]
+        cells = [f"{p.update} ({p.seconds:.1f} s)" if p else None for p in reached]
+        goals.append([label, *cells, f"{run.indefinite_at_end:.0%}"])
     title = "Mixture of two classifiers, odd or even: training loss"
-    return experiment.table(title, columns, lines)
+    columns = ["optimiser", "updates", "seconds", "loss", "least", "other seeds"]
+    reaching = ["optimiser", *(f"to {g:g}" for g in GOALS), "indefinite at the end"]
+    return [
+        experiment.table(title, columns, losses),
+        experiment.table("Updates and seconds to a loss", reaching, goals),
+    ]
 
 
 def _plot(path: Path, runs: dict[str, list[Run]]) -> None:
