@@ -55,9 +55,9 @@ def ledger(given: Any) -> Ledger:
     return Ledger(given.out / "measured.jsonl", given.resume, found)
 
 
-def settings(given: Any) -> dict[str, str]:
+def settings(given: Any) -> dict[str, Any]:
     """The options, as the record has them: without those that change nothing that is measured."""
-    return {k: str(v) for k, v in vars(given).items() if k not in ("data_dir", "out", "resume")}
+    return {k: v for k, v in vars(given).items() if k not in ("data_dir", "out", "resume")}
 
 
 def all_seeds(given: Any) -> range:

@@ -38,7 +38,7 @@ class Ledger:
             else:
                 path.write_text("")
         except OSError as error:
-            raise BenchmarkError(f"cannot write measurements to {path}: {error}") from error
+            raise BenchmarkError(f"cannot write results to {path}: {error}") from error
 
     def measure(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What was measured before with just these settings, or else is measured now.
@@ -60,7 +60,7 @@ class Ledger:
             with self.path.open("a") as file:
                 file.write(line + "\n")
         except OSError as error:
-            raise BenchmarkError(f"cannot write measurements to {self.path}: {error}") from error
+            raise BenchmarkError(f"cannot write results to {self.path}: {error}") from error
         self._done[key] = json.loads(line)["measured"]
         return self._done[key]
 

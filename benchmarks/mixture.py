@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in others:
             train(_best_adam(runs), seed)
         said = experiment.settings(options)
-        said[f"{INDEFINITE} at the start"] = str(trainer.indefinite(trainer.start(first)))
+        said[f"{INDEFINITE} at the start"] = trainer.indefinite(trainer.start(first))
         measured = {name: [run._asdict() for run in found] for name, found in runs.items()}
         tables = _tables(runs)
         experiment.record(options.out, "mixture", arguments, said, measured, tables, console)

@@ -10,9 +10,9 @@ least f gets a full run from the start; if it is lost on the way, the next best 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,7 +36,7 @@ from benchmarks.cnn.lecture import (
 )
 from benchmarks.cnn.plots import plot_part
 from benchmarks.datasets import DataError, load
-from benchmarks.experiment import options, progress, record, table
+from benchmarks.experiment import ledger, options, progress, record, settings, table
 from benchmarks.race import timed_steps
 
 NAME = "cnn"
@@ -61,10 +61,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     images = {name: _images(name, given) for name in given.data}
     network = Network(given.channels)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(given).items()}
-    settings |= {"c": given.c_factor * given.images, "rates": RATES}
+    said = {**settings(given), "c": given.c_factor * given.images, "rates": RATES}
     runs: list[dict[str, Any]] = []
     tables: list[Table] = []
+    with ledger(given) as kept:
+        for part, made in _parts(given, images, network):
+            own: list[dict[str, Any]] = []
+            with progress(console, f"{part.data}, {part.loss}", len(made)) as ticker:
+                for method in made:
+                    what = {**_determining(given), "part": part[:2], "method": method.name}
+                    own.append(kept.measure(what, functools.partial(_run, method, part, given)))
+                    last = own[-1]["curve"][-1]
+                    ticker.step(f"{own[-1]['method']}  {_figures(last)}")
+                    now = [*tables, _table(part, own)]
+                    record(given.out, NAME, arguments, said, runs + own, now, _QUIET)
+            runs += own
+            tables.append(_table(part, own))
+            console.print(tables[-1])
+            title = f"{part.data}, {part.loss} loss"
+            plot_part(given.out / f"{part.data}-{part.loss}.png", title, own)
+    console.print(f"written to {given.out}")
+    return 0
+
+
+def _parts(given: Any, images: Any, network: Network) -> Iterator[tuple[Part, list[Method]]]:
+    """Every loss with every data set, and the methods for it."""
     for loss in given.losses:
         task = problem(loss, network, given.c_factor * given.images)
         evaluate = evaluator(task)
@@ -78,27 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sizes = given.batch_size, given.kronecker_batch_size
             if (size := train[0].shape[1:]) not in made:
                 made[size] = methods(given.methods, task, start, data, given.percent, sizes)
-            own: list[dict[str, Any]] = []
-            with progress(console, f"{name}, {loss}", len(made[size])) as ticker:
-                for method in made[size]:
-                    own.append(_run(method, part, given))
-                    last = own[-1]["curve"][-1]
-                    ticker.step(f"{own[-1]['method']}  {_figures(last)}")
-                    now = [*tables, _table(part, own)]
-                    record(given.out, NAME, arguments, settings, runs + own, now, _QUIET)
-            runs += own
-            tables.append(_table(part, own))
-            console.print(tables[-1])
-            plot_part(given.out / f"{name}-{loss}.png", f"{name}, {loss} loss", own)
-    console.print(f"written to {given.out}")
-    return 0
+            yield part, made[size]
+
+
+def _determining(given: Any) -> dict[str, Any]:
+    """The options that a run depends on: all but those that say which runs there are."""
+    return {k: v for k, v in settings(given).items() if k not in ("data", "losses", "methods")}
 
 
 _QUIET = Console(quiet=True)
 
 
 def _parse(arguments: Sequence[str] | None) -> Any:
-    parser = options(NAME, __doc__)
+    parser = options(NAME, __doc__, resumable=True)
     add = parser.add_argument
     add("--data", type=names, default=("mnist", "fashion_mnist"), help="(mnist,fashion_mnist)")
     add("--losses", type=names, default=LOSSES, help=f"({','.join(LOSSES)})")
