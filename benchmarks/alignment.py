@@ -199,15 +199,15 @@ def _cosine(a: Any, b: Any) -> jax.Array:
     return tree.tree_vdot(a, b) / (tree.tree_norm(a) * tree.tree_norm(b))
 
 
-def _mean(rows: list[Row], **wanted: Any) -> str | None:
-    """Over the probes and seeds; where there are several seeds, with the range of their means."""
+def _mean(rows: list[Row], ranged: bool = False, **wanted: Any) -> str | None:
+    """Over the probes and seeds; if `ranged`, with the range of the seeds' means."""
     chosen = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
     if not chosen:
         return None
     seeds = [
         np.mean([r.cosine for r in chosen if r.seed == seed]) for seed in {r.seed for r in chosen}
     ]
-    spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if len(seeds) > 1 else ""
+    spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if ranged and len(seeds) > 1 else ""
     return f"{np.mean(seeds):.3f}{spread}"
 
 
@@ -219,7 +219,8 @@ def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
         for size in sizes:
             for method, inverse in dict.fromkeys((r.method, r.inverse) for r in rows):
                 wanted = {"trained_by": name, "batch": size, "method": method, "inverse": inverse}
-                cells = [_mean(rows, layer=WHOLE, reference=r, **wanted) for r in ("block", "full")]
+                wanted |= {"layer": WHOLE, "ranged": True}
+                cells = [_mean(rows, reference=r, **wanted) for r in ("block", "full")]
                 lines.append([name, size, method, inverse, *cells])
     return experiment.table("Cosine with the exact direction, mean over training", columns, lines)
 
