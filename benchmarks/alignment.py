@@ -199,7 +199,7 @@ def _cosine(a: Any, b: Any) -> jax.Array:
     return tree.tree_vdot(a, b) / (tree.tree_norm(a) * tree.tree_norm(b))
 
 
-def _mean(rows: list[Row], ranged: bool = False, **wanted: Any) -> str | None:
+def _mean(rows: list[Row], *, ranged: bool = False, **wanted: Any) -> str | None:
     """Over the probes and seeds; if `ranged`, with the range of the seeds' means."""
     chosen = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
     if not chosen:
@@ -218,9 +218,12 @@ def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
     for name in dict.fromkeys(r.trained_by for r in rows):
         for size in sizes:
             for method, inverse in dict.fromkeys((r.method, r.inverse) for r in rows):
-                wanted = {"trained_by": name, "batch": size, "method": method, "inverse": inverse}
-                wanted |= {"layer": WHOLE, "ranged": True}
-                cells = [_mean(rows, reference=r, **wanted) for r in ("block", "full")]
+                wanted: dict[str, Any] = {"trained_by": name, "batch": size, "layer": WHOLE}
+                wanted |= {"method": method, "inverse": inverse}
+                cells = [
+                    _mean(rows, ranged=True, reference=reference, **wanted)
+                    for reference in ("block", "full")
+                ]
                 lines.append([name, size, method, inverse, *cells])
     return experiment.table("Cosine with the exact direction, mean over training", columns, lines)
 

@@ -4,8 +4,9 @@ Botev et al., section 5.2: MNIST's digits are told odd from even by 784-1000-500
 likelihood of eq. (27). Its Hessian at the outputs depends on the target and is not positive
 semi-definite everywhere; Gauss-Newton quantities use, for every example, the nearest positive
 semi-definite matrix (negative eigenvalues set to zero), KFAC samples targets from the model.
-Second order runs with kfgn's defaults and with the paper's preset, whose average of the parameters
-is what is evaluated (appendix C.4).
+Second order runs with kfgn's defaults, with the paper's preset, whose average of the parameters is
+what is evaluated (appendix C.4), and as a preconditioner alone: at fixed damping, with a rate that
+decays, without the quadratic model of one batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from matplotlib.figure import Figure
 from rich.console import Console
 
@@ -25,13 +27,14 @@ import kfgn
 from benchmarks import BenchmarkError, experiment, race
 from benchmarks.arguments import names, number, parts, positive_int, widths
 from benchmarks.datasets import DataError, load
-from benchmarks.optimizers import closest, first_order, second_order
+from benchmarks.optimizers import Optimizer, closest, first_order, second_order, with_curvature
 from benchmarks.plots import COLOURS
 
 EXPONENTS = (7, 8, 9, 10, 11, 12)  # k of Adam's rates 2^-k
 PERIODS = (1.0, 0.25)  # the rate halves after so much of the updates; 1 leaves it as it is
 SECOND_ORDER = ("kfra", "kflr", "kfac")
-PRESETS = ("default", "paper")  # the paper's has no momentum, and averages parameters
+# The paper's has no momentum, and averages parameters; for the last, see `_fixed`.
+PRESETS = ("default", "paper", "fixed")
 EVALUATED = 10_000  # training images
 EVALUATIONS = 40  # of every training
 GOALS = (0.1, 0.01, 1e-4)  # losses
@@ -105,7 +108,7 @@ def _parse(arguments: Sequence[str] | None) -> Any:
     periods = "parts of its updates to halve after (1,0.25)"
     add("--periods", type=parts, default=PERIODS, help=periods)
     add("--methods", type=names, default=SECOND_ORDER, help="of second order (kfra,kflr,kfac)")
-    add("--presets", type=names, default=PRESETS, help="of their options (default,paper)")
+    add("--presets", type=names, default=PRESETS, help="of theirs (default,paper,fixed)")
     add("--seeds", type=positive_int, default=2, help="of second order and the best Adam (2)")
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
@@ -199,7 +202,10 @@ def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, 
     for preset in options.presets:
         for name in options.methods:
             label = name if preset == "default" else f"{name}, {preset}"
-            made = second_order(name, objective, params, batch, {"preset": preset})
+            if preset == "fixed":
+                made = _fixed(name, objective, params, batch, options.updates)
+            else:
+                made = second_order(name, objective, params, batch, {"preset": preset})
             found[label] = made, options.updates
     for exponent in options.exponents:
         for part in options.periods:
@@ -208,6 +214,17 @@ def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, 
             adam = first_order("adam", objective, 2.0**-exponent, period)
             found[name] = adam, options.adam_updates
     return found
+
+
+def _fixed(name: str, objective, params: Any, batch: Any, updates: int) -> Optimizer:
+    """Fixed damping, heavy-ball momentum, and a rate that goes to zero: no quadratic model."""
+    blocks = kfgn.layers(objective, params, batch)
+    made = optax.chain(
+        kfgn.scale_by_kronecker(blocks, damping=0.01, decay=0.95, refresh_inverse_every=5),
+        optax.trace(0.9),
+        optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.03, updates)),
+    )
+    return with_curvature(name, objective, made)
 
 
 def _indefinite(params: Any, batch: Any) -> jax.Array:
@@ -248,9 +265,9 @@ def _plot(path: Path, runs: dict[str, list[Run]]) -> None:
     by_update, by_time = figure.subplots(1, 2, sharey=True)
     first_adam = next(name for name in runs if name.startswith("adam"))
     for name, ((points, _), *_) in runs.items():
-        adam, paper = name.startswith("adam"), name.endswith("paper")
+        adam, preset = name.startswith("adam"), name.partition(", ")[2]
         style: dict[str, Any] = {"color": COLOURS[name[:4]], "alpha": 0.4 if adam else 1.0}
-        style["linestyle"] = "--" if paper else "-"
+        style["linestyle"] = {"paper": "--", "fixed": ":"}.get(preset, "-")
         for axes, field in ((by_update, "update"), (by_time, "seconds")):
             values = [getattr(p, field) for p in points]
             label = None if adam and name != first_adam else "adam" if adam else name

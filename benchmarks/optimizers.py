@@ -103,6 +103,16 @@ def second_order(
 ) -> Optimizer:
     """A kfgn optimiser, with default settings except where ``options`` say otherwise."""
     transformation = getattr(kfgn, name)(objective, params, batch, **options)
+    return with_curvature(name, objective, transformation, samples)
+
+
+def with_curvature(
+    name: str,
+    objective: Any,
+    transformation: optax.GradientTransformationExtraArgs,
+    samples: int = 1,
+) -> Optimizer:
+    """A transformation of one's own that takes the curvature of a kfgn method."""
     curvature_fn = kfgn.value_grad_and_curvature(objective, name, samples=samples)
 
     def step(
