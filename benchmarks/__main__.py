@@ -32,7 +32,7 @@ EXPERIMENTS = {
     "mixture": "a mixture of two classifiers, whose Fisher matrix is not its Gauss-Newton matrix",
     "grid": "first-order methods at a grid of rates beside KFRA and KFAC (section 5.1)",
     "versus": "KFRA beside KFAC, setting by setting and seed by seed",
-    "peers": "the autoencoder by kfgn and by optax's optimisers, for the same time each",
+    "peers": "the autoencoder by kfgn and by optax's optimizers, for the same time each",
     "ablations": "which of the defaults matter",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
@@ -58,7 +58,7 @@ def add_autoencoder_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--updates", type=positive_int, help="how long to train (minutes on two CPU cores)")
     add("--batch-size", type=positive_int, default=1000, help="images per update (1000)")
-    add("--learning-rate", type=positive_number, help="for the first-order optimisers")
+    add("--learning-rate", type=positive_number, help="for the first-order optimizers")
     add("--decay-period", type=positive_int, help="halve the learning rate every so many updates")
     add(
         "--option",
@@ -66,9 +66,9 @@ def add_autoencoder_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="passed to kfgn's optimiser; may be repeated",
+        help="passed to kfgn's optimizer; may be repeated",
     )
-    add("--l2", type=number, default=1e-5, help="weight of the L2 regularisation (1e-5)")
+    add("--l2", type=number, default=1e-5, help="weight of the L2 regularization (1e-5)")
     add("--layers", type=widths, help="widths of the encoder (1000,500,250,30)")
     add("--seed", type=seed_int, default=0, help="of the parameters and the batches (0)")
     add("--eval-every", type=positive_int, help="updates between evaluations (about 100 in all)")

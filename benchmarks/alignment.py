@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     probes, sizes = _whole_numbers("--probes", options.probes), widths(options.batches)
     for name in options.trained_by:
         if name not in ("kfra", "kfac", "kflr"):
-            raise closest("optimiser", name, ("kfra", "kfac", "kflr"))
+            raise closest("optimizer", name, ("kfra", "kfac", "kflr"))
     data = _load(options.data, options.data_dir, max(sizes))
     model = Autoencoder(data.train.shape[1], options.layers)
     loss = getattr(kfgn.losses, data.loss)
@@ -137,7 +137,7 @@ class _Training:
             return optax.apply_updates(params, updates), state
 
         self.step = step
-        self.compare = jax.jit(_comparison(objective, kfgn.layers(objective, *example)))
+        self.compare = jax.jit(_comparison(objective, kfgn.layers.find_blocks(objective, *example)))
 
     def rows(self, probes: Sequence[int], seed: int) -> Iterator[Row]:
         """Trains from one start, and yields the rows of every probe."""
@@ -155,27 +155,27 @@ class _Training:
             params, state = self.step(params, state, inputs, key)
 
 
-def _comparison(objective: kfgn.Objective, layers: kfgn.Blocks) -> Callable:
+def _comparison(objective: kfgn.Objective, layers: kfgn.layers.LayerBlocks) -> Callable:
     """All cosines at one point, by (method, inverse, layer or whole, reference)."""
 
     def compare(params, batch, damping, key):
         gradient = jax.grad(objective)(params, batch)
-        block, _ = kfgn.block_gauss_newton_direction(
+        block, _ = kfgn.solvers.block_gauss_newton_direction(
             objective, params, batch, gradient, damping, **SOLVER
         )
-        product = kfgn.gauss_newton_vector_product(objective, l2=True)
+        product = kfgn.curvature.gauss_newton_vector_product(objective, l2=True)
 
         def damped(v):
             return jax.tree.map(lambda a, b: a + damping * b, product(params, batch, v), v)
 
-        full = kfgn.conjugate_gradient(damped, gradient, start=block, **SOLVER).x
+        full = kfgn.solvers.conjugate_gradient(damped, gradient, start=block, **SOLVER).x
         found = {("block-diagonal GN", "exact", WHOLE, "full"): _cosine(block, full)}
         for label, (method, chosen) in METHODS.items():
             curvature_of = kfgn.value_grad_and_curvature(objective, method, **chosen)
             extra = {"key": key} if method == "kfac" else {}
             _, curvature = curvature_of(params, batch, **extra)
             for inverse in ("factored", "eigen"):
-                scale = kfgn.scale_by_kronecker(
+                scale = kfgn.transforms.scale_by_kronecker(
                     layers, damping + objective.l2, decay=None, inverse=inverse
                 )
                 direction, _ = scale.update(gradient, scale.init(params), curvature=curvature)

@@ -1,4 +1,4 @@
-"""Trains the paper's deep autoencoder with one optimiser, or compares several."""
+"""Trains the paper's deep autoencoder with one optimizer, or compares several."""
 
 import contextlib
 import zlib
@@ -71,11 +71,11 @@ def load_data(request: Request) -> Dataset:
 def make_problem(request: Request, dataset: Dataset, model: Autoencoder) -> Problem:
     """The objective, the data on the device, and the starting point."""
     loss = getattr(kfgn.losses, dataset.loss)
-    unregularised = kfgn.Objective(model.apply, loss)
+    unregularized = kfgn.Objective(model.apply, loss)
     train = jax.device_put(dataset.train)
     return Problem(
         objective=kfgn.Objective(model.apply, loss, l2=request.l2),
-        mean_loss=jax.jit(lambda params, images: unregularised(params, (images, images))),
+        mean_loss=jax.jit(lambda params, images: unregularized(params, (images, images))),
         train=train,
         evaluated_train=train[:EVALUATED],
         evaluated_test=jax.device_put(dataset.test[:EVALUATED]),
@@ -86,7 +86,7 @@ def make_problem(request: Request, dataset: Dataset, model: Autoencoder) -> Prob
 
 
 def make_optimizer(request: Request, problem: Problem, name: str) -> Optimizer:
-    """The optimiser of this name, with what the request says about it."""
+    """The optimizer of this name, with what the request says about it."""
     if name not in SECOND_ORDER:
         rate = default_learning_rate(name, request.learning_rate)
         return first_order(name, problem.objective, rate, request.decay_period)
@@ -137,7 +137,7 @@ class Experiment:
         return folder
 
     def train(self) -> bool:
-        """Runs one optimiser after the other; returns whether Ctrl-C put an end to it."""
+        """Runs one optimizer after the other; returns whether Ctrl-C put an end to it."""
         self.say(f"{self.dataset.description}\nrun folder: {self.folder.path}")
         try:
             with self.stop.listening():
@@ -232,7 +232,7 @@ class Experiment:
         self.say(f"table.txt, losses.png and reconstructions.png are in {self.folder.path}")
 
     def _plot_reconstructions(self, results: Sequence[Result]) -> None:
-        # Spread over the set: neighbours can be the same face, turned a little.
+        # Spread over the set: neighbors can be the same face, turned a little.
         count = len(self.dataset.test)
         originals = self.dataset.test[np.linspace(0, count - 1, min(SHOWN, count)).astype(int)]
         rows = {}
@@ -257,6 +257,6 @@ def run(request: Request) -> tuple[list[str], bool]:
             interrupted = experiment.train()
         finally:  # whatever ended the training, what there is of it is shown
             experiment.report()
-    except kfgn.KfgnError as error:
+    except kfgn.errors.KfgnError as error:
         raise BenchmarkError(str(error)) from error
     return experiment.folder.problems, interrupted

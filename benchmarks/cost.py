@@ -164,12 +164,12 @@ def _exponents(fits: dict[str, float | None]) -> Any:
 
 def _plot(path: Path, rows: list[Row]) -> None:
     figure = Figure(figsize=(14, 3.8), layout="constrained")
-    colours = {"kfra": "tab:red", "kflr": "tab:purple", "kfac": "tab:blue"}
+    colors = {"kfra": "tab:red", "kflr": "tab:purple", "kfac": "tab:blue"}
     for axes, swept in zip(figure.subplots(1, len(SWEEPS)), SWEEPS, strict=True):
         for method in METHODS:
             chosen = [r for r in rows if (r.method, r.swept) == (method, swept)]
             seconds = [r.seconds - r.gradient_seconds for r in chosen]
-            axes.plot([r.value for r in chosen], seconds, "o-", color=colours[method], label=method)
+            axes.plot([r.value for r in chosen], seconds, "o-", color=colors[method], label=method)
         gradients = {r.value: r.gradient_seconds for r in rows if r.swept == swept}
         axes.plot(list(gradients), list(gradients.values()), "k:", label="value and gradient")
         axes.set_xscale("log")

@@ -58,8 +58,8 @@ class Progress:
 
 
 def table(results: Sequence[Result], sgd_seconds: float | None) -> Table:
-    """Cost and outcome of every optimiser; ``sgd_seconds`` is the time of one SGD step."""
-    columns = ["optimiser", "updates", "seconds", "s/update", "SGD steps", "train", "test"]
+    """Cost and outcome of every optimizer; ``sgd_seconds`` is the time of one SGD step."""
+    columns = ["optimizer", "updates", "seconds", "s/update", "SGD steps", "train", "test"]
     shown = Table(*columns, box=box.SIMPLE, title_justify="left")
     for column in shown.columns[1:]:
         column.justify = "right"

@@ -63,7 +63,7 @@ MIXTURE = kfgn.losses.from_function(_loss, sample=_sample)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains all optimisers, prints the table and writes everything down."""
+    """Trains all optimizers, prints the table and writes everything down."""
     options, console = _parse(arguments), Console()
     data = _odd(options.data, options.data_dir, options.batch_size)
     trainer = _Trainer(data, options)
@@ -218,9 +218,11 @@ def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, 
 
 def _fixed(name: str, objective, params: Any, batch: Any, updates: int) -> Optimizer:
     """Fixed damping, heavy-ball momentum, and a rate that goes to zero: no quadratic model."""
-    blocks = kfgn.layers(objective, params, batch)
+    blocks = kfgn.layers.find_blocks(objective, params, batch)
     made = optax.chain(
-        kfgn.scale_by_kronecker(blocks, damping=0.01, decay=0.95, refresh_inverse_every=5),
+        kfgn.transforms.scale_by_kronecker(
+            blocks, damping=0.01, decay=0.95, refresh_inverse_every=5
+        ),
         optax.trace(0.9),
         optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.03, updates)),
     )
@@ -252,8 +254,8 @@ def _tables(runs: dict[str, list[Run]]) -> list[Any]:
         cells = [f"{p.update} ({p.seconds:.1f} s)" if p else None for p in reached]
         goals.append([label, *cells, f"{run.indefinite_at_end:.0%}"])
     title = "Mixture of two classifiers, odd or even: training loss"
-    columns = ["optimiser", "updates", "seconds", "loss", "least", "other seeds"]
-    reaching = ["optimiser", *(f"to {g:g}" for g in GOALS), "indefinite at the end"]
+    columns = ["optimizer", "updates", "seconds", "loss", "least", "other seeds"]
+    reaching = ["optimizer", *(f"to {g:g}" for g in GOALS), "indefinite at the end"]
     return [
         experiment.table(title, columns, losses),
         experiment.table("Updates and seconds to a loss", reaching, goals),

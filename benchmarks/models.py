@@ -37,6 +37,6 @@ class Autoencoder(nn.Module):
 
 
 def initial_params(model: Autoencoder, seed: int) -> Params:
-    """The parameters every optimiser starts from: they depend on the seed and nothing else."""
+    """The parameters every optimizer starts from: they depend on the seed and nothing else."""
     example = jax.ShapeDtypeStruct((1, model.pixels), "float32")
     return jax.jit(lambda key: model.lazy_init(key, example))(jax.random.key(seed))

@@ -1,4 +1,4 @@
-"""Every optimiser under one interface: ``init(params)`` and ``step(params, state, batch, key)``."""
+"""Every optimizer under one interface: ``init(params)`` and ``step(params, state, batch, key)``."""
 
 import difflib
 from collections.abc import Callable, Collection, Mapping
@@ -44,7 +44,7 @@ STATE_METRICS = (
 
 @dataclass(frozen=True)
 class Optimizer:
-    """One optimiser, ready to train: ``step`` is pure, and jitted by whoever trains with it."""
+    """One optimizer, ready to train: ``step`` is pure, and jitted by whoever trains with it."""
 
     name: str
     init: Callable[[Params], State]
@@ -59,12 +59,12 @@ def closest(kind: str, name: str, known: Collection[str]) -> BenchmarkError:
 
 
 def default_updates(name: str) -> int:
-    """How long to train with this optimiser unless told otherwise."""
+    """How long to train with this optimizer unless told otherwise."""
     return DEFAULT_UPDATES["second order" if name in SECOND_ORDER else "first order"]
 
 
 def default_learning_rate(name: str, given: float | None = None) -> float:
-    """The learning rate of a first-order optimiser, unless one is given."""
+    """The learning rate of a first-order optimizer, unless one is given."""
     return FIRST_ORDER[name][1] if given is None else given
 
 
@@ -78,7 +78,7 @@ def learning_rate_schedule(rate: float, decay_period: int | None) -> optax.Scala
 def first_order(
     name: str, objective: Any, learning_rate: float, decay_period: int | None = None
 ) -> Optimizer:
-    """An optax optimiser on the gradient of ``objective``."""
+    """An optax optimizer on the gradient of ``objective``."""
     make, _ = FIRST_ORDER[name]
     transformation = make(learning_rate_schedule(learning_rate, decay_period))
 
@@ -101,7 +101,7 @@ def second_order(
     options: Mapping[str, Any],
     samples: int = 1,
 ) -> Optimizer:
-    """A kfgn optimiser, with default settings except where ``options`` say otherwise."""
+    """A kfgn optimizer, with default settings except where ``options`` say otherwise."""
     transformation = getattr(kfgn, name)(objective, params, batch, **options)
     return with_curvature(name, objective, transformation, samples)
 
@@ -129,7 +129,7 @@ def with_curvature(
 def check_options(
     name: str, objective: Any, params: Params, batch: Batch, options: Mapping[str, Any]
 ) -> None:
-    """Tries the options of a kfgn optimiser, without computing anything."""
+    """Tries the options of a kfgn optimizer, without computing anything."""
     try:  # kfgn looks at its options when it starts, and some not before the first step
         optimizer = second_order(name, objective, params, batch, options)
         state = jax.eval_shape(optimizer.init, params)
@@ -139,7 +139,7 @@ def check_options(
 
 
 def state_metrics(state: State) -> dict[str, float]:
-    """The numbers of ``STATE_METRICS`` that this optimiser's state has."""
+    """The numbers of ``STATE_METRICS`` that this optimizer's state has."""
     found = {}
     for name in STATE_METRICS:
         matches = optax.tree_utils.tree_get_all_with_path(state, name)
@@ -149,6 +149,6 @@ def state_metrics(state: State) -> dict[str, float]:
 
 
 def evaluated_params(params: Params, state: State) -> Params:
-    """The average of the parameters where the optimiser keeps one, else the parameters."""
+    """The average of the parameters where the optimizer keeps one, else the parameters."""
     averages = optax.tree_utils.tree_get_all_with_path(state, "average")
     return averages[0][1] if averages else params

@@ -72,9 +72,9 @@ def plot_losses(
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     by_update, by_time = figure.subplots(1, 2, sharey=True)
     for result in results:
-        colour = COLOURS.get(result.name)
-        by_update.plot(*result.curve("update", "train_loss"), color=colour, label=result.name)
-        by_time.plot(*result.curve("seconds", "train_loss"), color=colour, label=result.name)
+        color = COLOURS.get(result.name)
+        by_update.plot(*result.curve("update", "train_loss"), color=color, label=result.name)
+        by_time.plot(*result.curve("seconds", "train_loss"), color=color, label=result.name)
     for number, curve in enumerate(curves):
         style = {"color": str(0.25 + 0.5 * number / len(curves)), "linestyle": "--"}
         by_update.plot(curve.updates, curve.losses, label=curve.label, **style)
@@ -106,7 +106,7 @@ def plot_reconstructions(
     reconstructions: Mapping[str, np.ndarray],
     image_shape: Sequence[int],
 ) -> None:
-    """A row of original images, and below it a row of each optimiser's reconstructions."""
+    """A row of original images, and below it a row of each optimizer's reconstructions."""
     rows = {"original": originals, **reconstructions}
     count = len(originals)
     size = (0.8 * count + 1.2, 0.8 * len(rows) + 0.2)

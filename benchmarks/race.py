@@ -1,4 +1,4 @@
-"""Trains several optimisers on the same batches from the same start, and times updates alone."""
+"""Trains several optimizers on the same batches from the same start, and times updates alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Point(NamedTuple):
 
 def batches(images: np.ndarray, targets: np.ndarray, size: int, seed: int) -> Iterator[Any]:
     """Batches of reshuffled passes over the data, without end."""
-    for batch, _ in kfgn.batches((images, targets), size, seed=seed):
+    for batch, _ in kfgn.solvers.batches((images, targets), size, seed=seed):
         yield jax.device_put(batch)
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(optimizer: Optimizer) -> Callable[..., Any]:
-    """The same function for the same optimiser, so that other seeds compile nothing."""
+    """The same function for the same optimizer, so that other seeds compile nothing."""
     return jax.jit(optimizer.step)
 
 

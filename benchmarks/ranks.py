@@ -28,7 +28,7 @@ from benchmarks.ledger import Ledger
 
 LOSSES: dict[str, tuple[kfgn.losses.Loss, int, int]] = {  # loss, outputs, rank of its Hessian
     "softmax cross-entropy": (kfgn.losses.softmax_cross_entropy_with_integer_labels, 10, 9),
-    "squared error": (kfgn.losses.squared_error, 10, 10),
+    "squared error": (kfgn.losses.half_squared_error, 10, 10),
     "sigmoid cross-entropy, odd or even": (kfgn.losses.sigmoid_binary_cross_entropy, 1, 1),
 }
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -149,7 +149,7 @@ def _with_examples(name: str, count: int, hidden: Sequence[int], seed: int) -> l
     inputs, targets = _batch(count, outputs)
     if name == "squared error":
         targets = jax.nn.one_hot(targets, 10, dtype=jnp.float64)
-    rank = int(jax.jit(kfgn.gauss_newton_rank(objective))(params, (inputs, targets)))
+    rank = int(jax.jit(kfgn.curvature.gauss_newton_rank(objective))(params, (inputs, targets)))
     rows = [Row(name, count, 0, rank, min(count * output_rank, size))]
     for samples in (1, 3):
         rank = _fisher_rank(objective, params, inputs, samples, seed)
@@ -191,12 +191,14 @@ def _with_depth(name: str, depth: int, steps: int, seed: int) -> Dead:
     objective = kfgn.Objective(_model(activation), loss)
     batch = _batch(64, 10)
     params = _trained(objective, _network([64] + [32] * depth + [10], seed), batch, steps)
-    blocks = jax.jit(kfgn.pre_activation_gauss_newton(objective, reduce="mean"))(params, batch)
+    blocks = jax.jit(kfgn.curvature.pre_activation_gauss_newton(objective, reduce="mean"))(
+        params, batch
+    )
     x, dead = batch[0], []
     for layer in params[:-1]:
         x = activation(x @ layer["kernel"] + layer["bias"])
         dead.append(np.all(np.asarray(x) <= 0, axis=0) if name == "relu" else np.zeros(1))
-    rank = int(jax.jit(kfgn.gauss_newton_rank(objective))(params, batch))
+    rank = int(jax.jit(kfgn.curvature.gauss_newton_rank(objective))(params, batch))
     first = int(np.linalg.matrix_rank(np.asarray(blocks["0"]), hermitian=True))
     return Dead(name, depth, steps, float(np.mean(dead)), first, rank)
 
@@ -216,11 +218,11 @@ def _trained(objective, params: Any, batch: Any, steps: int) -> Any:
 def _plot(path: Path, rows: list[Row]) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(LOSSES)), LOSSES, strict=True):
-        for samples, colour in ((0, "tab:red"), (1, "tab:blue"), (3, "tab:cyan")):
+        for samples, color in ((0, "tab:red"), (1, "tab:blue"), (3, "tab:cyan")):
             chosen = [r for r in rows if r.loss == name and r.samples == samples]
             examples = [r.examples for r in chosen]
             label = f"Fisher, {samples} samples" if samples else "Gauss-Newton"
-            axes.plot(examples, [r.rank for r in chosen], "o-", color=colour, label=label)
+            axes.plot(examples, [r.rank for r in chosen], "o-", color=color, label=label)
             axes.plot(examples, [r.bound for r in chosen], "k:", linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("log")

@@ -46,7 +46,7 @@ class Request:
         """Finds what can be found wrong before there are data."""
         for name in self.optimizers:
             if name not in NAMES:
-                raise closest("optimiser", name, NAMES)
+                raise closest("optimizer", name, NAMES)
             if self.optimizers.count(name) > 1:
                 raise BenchmarkError(f"--compare names {name} twice")
         if self.data not in DATA_NAMES:
@@ -58,12 +58,12 @@ class Request:
             raise BenchmarkError("--option is for kfra, kflr and kfac; none of them is to be run")
         if (self.learning_rate or self.decay_period) and all(second):
             raise BenchmarkError(
-                "--learning-rate and --decay-period are for the first-order optimisers; "
+                "--learning-rate and --decay-period are for the first-order optimizers; "
                 f"{' and '.join(self.optimizers)} need neither (see --option)"
             )
 
     def schedule(self, name: str) -> Schedule:
-        """How long this optimiser trains, and how often it is looked at."""
+        """How long this optimizer trains, and how often it is looked at."""
         updates = self.updates or default_updates(name)
         eval_every = self.eval_every or max(1, updates // EVALUATIONS)
         return Schedule(updates, eval_every, self.checkpoint_every)

@@ -113,7 +113,7 @@ def rosenbrock(a: float, b: float) -> kfgn.Objective:
         both = math.sqrt(2.0) * jnp.stack([a - x, math.sqrt(b) * (y - x**2)])
         return jnp.broadcast_to(both, (len(inputs), 2))
 
-    return kfgn.Objective(residuals, kfgn.losses.squared_error)
+    return kfgn.Objective(residuals, kfgn.losses.half_squared_error)
 
 
 def _methods(objective: kfgn.Objective, step: float) -> dict[str, Any]:
@@ -123,9 +123,9 @@ def _methods(objective: kfgn.Objective, step: float) -> dict[str, Any]:
         "gradient, line search": optax.chain(
             optax.sgd(1.0), search(SEARCH_STEPS, initial_guess_strategy="keep")
         ),
-        "Newton": kfgn.newton(objective),
+        "Newton": kfgn.solvers.newton(objective),
         "Newton, line search": optax.chain(
-            kfgn.newton(objective), search(SEARCH_STEPS, initial_guess_strategy="one")
+            kfgn.solvers.newton(objective), search(SEARCH_STEPS, initial_guess_strategy="one")
         ),
         "Gauss-Newton": optax.chain(_gauss_newton(objective), optax.scale(-1.0)),
     }
@@ -135,7 +135,7 @@ def _gauss_newton(objective: kfgn.Objective) -> optax.GradientTransformationExtr
     """The gradient, solved with the Gauss-Newton matrix."""
 
     def update(updates, state, params=None, *, batch, **_):
-        matrix = kfgn.dense_gauss_newton(objective)(params, batch)
+        matrix = kfgn.curvature.dense_gauss_newton(objective)(params, batch)
         return jnp.linalg.solve(matrix, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
@@ -177,7 +177,9 @@ def _measured(run: Run, given: Any) -> dict[str, Any]:
         "iterations": len(run.points) - 1,
         "reached": run.iterations_to(given.tolerance) is not None,
         f"iterations_to_{ROUGH}": run.iterations_to(ROUGH),
-        "iterations_of_equation_29": kfgn.iterations_to_tolerance(run.values, given.epsilon),
+        "iterations_of_equation_29": kfgn.diagnostics.iterations_to_tolerance(
+            run.values, given.epsilon
+        ),
         "order": run.order(),
         "highest_value": float(np.max(run.values)) if finite else None,
         "final_value": float(run.values[-1]) if finite else None,
@@ -196,7 +198,7 @@ def _table(runs: Sequence[Run], given: Any) -> Table:
         order = run.order()
         rows.append([
             run.name, run.iterations_to(ROUGH), run.iterations_to(given.tolerance),
-            kfgn.iterations_to_tolerance(run.values, given.epsilon),
+            kfgn.diagnostics.iterations_to_tolerance(run.values, given.epsilon),
             None if order is None else f"{order:.2f}", f"{np.max(run.values):.4g}",
             f"{run.values[-1]:.2g}", f"{run.distances[-1]:.2g}",
         ])  # fmt: skip

@@ -35,7 +35,7 @@ COLUMNS = (
 
 @dataclass
 class Result:
-    """What one optimiser's run gave; ``params`` is None if it was cut off before they were safe."""
+    """What one optimizer's run gave; ``params`` is None if it was cut off before they were safe."""
 
     name: str
     outcome: str  # "finished", "interrupted" or "diverged"
@@ -149,7 +149,7 @@ class RunFolder:
 
 
 class Metrics:
-    """The rows of one optimiser's CSV file: on disk as soon as measured, and in memory."""
+    """The rows of one optimizer's CSV file: on disk as soon as measured, and in memory."""
 
     def __init__(self, folder: RunFolder, name: str, rows: list[Row]) -> None:
         self.folder, self.name, self.rows = folder, name, rows

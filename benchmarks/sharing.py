@@ -118,8 +118,8 @@ def measure(name: str, module: nn.Module, steps: int) -> list[Row]:
     rows = []
     for examples in (1, 64):
         batch = images[:examples], labels[:examples]
-        exact = jax.jit(kfgn.block_gauss_newton(objective))(params, batch)
-        layers = kfgn.layers(objective, params, batch).layers
+        exact = jax.jit(kfgn.curvature.block_gauss_newton(objective))(params, batch)
+        layers = kfgn.layers.find_blocks(objective, params, batch).layers
         for label, chosen in METHODS.items():
             function = kfgn.value_grad_and_curvature(objective, **chosen)
             factors = jax.jit(lambda p, b, f=function: f(p, b)[1].factors)(params, batch)

@@ -1,7 +1,7 @@
 """``python -m benchmarks speed``: what curvature costs, beside the FLOP floor and an SGD step.
 
 Every figure is a ratio of medians taken in one process: machines are shared, so seconds say
-little. The FLOP floor is what the products, factorisations and solves would take at the rate that
+little. The FLOP floor is what the products, factorizations and solves would take at the rate that
 this machine reaches in a matrix product of 1000 x 1000, measured in the same run.
 """
 
@@ -117,8 +117,8 @@ def classifier_rows(console: Console, blocks: int) -> list[Row]:
         (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
         return grads, curvature.factors
 
-    hessian = kfgn.pre_activation_hessian(objective, reduce="mean")
-    diagonal = kfgn.hessian_diagonal(objective)
+    hessian = kfgn.curvature.pre_activation_hessian(objective, reduce="mean")
+    diagonal = kfgn.curvature.hessian_diagonal(objective)
     rows = []
     for name, function, repeats, flops, goal in [
         ("KFLR factors and gradient", kflr, 21, None, "7"),
@@ -196,7 +196,7 @@ def _second_order(
     return timed_updates(step, carry, batch, blocks=blocks)
 
 
-# FLOPs, counted as two per multiplication; factorisations and inverses as n^3 together.
+# FLOPs, counted as two per multiplication; factorizations and inverses as n^3 together.
 
 
 def _gradient_flops(sizes: Sequence[int]) -> float:

@@ -1,4 +1,4 @@
-"""An autoencoder of one data set, ready for any optimiser: what the races between them share."""
+"""An autoencoder of one data set, ready for any optimizer: what the races between them share."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Task(NamedTuple):
         return first, first
 
     def batches(self, seed: int) -> Iterator[Any]:
-        """Batches without end, the same for every optimiser with the same seed."""
+        """Batches without end, the same for every optimizer with the same seed."""
         return race.batches(self.images, self.images, self.batch_size, seed)
 
 

@@ -1,4 +1,4 @@
-"""The training loop: the same for every optimiser, interruptible, and timed apart from the rest."""
+"""The training loop: the same for every optimizer, interruptible, and timed apart from the rest."""
 
 import contextlib
 import math
@@ -39,10 +39,10 @@ TrainStep = Callable[..., tuple[Params, State, jax.Array]]
 
 @dataclass(frozen=True)
 class Problem:
-    """What is minimised, and where training starts."""
+    """What is minimized, and where training starts."""
 
     objective: Any
-    mean_loss: Callable[[Params, jax.Array], jax.Array]  # jitted, without regularisation
+    mean_loss: Callable[[Params, jax.Array], jax.Array]  # jitted, without regularization
     train: jax.Array
     evaluated_train: jax.Array
     evaluated_test: jax.Array
@@ -105,7 +105,7 @@ class Batches:
 
 def start(problem: Problem, optimizer: Optimizer) -> Position:
     """The position before the first update."""
-    # Copied, because the steps write over these buffers: the next optimiser starts there too, and
+    # Copied, because the steps write over these buffers: the next optimizer starts there too, and
     # a state may begin as the parameters themselves.
     params = jax.tree.map(jnp.copy, problem.initial_params)
     return Position(params, jax.tree.map(jnp.copy, optimizer.init(params)))
@@ -163,7 +163,7 @@ class StopRequest:
 
 
 class Training:
-    """One optimiser's run, from ``position`` to the end of ``schedule``."""
+    """One optimizer's run, from ``position`` to the end of ``schedule``."""
 
     def __init__(
         self,
@@ -222,7 +222,7 @@ class Training:
         return float(loss)
 
     def _measure(self, batch_loss: float | None, test: bool) -> Row:
-        """A row of metrics: without the regularisation, except for the loss on the batch."""
+        """A row of metrics: without the regularization, except for the loss on the batch."""
         position, problem = self.position, self.problem
         params = evaluated_params(position.params, position.state)
         train_loss = problem.mean_loss(params, problem.evaluated_train)

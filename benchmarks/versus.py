@@ -149,8 +149,8 @@ def _plot(path: Path, measured: dict[str, Any]) -> None:
     axes = figure.subplots()
     for place, runs in enumerate(measured.values()):
         excess = 100 * _excess(runs, 1.0)
-        colours = [COLOURS["kfra" if x < 0 else "kfac"] for x in excess]
-        axes.scatter(excess, [place] * len(excess), c=colours)
+        colors = [COLOURS["kfra" if x < 0 else "kfac"] for x in excess]
+        axes.scatter(excess, [place] * len(excess), c=colors)
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.set_yticks(range(len(measured)), list(measured))
     axes.invert_yaxis()

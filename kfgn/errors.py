@@ -1,29 +1,23 @@
-"""The errors kfgn raises: each names what was found, what was expected and the remedy."""
+"""The errors and warnings that kfgn raises."""
 
+from kfgn.base.errors import (
+    BatchError,
+    KfgnError,
+    LayerError,
+    LossError,
+    ModelError,
+    OptionError,
+    ParameterError,
+    UnknownPrimitiveWarning,
+)
 
-class KfgnError(ValueError):
-    """Base of all errors that kfgn raises on bad input."""
-
-
-class LossError(KfgnError):
-    """Outputs or targets do not fit the loss, or the loss lacks what a method needs."""
-
-
-class BatchError(KfgnError):
-    """A batch does not have the form `(inputs, targets)` with one leading axis."""
-
-
-class ModelError(KfgnError):
-    """The model cannot be traced, or its outputs do not fit the batch."""
-
-
-class LayerError(KfgnError):
-    """A parameter belongs to no layer that kfgn has a block for."""
-
-
-class ParameterError(KfgnError):
-    """Parameters do not match the objective or the optimiser they are used with."""
-
-
-class OptionError(KfgnError):
-    """An option has a value outside its range, or a needed argument is missing."""
+__all__ = [
+    "BatchError",
+    "KfgnError",
+    "LayerError",
+    "LossError",
+    "ModelError",
+    "OptionError",
+    "ParameterError",
+    "UnknownPrimitiveWarning",
+]

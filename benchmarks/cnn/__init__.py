@@ -202,7 +202,9 @@ def _train(
         del key
         return *program(params, state, batch, rate_argument), None
 
-    drawn = (batch for batch, _ in kfgn.batches(part.train, method.batch_size, seed=given.seed))
+    drawn = (
+        batch for batch, _ in kfgn.solvers.batches(part.train, method.batch_size, seed=given.seed)
+    )
     curve, due = [part.first], seconds / evaluations
     steps: list[dict[str, float]] = []
     for at in timed_steps(step, part.start, state, drawn, 0, given.iterations, seconds):

@@ -1,4 +1,4 @@
-"""The convolutional network, its objectives and the optimisers that `benchmarks.cnn` compares."""
+"""The convolutional network, its objectives and the optimizers that `benchmarks.cnn` compares."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def pooled(x: jax.Array) -> jax.Array:
 
 
 class Problem(NamedTuple):
-    """An objective, as kfgn minimises it, and what it is in the lecture's units."""
+    """An objective, as kfgn minimizes it, and what it is in the lecture's units."""
 
     objective: kfgn.Objective
     scale: float  # the lecture's f is so many times the objective
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
         """Labels as the loss takes them."""
-        if self.objective.loss is kfgn.losses.squared_error:
+        if self.objective.loss is kfgn.losses.half_squared_error:
             return np.eye(CLASSES, dtype=np.float32)[labels]
         return labels
 
@@ -65,17 +65,17 @@ class Problem(NamedTuple):
 def problem(loss: str, network: Network, c: float) -> Problem:
     """f = |θ|² / 2C + the mean loss.
 
-    The lecture's squared loss has no half and kfgn's has: half of all of f is minimised then.
+    The lecture's squared loss has no half and kfgn's has: half of all of f is minimized then.
     """
     if loss == "squared":
-        half = kfgn.Objective(network.apply, kfgn.losses.squared_error, l2=0.5 / c)
+        half = kfgn.Objective(network.apply, kfgn.losses.half_squared_error, l2=0.5 / c)
         return Problem(half, 2.0)
     softmax = kfgn.losses.softmax_cross_entropy_with_integer_labels
     return Problem(kfgn.Objective(network.apply, softmax, l2=1 / c), 1.0)
 
 
 class Method:
-    """An optimiser: its batch size, its start, its step, and the programs compiled so far.
+    """An optimizer: its batch size, its start, its step, and the programs compiled so far.
 
     Step sizes of first-order methods are an argument, so that one program serves them all.
     """
@@ -134,7 +134,7 @@ def newton(task: Problem, images: int, percent: float) -> Method:
     examples = max(1, round(images * percent / 100))
     objective = task.objective
     # The method's own units are the lecture's: λ is divided by what f is divided by.
-    settings = dict(kfgn.HESSIAN_FREE_PRESETS["cnn"])
+    settings = dict(kfgn.solvers.HESSIAN_FREE_PRESETS["cnn"])
     damping = settings["damping"]
     settings["damping"] = damping._replace(initial=damping.initial / task.scale)
     # Unused factors are never computed: XLA drops them.
@@ -143,9 +143,9 @@ def newton(task: Problem, images: int, percent: float) -> Method:
         20, slope_rtol=SUFFICIENT_DECREASE, decrease_factor=0.5, increase_factor=math.inf
     )
     transformation = optax.chain(
-        kfgn.scale_by_conjugate_gradient(objective, **settings),
+        kfgn.transforms.scale_by_conjugate_gradient(objective, **settings),
         optax.scale(-1.0),
-        kfgn.without_curvature(search),
+        kfgn.transforms.without_curvature(search),
     )
 
     def step(params, state, batch, rate):

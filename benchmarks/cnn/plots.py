@@ -26,8 +26,8 @@ def plot_part(path: Path, title: str, runs: Sequence[dict[str, Any]]) -> None:
     newtons = iter(NEWTONS * len(runs))
     for run in runs:
         kind = run["method"].split()[0]
-        colour = COLOURS[kind] if kind in COLOURS else next(newtons)
-        style = {"color": colour, "marker": "o", "markersize": 3, "label": run["method"]}
+        color = COLOURS[kind] if kind in COLOURS else next(newtons)
+        style = {"color": color, "marker": "o", "markersize": 3, "label": run["method"]}
         for line, figure_name in zip(axes, ("objective", "accuracy"), strict=True):
             shown = [row for row in run["curve"] if row[figure_name] is not None]
             for place, abscissa in zip(line, ("iteration", "seconds"), strict=True):

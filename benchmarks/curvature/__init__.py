@@ -1,9 +1,9 @@
 """``python -m benchmarks curvature``: where curvature is negative while a network trains.
 
 Small classifiers of digits, one for each transfer function, are trained by Adam; at some updates
-`kfgn.negative_curvature` looks at every layer (Veitch, appendix C): at the eigenvalues of the
-layer's block of the Hessian, and at the second-order terms whose sign eq. (87) asks for. Beside
-them stands the least eigenvalue of the whole Hessian. Networks that are piecewise linear have no
+`kfgn.diagnostics.negative_curvature` looks at every layer (Veitch, appendix C): at the eigenvalues
+of its block of the Hessian, and at the second-order terms whose sign eq. (87) asks for. Beside them
+stands the least eigenvalue of the whole Hessian. Networks that are piecewise linear have no
 such terms, so that with a convex loss their blocks have no negative eigenvalue (Botev et al.,
 section 2.2.3), whatever the whole Hessian has.
 """
@@ -129,7 +129,7 @@ def _train(name: str, data: Any, given: Any, at: Sequence[int], ticker: Ticker) 
     sizes = (data.train.shape[1], *given.layers, 10)
     params, objective = _network(name, sizes, given.seed)
     train = data.train.astype(np.float64), data.train_labels
-    batches = kfgn.batches(train, given.batch_size, seed=given.seed)
+    batches = kfgn.solvers.batches(train, given.batch_size, seed=given.seed)
     method = optax.adam(given.learning_rate)
     state, look, seen = method.init(params), _looker(objective), []
     shown = jax.tree.map(lambda a: a[: given.examples], train)
@@ -149,7 +149,7 @@ def _train(name: str, data: Any, given: Any, at: Sequence[int], ticker: Ticker) 
 
 
 def _looker(objective: kfgn.Objective) -> Callable[[Any, Any], dict[str, Any]]:
-    whole = kfgn.dense_hessian(objective)
+    whole = kfgn.curvature.dense_hessian(objective)
 
     @jax.jit
     def look(params, batch):
@@ -159,8 +159,10 @@ def _looker(objective: kfgn.Objective) -> Callable[[Any, Any], dict[str, Any]]:
             "accuracy": jnp.mean(jnp.argmax(objective.model(params, batch[0]), 1) == batch[1]),
             "gradient_norm": optax.tree.norm(gradient),
             "eigenvalues": jnp.linalg.eigvalsh(whole(params, batch)),
-            "units": kfgn.negative_curvature(objective)(params, batch),
-            "blocks": kfgn.negative_curvature(objective, of="block", tol=ROUNDING)(params, batch),
+            "units": kfgn.diagnostics.negative_curvature(objective)(params, batch),
+            "blocks": kfgn.diagnostics.negative_curvature(objective, of="block", tol=ROUNDING)(
+                params, batch
+            ),
         }
 
     return look

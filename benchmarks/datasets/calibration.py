@@ -14,8 +14,8 @@ def total_variance(rows: np.ndarray) -> float:
 def pca_test_error(train: np.ndarray, test: np.ndarray, components: int) -> float:
     """Mean squared error per row of `test` [m, D] under a PCA of `train` [n, D]."""
     mean = train.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centred = train - mean
-    covariance = (centred.T @ centred).astype(np.float64)
+    centered = train - mean
+    covariance = (centered.T @ centered).astype(np.float64)
     size = len(covariance)
     _, basis = linalg.eigh(covariance, subset_by_index=[size - components, size - 1])
     residual = (test - mean).astype(np.float64)

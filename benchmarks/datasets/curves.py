@@ -8,7 +8,7 @@ similar statistics. An image is made as follows.
 3. 60 points at equal distances along the curve, each shared bilinearly among its 4 nearest pixels.
 4. One convolution with B (1 + A) [[A/12, A/6, A/12], [A/6, 1 - A, A/6], [A/12, A/6, A/12]],
    times the ink of a point, and a clip at 1. (Only the product of ink and B matters.)
-5. Rounding to 256 grey levels, so that the cache is a quarter of the size.
+5. Rounding to 256 gray levels, so that the cache is a quarter of the size.
 
 The published description leaves A, B, the ink and the margin open. They were chosen for two
 figures: the squared error per test image of an 18-component PCA is published as 5.90, and the
@@ -70,7 +70,7 @@ def load(
         loss=BCE,
         image_shape=(SIZE, SIZE),
         description=(
-            "Curves through three random points, 28x28 grey levels in [0, 1], generated after the "
+            "Curves through three random points, 28x28 gray levels in [0, 1], generated after the "
             "recipe of Hinton & Salakhutdinov (2006) with parameters calibrated on published "
             "figures; not the original file."
         ),

@@ -24,7 +24,7 @@ def load() -> Dataset:
         loss=BCE,
         image_shape=(8, 8),
         description=(
-            "scikit-learn's copy of the UCI handwritten digits, 8x8 grey levels divided by 16; "
+            "scikit-learn's copy of the UCI handwritten digits, 8x8 gray levels divided by 16; "
             "the first 1,500 images for training, the other 297 for testing."
         ),
     )

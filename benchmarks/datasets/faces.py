@@ -7,11 +7,11 @@ per photograph, rotated, scaled, cropped and subsampled. The first 25 people are
 is not published (MATLAB's imrotate and imresize with a crop are plausible), nor are the random
 pairs, so this is a set made to the same recipe, not theirs.
 
-Chosen here: the photograph, turned and magnified about its centre, is cropped to its central 50x50
+Chosen here: the photograph, turned and magnified about its center, is cropped to its central 50x50
 pixels, of which 25x25 points are kept, evenly spaced from corner to corner. Rotation, scaling and
 subsampling are ONE bilinear interpolation in the 64x64 photograph (at a factor of 1.6 the image
 shows about 31 of its pixels across, a patch of a face; no point falls outside it). The result is
-rounded to 256 grey levels, the training mean is subtracted pixel by pixel, and one factor makes
+rounded to 256 gray levels, the training mean is subtracted pixel by pixel, and one factor makes
 the average variance of a training pixel 1.
 
 Published: the squared error per test image of a 30-component PCA is 135. Found here (414 pairs,
@@ -64,7 +64,7 @@ def load(data_dir: Path | None, cache_dir: Path, *, pairs: int = PAIRS, seed: in
         }
 
     arrays = cached(cache_dir / f"faces-{pairs}-seed{seed}.npz", recipe, make)
-    train, test = standardise(arrays["train"], arrays["test"])
+    train, test = standardize(arrays["train"], arrays["test"])
     person = np.arange(len(photos), dtype=np.int32) // PER_PERSON
     return Dataset(
         name="faces",
@@ -76,7 +76,7 @@ def load(data_dir: Path | None, cache_dir: Path, *, pairs: int = PAIRS, seed: in
         image_shape=(SIZE, SIZE),
         description=(
             "Olivetti faces, randomly rotated and scaled to 25x25 pixels after the recipe of "
-            "Hinton & Salakhutdinov (2006), centred and scaled to an average pixel variance of 1; "
+            "Hinton & Salakhutdinov (2006), centered and scaled to an average pixel variance of 1; "
             "crop and interpolation calibrated on a published figure, not the original file."
         ),
     )
@@ -140,13 +140,13 @@ def rotate_and_scale(photo: np.ndarray, degrees: np.ndarray, scales: np.ndarray)
     down, right = (axis.ravel() for axis in np.meshgrid(grid, grid, indexing="ij"))  # [625]
     angle = np.deg2rad(degrees)
     cos, sin = (np.cos(angle) / scales)[:, None], (np.sin(angle) / scales)[:, None]  # [k, 1]
-    centre = (PHOTO_SIZE - 1) / 2
-    at = np.stack([centre + cos * down + sin * right, centre - sin * down + cos * right])
+    center = (PHOTO_SIZE - 1) / 2
+    at = np.stack([center + cos * down + sin * right, center - sin * down + cos * right])
     values: np.ndarray = ndimage.map_coordinates(photo, at, order=1, mode="nearest")
     return values
 
 
-def standardise(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def standardize(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both sets as float32, with zero mean per pixel and average variance 1 over `train`."""
     mean = train.mean(axis=0, dtype=np.float64)
     # In parts: a float64 copy of the whole set would take 0.5 GB.

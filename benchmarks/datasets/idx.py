@@ -173,7 +173,7 @@ def _load(
         loss=BCE,
         image_shape=(28, 28),
         description=(
-            f"{title}, 28x28 grey levels divided by 255; the first {count:,} of the 60,000 "
+            f"{title}, 28x28 gray levels divided by 255; the first {count:,} of the 60,000 "
             "training images and the 10,000 test images, as published."
         ),
     )

@@ -37,7 +37,7 @@ from benchmarks.fashion.hessian_free import (
 )
 from benchmarks.fashion.plots import plot_all
 from benchmarks.fashion.tables import all_tables
-from benchmarks.fashion.training import Classifier, Problem, Run, minimise, train
+from benchmarks.fashion.training import Classifier, Problem, Run, minimize, train
 from benchmarks.optimizers import first_order, second_order
 
 NAME = "fashion"
@@ -118,7 +118,7 @@ def _data(given: Any) -> tuple[Sequence[Any], Any]:
             f"--images must be a multiple of --batch-size {given.batch_size} and at most {count}, "
             f"found {given.images}"
         )
-    batches = kfgn.batches(
+    batches = kfgn.solvers.batches(
         (data.train, data.train_labels), given.batch_size, strategy="fixed", seed=given.seed
     )
     chosen = itertools.islice(batches, given.images // given.batch_size)
@@ -180,8 +180,8 @@ def _paper_methods(problem: Problem, iterations: int) -> list[Callable[[], Run]]
 
     return [
         *(functools.partial(descend, rate) for rate in RATES),
-        lambda: minimise(problem, "NLCG", "cg", iterations),
-        lambda: minimise(problem, "L-BFGS-B", "l-bfgs-b", iterations),
+        lambda: minimize(problem, "NLCG", "cg", iterations),
+        lambda: minimize(problem, "L-BFGS-B", "l-bfgs-b", iterations),
     ]
 
 
@@ -218,7 +218,7 @@ def _explain_gaps(given: Any, data: Any, found: Found, console: Console) -> Iter
         for l2, count in cases:
             module = Classifier(given.hidden[0], given.width)
             problem = Problem(module, l2, batches[:count], dev, given.seed)
-            run = minimise(problem, "L-BFGS-B", "l-bfgs-b", given.iterations)
+            run = minimize(problem, "L-BFGS-B", "l-bfgs-b", given.iterations)
             case = {"hidden": given.hidden[0], "l2": l2, "images": len(problem.train[0])}
             found.gaps.append({**case, **run.report()})
             ticker.step(_figures(run))

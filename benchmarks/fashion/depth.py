@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.datasets import load
-from benchmarks.fashion.training import Classifier, Problem, Run, minimise, train
+from benchmarks.fashion.training import Classifier, Problem, Run, minimize, train
 from benchmarks.optimizers import Optimizer, first_order, second_order
 
 WIDTH = 50
@@ -59,7 +59,7 @@ def relative_gradients(problem: Problem, hidden: int) -> list[float]:
 
 def _run(name: str, problem: Problem, updates: int) -> Run:
     if name == "L-BFGS-B":
-        return minimise(problem, name, "l-bfgs-b", updates)
+        return minimize(problem, name, "l-bfgs-b", updates)
     if name in RATES:
         kind, rates = RATES[name]
         return _better(name, problem, updates, kind, rates)

@@ -27,10 +27,10 @@ def hessian_free(problem: Problem, name: str) -> Optimizer:
     """Hessian-free steps with the defaults of kfgn; the Kronecker factors are KFRA's."""
     objective, batch = problem.objective, problem.batches[0]
     transformation = optax.chain(
-        kfgn.scale_by_conjugate_gradient(
+        kfgn.transforms.scale_by_conjugate_gradient(
             objective,
             preconditioner=PRECONDITIONERS[name],
-            layers=kfgn.layers(objective, problem.params, batch),
+            layers=kfgn.layers.find_blocks(objective, problem.params, batch),
         ),
         optax.scale(-1.0),
     )
@@ -67,7 +67,7 @@ def conditioned_iterations(
 ) -> dict[str, dict[str, list[int]]]:
     """CG iterations to the default tolerance, by place, preconditioner and damping."""
     objective, examples = problem.objective, problem.batches[0]
-    blocks = kfgn.layers(objective, problem.params, examples)
+    blocks = kfgn.layers.find_blocks(objective, problem.params, examples)
     curvature_fn = kfgn.value_grad_and_curvature(objective, "kfra")
     found: dict[str, dict[str, list[int]]] = {place: {} for place in places}
     for name, preconditioner in PRECONDITIONERS.items():
@@ -75,7 +75,7 @@ def conditioned_iterations(
         def count(
             params: Any, batch: Arrays, damping: Any, kind: str | None = preconditioner
         ) -> jax.Array:
-            solver = kfgn.scale_by_conjugate_gradient(
+            solver = kfgn.transforms.scale_by_conjugate_gradient(
                 objective, layers=blocks, damping=damping, preconditioner=kind
             )
             (_, grads), curvature = curvature_fn(params, batch)

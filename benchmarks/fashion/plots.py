@@ -94,12 +94,12 @@ def _cg_iterations(found: Any) -> Figure:
         for run in found.networks[hidden]:
             if run.cg_iterations:
                 label = f"{run.method}, {hidden} hidden"
-                colour = COLOURS.get(run.method)
-                along.plot(run.cg_iterations, style, color=colour, label=label, lw=1)
+                color = COLOURS.get(run.method)
+                along.plot(run.cg_iterations, style, color=color, label=label, lw=1)
     place, counts = next(reversed(found.conditioned.items()))
     for name in PRECONDITIONERS:
-        colour = COLOURS.get(method_name(name))
-        at_one_place.plot(DAMPINGS, counts[name], "o-", color=colour, label=name)
+        color = COLOURS.get(method_name(name))
+        at_one_place.plot(DAMPINGS, counts[name], "o-", color=color, label=name)
     at_one_place.set_xscale("log")
     at_one_place.set_xlabel("damping λ")
     at_one_place.set_title(place)

@@ -111,7 +111,7 @@ class Problem:
         self.train: Arrays = (inputs, labels)
         self.dev = _on_device(dev)
         self.params = module.init(jax.random.key(seed), inputs[:1])
-        self._figures = jax.jit(kfgn.bias_variance(self.objective, chunk_size=10_000))
+        self._figures = jax.jit(kfgn.diagnostics.bias_variance(self.objective, chunk_size=10_000))
 
     def measure(self, params: Any, iteration: int, seconds: float) -> Point:
         """Losses and accuracies on the images trained on and on the others."""
@@ -121,8 +121,8 @@ class Problem:
         return Point(iteration, seconds, objective, train_loss, *rest)
 
 
-def minimise(problem: Problem, name: str, method: str, iterations: int) -> Run:
-    """scipy's minimiser on the union of the batches, as Veitch ran it."""
+def minimize(problem: Problem, name: str, method: str, iterations: int) -> Run:
+    """scipy's minimizer on the union of the batches, as Veitch ran it."""
     run, every = Run(name), max(1, iterations // MEASUREMENTS)
     run.points.append(problem.measure(problem.params, 0, 0.0))
     marks = [0.0]  # seconds after every iteration
@@ -136,7 +136,7 @@ def minimise(problem: Problem, name: str, method: str, iterations: int) -> Run:
             run.points.append(problem.measure(params, len(marks) - 1, marks[-1]))
         resumed = time.perf_counter()
 
-    found = kfgn.minimise(
+    found = kfgn.solvers.minimize(
         problem.objective, problem.params, problem.train, method,
         max_iterations=iterations, callback=callback,
     )  # fmt: skip

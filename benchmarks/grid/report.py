@@ -70,7 +70,7 @@ def losses_table(data: str, runs: Runs) -> Any:
         s.method for s in runs if s.rate is not None and s.method != "adam"
     ):
         add(f"best: {ranked(runs, method)[0].label}", ranked(runs, method)[0])
-    columns = ["optimiser", "updates", "seconds", "ms/update", "half way", "end", "other seeds"]
+    columns = ["optimizer", "updates", "seconds", "ms/update", "half way", "end", "other seeds"]
     return experiment.table(f"{data}: training loss", columns, rows)
 
 

@@ -19,7 +19,7 @@ ADAM_DEFAULT = 1e-3
 
 
 class Setting(NamedTuple):
-    """One optimiser with its hyperparameters; for second order, what differs from the defaults."""
+    """One optimizer with its hyperparameters; for second order, what differs from the defaults."""
 
     method: str
     rate: float | None = None
@@ -55,7 +55,7 @@ def second_order_settings(methods: Sequence[str]) -> list[Setting]:
 
 
 class Settled(NamedTuple):
-    """The state of a first-order optimiser, its settings included."""
+    """The state of a first-order optimizer, its settings included."""
 
     rate: jax.Array
     period: jax.Array  # updates between two halvings

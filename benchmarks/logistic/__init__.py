@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = {place: [o.report() for o in outcomes] for place, outcomes in found.items()}
     record(given.out, NAME, arguments, settings, measured, tables, console)
     for k, (place, outcomes) in enumerate(found.items()):
-        name = ("centred", "shifted")[k]
+        name = ("centered", "shifted")[k]
         plot_losses(given.out / f"losses_{name}.png", outcomes, f"two clouds {place}")
         plot_boundaries(given.out / f"boundaries_{name}.png", outcomes, data[place])
     return 0
@@ -71,7 +71,7 @@ def _parser() -> OneLineParser:
     add = parser.add_argument
     add("--points", type=positive_int, default=800, help="to train on (800)")
     add("--test-points", type=positive_int, default=100, help="to classify (100)")
-    add("--separation", type=number, default=1.9, help="of the clouds' centres (1.9)")
+    add("--separation", type=number, default=1.9, help="of the clouds' centers (1.9)")
     add("--offset", type=number, default=5.0, help="of the second set from the origin (5)")
     add("--batch-size", type=positive_int, default=10, help="points in a batch (10)")
     add("--batches", type=positive_int, default=50, help="joined where they are drawn anew (50)")

@@ -37,11 +37,11 @@ def plot_losses(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
             label = None if outcome.solver in seen else outcome.solver
             seen.add(outcome.solver)
             count = np.arange(len(outcome.losses))
-            colour, style = COLOURS[outcome.solver], STYLES.get(outcome.solver, "-")
+            color, style = COLOURS[outcome.solver], STYLES.get(outcome.solver, "-")
             axes.plot(
-                count, outcome.losses, style, color=colour, linewidth=1.3, alpha=0.8, label=label
+                count, outcome.losses, style, color=color, linewidth=1.3, alpha=0.8, label=label
             )
-            axes.plot(count[-1], outcome.losses[-1], "x", color=colour)
+            axes.plot(count[-1], outcome.losses[-1], "x", color=color)
         axes.set(title=TITLES[sampling], xlabel="iterations", xscale="symlog")
         axes.grid(True, alpha=0.25)
     highest = max(o.losses[0] for o in outcomes)

@@ -16,7 +16,7 @@ from jax.experimental import io_callback
 
 import kfgn
 
-MINIMISERS = {"NLCG": "cg", "L-BFGS": "l-bfgs-b"}
+MINIMIZERS = {"NLCG": "cg", "L-BFGS": "l-bfgs-b"}
 SEARCH_STEPS = 20  # of Newton's line search, at most
 
 Data = tuple[np.ndarray, np.ndarray]
@@ -61,9 +61,9 @@ class Draws:
     def __init__(self, count: int, size: int, sampling: str, batches: int, seed: int) -> None:
         whole = sampling in ("full", "fixed")
         if sampling == "full":
-            self._pairs = kfgn.batches(np.arange(count), strategy="full")
+            self._pairs = kfgn.solvers.batches(np.arange(count), strategy="full")
         else:
-            self._pairs = kfgn.batches(
+            self._pairs = kfgn.solvers.batches(
                 np.arange(count),
                 size,
                 strategy="fixed" if whole else "reshuffled",
@@ -96,22 +96,22 @@ class Solvers:
     def names(self, sampling: str) -> list[str]:
         """Newton's steps are of one batch each: it makes no other evaluations."""
         newton = [] if sampling == "each value" else list(self.newtons())
-        return [*newton, *MINIMISERS]
+        return [*newton, *MINIMIZERS]
 
     def newtons(self) -> dict[str, Any]:
         objective = self.objective
         search = optax.scale_by_zoom_linesearch(SEARCH_STEPS, initial_guess_strategy="one")
         return {
-            "Newton, search": optax.chain(kfgn.newton(objective), search),
-            "Newton, unit": kfgn.newton(objective),
-            "Newton, short": kfgn.newton(objective, self.given.newton_step),
+            "Newton, search": optax.chain(kfgn.solvers.newton(objective), search),
+            "Newton, unit": kfgn.solvers.newton(objective),
+            "Newton, short": kfgn.solvers.newton(objective, self.given.newton_step),
         }
 
     def run(self, sampling: str, solver: str, seed: int) -> Outcome:
         count, given = len(self.points.train[0]), self.given
         draws = Draws(count, given.batch_size, sampling, given.batches, seed)
         began = time.perf_counter()
-        solve = self._minimise if solver in MINIMISERS else self._newton
+        solve = self._minimize if solver in MINIMIZERS else self._newton
         path, times, message = solve(solver, sampling, draws)
         seconds = time.perf_counter() - began
         losses = np.asarray(self._losses(_stacked(path), self.points.train))
@@ -124,13 +124,13 @@ class Solvers:
             path[-1],
             _accuracy(path[-1], self.points.train),
             _accuracy(path[-1], self.points.test),
-            kfgn.iterations_to_tolerance(losses, given.epsilon),
+            kfgn.diagnostics.iterations_to_tolerance(losses, given.epsilon),
             seconds,
             None if later is None else 1000 * float(np.median(later)),
             message,
         )
 
-    def _minimise(self, solver: str, sampling: str, draws: Draws) -> tuple[list, list, str]:
+    def _minimize(self, solver: str, sampling: str, draws: Draws) -> tuple[list, list, str]:
         """scipy's solver; a batch that is drawn anew comes from inside of the objective."""
         shape = jax.ShapeDtypeStruct(draws.current.shape, draws.current.dtype)
         each = sampling == "each value"
@@ -148,11 +148,11 @@ class Solvers:
                 draws.advance()
 
         train = jax.tree.map(jnp.asarray, self.points.train)
-        found = kfgn.minimise(
+        found = kfgn.solvers.minimize(
             objective,
             self.start,
             train,
-            MINIMISERS[solver],
+            MINIMIZERS[solver],
             max_iterations=self.given.iterations,
             callback=notice,
         )

@@ -1,4 +1,4 @@
-"""``python -m benchmarks peers``: kfgn beside optax's optimisers, for the same time each.
+"""``python -m benchmarks peers``: kfgn beside optax's optimizers, for the same time each.
 
 The paper's autoencoder on one data set: KFRA and KFAC with default settings; Adam, AdamW, Muon and
 Sophia at several learning rates each, and at further ones while the best lies at the end of those
@@ -28,7 +28,7 @@ from benchmarks.models import ENCODER
 from benchmarks.optimizers import Optimizer, second_order
 from benchmarks.peers import outside
 
-# Makers of optax optimisers and the rates that are tried first.
+# Makers of optax optimizers and the rates that are tried first.
 TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
     "adam": (optax.adam, (3e-4, 1e-3, 3e-3)),
     "adamw": (optax.adamw, (3e-4, 1e-3, 3e-3)),
@@ -178,7 +178,7 @@ def _contestants(objective: Any, params: Any, batch: Any) -> dict[str, Optimizer
 
 
 def _of_optax(name: str, transformation: Any, objective: Any) -> Optimizer:
-    """An optimiser that may ask for the objective itself: for a line search, or its Hessian."""
+    """An optimizer that may ask for the objective itself: for a line search, or its Hessian."""
 
     def step(params, state, batch, key):
         del key
@@ -195,7 +195,7 @@ def _of_optax(name: str, transformation: Any, objective: Any) -> Optimizer:
 
 
 def _best(runs: dict[str, Any]) -> dict[str, str]:
-    """The best of every kind of optimiser, by the first seed's last loss."""
+    """The best of every kind of optimizer, by the first seed's last loss."""
     best: dict[str, str] = {}
     for name, seeds in runs.items():
         kind = name.split()[0].rstrip(",")
@@ -219,7 +219,7 @@ def _table(runs: dict[str, Any], seconds: float, kfac_jax: str | None) -> Any:
     title = f"Training loss after {seconds:g} s of updates (*: the best rate)"
     if kfac_jax:
         title += f"; {kfac_jax}"
-    columns = ["optimiser", "updates", "ms/update", "half way", "end", "other seeds"]
+    columns = ["optimizer", "updates", "ms/update", "half way", "end", "other seeds"]
     return experiment.table(title, columns, lines)
 
 
@@ -237,5 +237,5 @@ def _plot(path: Path, runs: dict[str, Any], data: str) -> None:
         axes.legend()
     by_update.set_xscale("symlog", linthresh=10)
     by_update.set_ylabel("training loss per example")
-    figure.suptitle(f"Autoencoder on {data}: every optimiser at its best rate")
+    figure.suptitle(f"Autoencoder on {data}: every optimizer at its best rate")
     figure.savefig(path, dpi=130)

@@ -85,7 +85,7 @@ def kfac_jax_run(
 
 def _batches(count: int, size: int, seed: int) -> np.ndarray:
     """The indices of the batches that `race.batches` gives, `[updates, batch]`."""
-    drawn = kfgn.batches(np.arange(count, dtype=np.int32), size, seed=seed)
+    drawn = kfgn.solvers.batches(np.arange(count, dtype=np.int32), size, seed=seed)
     return np.stack([batch for batch, _ in itertools.islice(drawn, MOST_UPDATES)])
 
 

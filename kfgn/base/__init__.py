@@ -1,0 +1,1 @@
+"""What every room uses: errors, checks, pytrees, linear algebra, Kronecker algebra, inverses."""

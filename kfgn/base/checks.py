@@ -1,0 +1,77 @@
+"""Checks of options: each raises OptionError where a number makes no sense.
+
+An array is let through unchecked: it may be traced, and its value unknown.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+from kfgn.base.errors import OptionError
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises OptionError for a number that is not positive and finite."""
+    _check(name, value, "positive and finite", lambda x: 0 < x < math.inf)
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises OptionError for a number that is negative or not finite."""
+    _check(name, value, "finite and at least 0", lambda x: 0 <= x < math.inf)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises OptionError for a number outside (0, 1)."""
+    _check(name, value, "between 0 and 1", lambda x: 0 < x < 1)
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises OptionError for a decay outside [0, 1); None stands for no average."""
+    if value is not None:
+        _check(name, value, "in [0, 1), or None for no average", lambda x: 0 <= x < 1)
+
+
+def check_period(name: str, value: Any, least: int = 1) -> None:
+    """Raises OptionError for a period that is no whole number, or below the least."""
+    expected = f"a whole number of at least {least}"
+    _check(name, value, expected, lambda x: least <= x < math.inf and x == int(x))
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises OptionError for anything but True and False."""
+    if not isinstance(value, bool):
+        raise OptionError(f"{name} must be True or False, found {value!r}")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """The members of a pair `(low, high)`; raises OptionError for anything else."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not in_order(*value):
+        raise OptionError(f"{name} must be a pair (low, high) with low <= high, found {value!r}")
+    return value[0], value[1]
+
+
+def in_order(*values: Any) -> bool:
+    """Whether the numbers among the values ascend."""
+    known = [x for x in values if isinstance(x, numbers.Real)]
+    return all(a <= b for a, b in itertools.pairwise(known))
+
+
+def is_zero(value: Any) -> bool:
+    """Whether the value is a number that is zero, for all that is known."""
+    return isinstance(value, numbers.Real) and value == 0
+
+
+def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
+    if isinstance(value, numbers.Real):
+        if holds(value):
+            return
+    elif hasattr(value, "dtype"):
+        return
+    found = repr(value)
+    if callable(value):
+        found = f"a {type(value).__name__}; wrap the transformation in optax.inject_hyperparams"
+    raise OptionError(f"{name} must be {expected}, found {found}")

@@ -1,0 +1,127 @@
+"""Kronecker algebra: damped inverses of `Q ⊗ G + k I`, products, traces.
+
+Blocks act on the row-major vec of `V` `[a, b]`, so `(Q ⊗ G) vec(V)` is
+`Q V G` for symmetric factors `Q` `[a, a]` and `G` `[b, b]`. All may have a
+leading axis that stacks blocks, and a Q that is a diagonal may be a vector: it
+then has one axis less than G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.linalg import matmul
+from kfgn.base.spd_inverse import spd_inverses
+
+Array = jax.Array
+
+
+def kronecker_matvec(q: Array, g: Array, v: Array) -> Array:
+    """`(q ⊗ g) vec(v)` as a matrix like `v`."""
+    return matmul(_times(q, g, v), g)
+
+
+def _times(q: Array, g: Array, v: Array) -> Array:
+    return q[..., None] * v if is_diagonal(q, g) else matmul(q, v)
+
+
+def is_diagonal(q: Array, g: Array) -> bool:
+    """Whether `q` is the vector of a diagonal."""
+    return q.ndim == g.ndim - 1
+
+
+def kronecker_dense(q: Array, g: Array) -> Array:
+    """`q ⊗ g` as one matrix; for small factors."""
+    return jnp.kron(q, g)
+
+
+def kronecker_trace(q: Array, g: Array) -> Array:
+    """`tr(q ⊗ g) = tr q tr g`."""
+    return jnp.trace(q) * jnp.trace(g)
+
+
+def kronecker_logdet(q: Array, g: Array) -> Array:
+    """`log det(q ⊗ g) = b log det q + a log det g` of positive definite factors."""
+    return g.shape[0] * jnp.linalg.slogdet(q)[1] + q.shape[0] * jnp.linalg.slogdet(g)[1]
+
+
+def factor_balance(q: Array, g: Array) -> Array:
+    """ω of eq. (38) with the trace norm: the factors' mean eigenvalues, `sqrt(q / g)`.
+
+    Where a factor vanishes (a layer whose units are all dead) there is nothing
+    to balance, and ω is 1.
+    """
+    mean_q = jnp.mean(q, axis=-1) if is_diagonal(q, g) else _mean_eigenvalue(q)
+    mean_g = _mean_eigenvalue(g)
+    usable = (mean_q > 0) & (mean_g > 0)
+    ratio = jnp.where(usable, mean_q, 1) / jnp.where(usable, mean_g, 1)
+    return jnp.sqrt(ratio)
+
+
+def _mean_eigenvalue(matrix: Array) -> Array:
+    return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
+
+
+class FactoredInverse(NamedTuple):
+    """`(q + ω√k I)^-1` and `(g + √k/ω I)^-1`, eq. (36)."""
+
+    left: Array
+    right: Array
+
+
+def factored_inverses(
+    factors: Mapping[str, tuple[Array, Array]], damping: Array
+) -> dict[str, FactoredInverse]:
+    """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38)."""
+    matrices, shifts, left = [], [], {}
+    for name, (q, g) in factors.items():
+        root = jnp.sqrt(damping).astype(q.dtype)
+        balance = factor_balance(q, g)
+        if is_diagonal(q, g):
+            left[name] = 1 / (q + (balance * root)[..., None])
+        else:
+            matrices.append(q)
+            shifts.append(balance * root)
+        matrices.append(g)
+        shifts.append(root / balance)
+    found = iter(spd_inverses(matrices, shifts))
+    return {
+        name: FactoredInverse(left[name] if name in left else next(found), next(found))
+        for name in factors
+    }
+
+
+def apply_factored(inverse: FactoredInverse, v: Array) -> Array:
+    """The factored inverse times `vec(v)`."""
+    return kronecker_matvec(inverse.left, inverse.right, v)
+
+
+class Eigen(NamedTuple):
+    """Eigendecompositions of both factors; a diagonal one is its own."""
+
+    left_values: Array
+    left_vectors: Array | None
+    right_values: Array
+    right_vectors: Array
+
+
+def eigen(q: Array, g: Array) -> Eigen:
+    """Eigendecompositions of both factors; eigenvalues below zero are roundoff."""
+    left_values, left_vectors = (q, None) if is_diagonal(q, g) else jnp.linalg.eigh(q)
+    right_values, right_vectors = jnp.linalg.eigh(g)
+    return Eigen(
+        jnp.maximum(left_values, 0), left_vectors, jnp.maximum(right_values, 0), right_vectors
+    )
+
+
+def apply_eigen(decomposition: Eigen, damping: Array, v: Array) -> Array:
+    """`(q ⊗ g + damping I)^-1 vec(v)` exactly, eq. (35)."""
+    s, u, t, w = decomposition
+    v = v if u is None else matmul(jnp.swapaxes(u, -1, -2), v)
+    rotated = matmul(v, w) / (s[..., :, None] * t[..., None, :] + damping)
+    back = rotated if u is None else matmul(u, rotated)
+    return matmul(back, jnp.swapaxes(w, -1, -2))

@@ -1,0 +1,203 @@
+"""Inverses of many symmetric positive definite matrices.
+
+On CPU a recursive Cholesky factorization builds `L^-1` from matrix products,
+which run at the speed of matrix products, and calls LAPACK on small leaves
+only. A leaf gets its inverse out of the factorization itself (see
+`_leaf`): a triangular solve, even of 64 columns, is threaded by
+LAPACK's own pool, whose threads then spin beside XLA's and cost 1 to 8 ms a
+call (measured on two cores). Matrices of about one size take turns in a loop,
+so that the recursion is compiled once for all of them. On accelerators, whose
+libraries factorize batches well, they are factorized at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.linalg import matmul
+
+Array = jax.Array
+
+# Up to this size LAPACK factorizes (twice the size, augmented); above, products do.
+_LEAF = 128
+# Matrices at least this part of the largest in their stack are padded to its size,
+# as long as the stack's work, the sum of the cubes, grows by no more than this factor:
+# each stack has a recursion of its own to compile, about 0.7 s for one of 1000.
+_ALIKE = 0.75
+_MORE_WORK = 1.25
+# Stacks of matrices up to this size are eliminated, all at once.
+_SMALL = 16
+# Stands for infinity in an augmented factorization: far above any inverse, and
+# its square root far below overflow.
+_LARGE = 1e30
+
+
+def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Array]:
+    """`(A + s I)^-1` of every matrix; NaN where a matrix is not positive definite.
+
+    A stack of matrices `[S, n, n]` takes a shift for each, `[S]`.
+    """
+    shifts = [jnp.asarray(s, a.dtype) for a, s in zip(matrices, shifts, strict=True)]
+    given = list(zip(matrices, shifts, strict=True))
+    single = [pair for pair in given if pair[0].ndim == 2]
+    found = iter(
+        jax.lax.platform_dependent(single, cpu=_in_turn, default=_at_once) if single else []
+    )
+    return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
+
+
+def spd_inverse(matrix: Array, shift: Array | float) -> Array:
+    """`(matrix + shift I)^-1`; NaN where it is not positive definite."""
+    return spd_inverses([matrix], [jnp.asarray(shift)])[0]
+
+
+def _inverse_of_stack(stack: Array, shifts: Array) -> Array:
+    """Inverses of `[S, n, n]`: many small ones by elimination at once, large ones in turn."""
+    stack = _shifted(stack, jnp.broadcast_to(shifts[..., None], stack.shape[:2]))
+    if stack.shape[-1] <= _SMALL:
+        return _eliminated(stack)
+    return jax.lax.platform_dependent(stack, cpu=_by_turns, default=_by_batched_cholesky)
+
+
+def _shifted(matrix: Array, diagonal: Array) -> Array:
+    """`matrix + diag(diagonal)`, of `[..., n, n]` and `[..., n]`."""
+    return matrix + diagonal[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+
+
+def _eliminated(stack: Array) -> Array:
+    """Gauss-Jordan elimination, which needs no pivots where a matrix is positive definite."""
+    for k in range(stack.shape[-1]):
+        pivot = stack[:, k, k]
+        pivot = jnp.where(pivot > 0, pivot, jnp.nan)
+        row = (stack[:, k] / pivot[:, None]).at[:, k].set(1 / pivot)
+        column = stack[:, :, k].at[:, k].set(0)
+        rest = stack.at[:, :, k].set(0).at[:, k].set(0)
+        stack = (rest - column[:, :, None] * row[:, None, :]).at[:, k].set(row)
+    return stack
+
+
+def _in_turn(given: list[tuple[Array, Array]]) -> list[Array]:
+    return _stacked(given, _by_turns)
+
+
+def _at_once(given: list[tuple[Array, Array]]) -> list[Array]:
+    return _stacked(given, _by_batched_cholesky)
+
+
+def _stacked(
+    given: list[tuple[Array, Array]], inverses_of: Callable[[Array], Array]
+) -> list[Array]:
+    """Inverses of matrices and their shifts, stacked with those of about the same size.
+
+    A smaller matrix gets an identity block behind it, which inverts to itself.
+    """
+    inverses: dict[int, Array] = {}
+    for members in _alike([matrix for matrix, _ in given]):
+        size = len(given[members[0]][0])
+        padded, diagonals = [], []
+        for matrix, shift in (given[i] for i in members):
+            beyond = size - len(matrix)
+            padded.append(jnp.pad(matrix, ((0, beyond),) * 2))
+            diagonals.append(jnp.where(jnp.arange(size) < len(matrix), shift, 1))
+        found = inverses_of(_shifted(jnp.stack(padded), jnp.stack(diagonals)))
+        for k, i in enumerate(members):
+            n = len(given[i][0])
+            inverses[i] = found[k, :n, :n]
+    return [inverses[i] for i in range(len(given))]
+
+
+def _alike(matrices: list[Array]) -> list[list[int]]:
+    """Indices of matrices of one dtype and about one size, the largest first."""
+    groups: list[list[int]] = []
+    for i in sorted(
+        range(len(matrices)), key=lambda i: (str(matrices[i].dtype), -len(matrices[i]))
+    ):
+        if groups and _fits(matrices[i], [matrices[k] for k in groups[-1]]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _fits(matrix: Array, members: list[Array]) -> bool:
+    size = len(members[0])
+    padded = (len(members) + 1) * size**3
+    own = len(matrix) ** 3 + sum(len(member) ** 3 for member in members)
+    return (
+        matrix.dtype == members[0].dtype
+        and len(matrix) >= _ALIKE * size
+        and padded <= _MORE_WORK * own
+    )
+
+
+def _by_turns(stack: Array) -> Array:
+    return _inverse(stack[0])[None] if len(stack) == 1 else jax.lax.map(_inverse, stack)
+
+
+def _inverse(matrix: Array) -> Array:
+    """`L^-T L^-1`, skipping products with zeros where that pays."""
+    if matrix.shape[0] <= 4 * _LEAF:
+        return _outer(_inverse_transpose(matrix))
+    return _outer_of_halves(*_halves(matrix))
+
+
+def _inverse_transpose(matrix: Array) -> Array:
+    """`L^-T` with `matrix = L L'`."""
+    n = matrix.shape[0]
+    if n <= _LEAF:
+        return _leaf(matrix)
+    first, corner, second = _halves(matrix)
+    return jnp.concatenate(
+        [
+            jnp.concatenate([first, corner], axis=1),
+            jnp.pad(second, ((0, 0), (len(first), 0))),
+        ]
+    )
+
+
+def _halves(matrix: Array) -> tuple[Array, Array, Array]:
+    """`L^-T = [[first, corner], [0, second]]`: the second half sees the Schur complement."""
+    m = matrix.shape[0] // 2
+    first = _inverse_transpose(matrix[:m, :m])
+    below = matmul(-matrix[m:, :m], first)  # negated here, where the slice is copied anyway
+    second = _inverse_transpose(matrix[m:, m:] - matmul(below, below.T))
+    return first, matmul(first, matmul(below.T, second)), second
+
+
+def _leaf(matrix: Array) -> Array:
+    """`L^-T` from one factorization: `[[A, I], [I, c I]]` has the factor `[[L, 0], [L^-T, .]]`."""
+    n = matrix.shape[0]
+    below = jnp.eye(2 * n, k=-n, dtype=matrix.dtype)  # only the lower triangle is read
+    corner = jnp.diag(jnp.where(jnp.arange(2 * n) < n, 0, _LARGE).astype(matrix.dtype))
+    augmented = jnp.pad(matrix, ((0, n), (0, n))) + below + corner
+    return jax.lax.linalg.cholesky(augmented, symmetrize_input=False)[n:, :n]
+
+
+def _outer(upper: Array) -> Array:
+    """`upper upper'` of an upper triangular matrix."""
+    n = upper.shape[0]
+    if n <= 4 * _LEAF:
+        return matmul(upper, upper.T)
+    m = n // 2
+    return _outer_of_halves(upper[:m, :m], upper[:m, m:], upper[m:, m:])
+
+
+def _outer_of_halves(first: Array, corner: Array, second: Array) -> Array:
+    cross = matmul(corner, second.T)
+    top = _outer(first) + matmul(corner, corner.T)
+    return jnp.concatenate(
+        [
+            jnp.concatenate([top, cross], axis=1),
+            jnp.concatenate([cross.T, _outer(second)], axis=1),
+        ]
+    )
+
+
+def _by_batched_cholesky(stack: Array) -> Array:
+    lower = jnp.linalg.cholesky(stack)
+    identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
+    half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    return matmul(jnp.swapaxes(half, -1, -2), half)

@@ -1,0 +1,251 @@
+"""KFRA where positions are many: all positions of a value share one channel matrix.
+
+The joint recursion needs matrices over positions times channels. Here a value
+with T positions and C channels has the curvature `I_T ⊗ Ω`: derivatives at
+different positions are uncorrelated, and alike in the mean (Grosse & Martens
+2016, the assumptions of spatial homogeneity and uncorrelated derivatives). A
+node then moves
+
+    Ω_i = E[sum_t (J' (I ⊗ Ω_o) J)_tt] / T_i,
+
+which is exact where T is 1: behind a flattening or a mean over positions the
+recursion is the joint one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfgn.base.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
+from kfgn.curvature.jacobians import PairBlocks, Values, batched_function
+from kfgn.curvature.layout import ENTRYWISE, Layout, layouts
+from kfgn.curvature.recursion import Frontier, Walk, output_spans
+from kfgn.model.flat_model import Array, Var, size
+from kfgn.model.graph import Node
+from kfgn.model.parameter_use import Use
+
+# Signs drawn for a node whose Jacobian is the same for every example.
+_DRAWS = 16
+
+
+def channel_matrix(matrix: Array, u: Layout, v: Layout) -> Array | None:
+    """The mean over positions of a joint matrix's blocks, `[C_u, C_v]`."""
+    if u.positions != v.positions:
+        return None
+    blocks = matrix[u.entries[:, :, None], v.entries[:, None, :]]
+    return jnp.mean(blocks, axis=0)
+
+
+def summed_over_positions(use: Use, layout: Layout, omega: Array) -> Array:
+    """`sum_t M[s, t, o, s, t, o']` of the matrix `M = I ⊗ Ω` at a use, `[s, o, o']`."""
+    places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
+    channel, position = layout.channel_of[places], layout.position_of[places]
+    if use.form.kind not in ENTRYWISE:  # every position has the same channels
+        own = channel[:, 0]
+        return use.form.positions * omega[own[:, :, None], own[:, None, :]]
+    together = position[..., :, None] == position[..., None, :]
+    found = omega[channel[..., :, None], channel[..., None, :]]
+    return jnp.sum(jnp.where(together, found, 0), axis=1)
+
+
+def walk_channels(walk: Walk, output_hessian: Array) -> dict[str, tuple[Layout, Array]]:
+    """By use, the layout of its pre-activation and its channel matrix Ω, `[C, C]`."""
+    graph, layout = walk.graph, layouts(walk.graph)
+    frontier = Frontier(frozenset(), output_hessian.dtype)
+    spans = output_spans(graph)
+    for a, (u, start_u, stop_u) in enumerate(spans):
+        for v, start_v, stop_v in spans[a:]:
+            block = output_hessian[start_u:stop_u, start_v:stop_v]
+            if u is v and start_u != start_v:
+                block = block + block.T  # the same value returned twice
+            frontier.add(u, v, channel_matrix(block, layout[u], layout[v]))
+    name_of = {use: name for name, use in graph.uses.items()}
+    result = {}
+    for node in reversed(graph.nodes):
+        live = [o for o in node.outputs if o in frontier.live]
+        if node.use is not None:
+            (output,) = node.outputs
+            omega = frontier.get(output, output)
+            if omega is None:
+                omega = jnp.zeros((layout[output].channels,) * 2, output_hessian.dtype)
+            result[name_of[node.use]] = layout[output], omega
+        if node.inputs and live:
+            frontier.pop(node, Homogeneous(node, walk.shared, walk.values, layout), live)
+        else:
+            frontier.drop(node.outputs)
+    return result
+
+
+class Homogeneous:
+    """A node's Jacobian, applied to channel matrices.
+
+    A layer's is known in closed form, and an elementwise one's is a diagonal.
+    Otherwise one vector of random signs over the positions is pulled back per
+    channel and example, whose second moment has the right expectation; it is
+    exact where no input position meets two output positions. The signs are
+    fixed, so that results can be repeated.
+    """
+
+    def __init__(self, node: Node, shared: Values, values: Values, layout: dict[Var, Layout]):
+        self.node, self.shared, self.values, self.layout = node, shared, values, layout
+        self._slopes: dict[tuple[Var, Var], Array] = {}
+        if node.kind == "elementwise" and self._same_layout():
+            self._slopes = self._elementwise_slopes()
+
+    def _same_layout(self) -> bool:
+        pairs = [(o, i) for o in self.node.outputs for i in self.node.inputs]
+        return all(
+            o.aval.shape == i.aval.shape and self.layout[o] == self.layout[i] for o, i in pairs
+        )
+
+    def left(self, o: Var, i: Var, block: Array) -> Array | None:
+        """`E[J_oi'] block` between equal positions; None where there are none such."""
+        if self.layout[o].positions != self.layout[i].positions:
+            return None
+        if self._slopes:
+            return jnp.mean(self._slopes[o, i], axis=0).astype(block.dtype)[:, None] * block
+        if (kernel := self._dense_kernel()) is not None:
+            return matmul(kernel.astype(block.dtype), block)
+
+        def own_positions(signs, rows):
+            sign = signs[self.layout[o].positions].astype(block.dtype)
+            pulled = rows[o, i].astype(block.dtype)
+            return jnp.einsum("t,rtc->cr", sign, pulled, precision=PRECISION)
+
+        own = self._mean_of_pulled(own_positions, [i])
+        return matmul(own, block) / self.layout[i].positions
+
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array | None:
+        """`sum_op E[(J_oi' M_op J_pj)_tt]`, the mean over positions t; None where i, j differ."""
+        if self.layout[i].positions != self.layout[j].positions:
+            return None
+        if self._slopes:
+            return total(
+                block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
+                for (o, p), block in own.items()
+            )
+        if self.node.use is not None:
+            (matrix,) = own.values()
+            if (kernel := self._dense_kernel()) is not None:
+                kernel = kernel.astype(matrix.dtype)
+                return matmul(matmul(kernel, matrix), kernel.T)
+            if self.node.use.form.kind == "conv":
+                return self._convolution(matrix)
+        return self._probed(own, i, j)
+
+    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
+        raise NotImplementedError("no diagonal is asked of a homogeneous walk")
+
+    def gradient(self, outs: Values) -> Values:
+        raise NotImplementedError("no gradient is asked of a homogeneous walk")
+
+    def _elementwise_slopes(self) -> dict[tuple[Var, Var], Array]:
+        batched = batched_function(self.node, self.shared, self.values)
+        inputs = [self.values[v] for v in self.node.inputs]
+        slopes = {}
+        for k, i in enumerate(self.node.inputs):
+            ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
+            _, tangents = jax.jvp(batched, inputs, ones)
+            for o, slope in zip(self.node.outputs, tangents, strict=True):
+                entries = self.layout[i].entries
+                slopes[o, i] = slope.reshape(slope.shape[0], -1)[:, entries].reshape(
+                    -1, entries.shape[1]
+                )
+        return slopes
+
+    def _slope(self, o: Var, i: Var, block: Array) -> Array:
+        slope = self._slopes[o, i]
+        return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
+
+    def _dense_kernel(self) -> Array | None:
+        """`[C_in, C_out]` of a dense layer, groups on the diagonal."""
+        use = self.node.use
+        if use is None or use.form.kind != "dense":
+            return None
+        kernel = use.form.kernel(self.shared[use.kernel_value])
+        return jax.scipy.linalg.block_diag(*kernel) if len(kernel) > 1 else kernel[0]
+
+    def _convolution(self, matrix: Array) -> Array:
+        """`sum_k n_k W_k Ω W_k' / T` over the places k of a patch, n_k of which lie inside."""
+        use = self.node.use
+        assert use is not None and use.input is not None
+        form, channels = use.form, self.layout[use.input].channels // use.form.groups
+        kernel = form.kernel(self.shared[use.kernel_value]).astype(matrix.dtype)
+        inside = jnp.ones((1, *use.input.aval.shape), matrix.dtype)
+        counts = jnp.sum(form.activations(inside)[0, 0], axis=0).reshape(channels, -1)[0]
+        split = kernel.reshape(form.groups, channels, -1, form.d_out)
+        omega = matrix.reshape(form.groups, form.d_out, form.groups, form.d_out)
+        moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=PRECISION)
+        result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=PRECISION)
+        width = form.groups * channels
+        return result.reshape(width, width) / self.layout[use.input].positions
+
+    def _mean_of_pulled(self, contribution: Any, wanted: list[Var]) -> Array:
+        """The mean over examples of `contribution(signs by T_o, rows by (output, input))`.
+
+        Rows are `[C_o, T_i, C_i]`. Where the Jacobian is the same for every
+        example, several draws of the signs take the examples' place.
+        """
+        node = self.node
+        same = node.kind in ("linear", "use")
+        values = [] if same else [self.values[v] for v in node.inputs + node.passive]
+        lengths = sorted({self.layout[o].positions for o in node.outputs})
+        count = values[0].shape[0] if values else (_DRAWS if lengths != [1] else 1)
+        signs = [
+            jax.random.rademacher(jax.random.key(t), (count, t), jnp.float32)
+            if t > 1
+            else jnp.ones((count, 1), jnp.float32)
+            for t in lengths
+        ]
+        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs + node.passive]
+        function, split = node.function(self.shared), len(node.inputs)
+
+        def one(arguments):
+            signs = dict(zip(lengths, arguments, strict=False))
+            given = arguments[len(lengths) :] or zeros
+            inputs, passive = given[:split], given[split:]
+            _, pull = jax.vjp(lambda *x: function(*x, *passive), *inputs)
+            rows = {
+                (o, i): self._pull_channels(pull, signs, o, i) for o in node.outputs for i in wanted
+            }
+            return contribution(signs, rows)
+
+        def summed(arguments):
+            return jnp.sum(jax.vmap(one)(arguments), axis=0)
+
+        each = sum(self.layout[o].channels for o in node.outputs) * sum(map(size, wanted))
+        return sum_over_examples(summed, [*signs, *values], 8 * each) / count
+
+    def _pull_channels(self, pull: Any, signs: Any, o: Var, i: Var) -> Array:
+        position = self.node.inputs.index(i)
+        entries = self.layout[o].entries
+        sign = signs[self.layout[o].positions]
+
+        def row(places):
+            flat = jnp.zeros(size(o), o.aval.dtype).at[places].set(sign.astype(o.aval.dtype))
+            cotangents = [
+                flat.reshape(v.aval.shape) if v is o else jnp.zeros(v.aval.shape, v.aval.dtype)
+                for v in self.node.outputs
+            ]
+            return pull(cotangents)[position].reshape(-1)[self.layout[i].entries]
+
+        return jax.vmap(row)(jnp.asarray(entries.T))
+
+    def _probed(self, own: PairBlocks, i: Var, j: Var) -> Array:
+        def moments(_, rows):
+            return total(
+                jnp.einsum(
+                    "rtc,rs,std->cd",
+                    rows[o, i].astype(block.dtype),
+                    block,
+                    rows[p, j].astype(block.dtype),
+                    precision=PRECISION,
+                )
+                for (o, p), block in own.items()
+            )
+
+        return self._mean_of_pulled(moments, [i, j]) / self.layout[i].positions

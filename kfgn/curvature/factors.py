@@ -1,0 +1,224 @@
+"""Kronecker factors of a layer's block, also where a kernel is shared over positions.
+
+With `h_t = a_t W + b` at T places per example, the block of the mean loss is
+`E[sum_tu (a_t a_u') ⊗ (g_t g_u')]`. Two approximations make one Kronecker
+product of it (Eschenhagen et al. 2023, section 3):
+
+    expand:  Q = E[sum_t a_t a_t'],        G = E[sum_t g_t g_t'] / T;
+    reduce:  Q = E[(sum_t a_t)(sum_t a_t)'] / T^2,   G = E[(sum_t g_t)(sum_t g_t)'].
+
+Both are the same, and the paper's eqs. (21) and (25), where T is 1. The uses
+of a tied kernel count as further places.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfgn.base.errors import OptionError
+from kfgn.base.linalg import PRECISION, second_moment, sum_over_examples, total
+from kfgn.model.layer import Layer
+from kfgn.model.parameter_use import Use
+
+Array = jax.Array
+
+SHARINGS = ("expand", "reduce")
+
+
+class Factors(NamedTuple):
+    """The Kronecker factors of one layer's block, `activation ⊗ pre_activation`.
+
+    A leading axis `[S]` stacks the blocks of a layer with several slots or groups.
+    """
+
+    activation: Array  # Q, `[d_in (+ 1), d_in (+ 1)]`, eq. (21); its diagonal for look-ups
+    pre_activation: Array  # G, `[d_out, d_out]`, eq. (25) or (26)
+
+
+class Diagonal(NamedTuple):
+    """The exact diagonal of the Gauss-Newton matrix for a parameter in no layer."""
+
+    diagonal: Array  # in the parameter's own shape
+
+
+class Moments(NamedTuple):
+    """One kind of factor: of the uses as the layer has them, and of those that are flipped."""
+
+    upright: Array
+    flipped: Array | None = None
+
+
+def check_sharing(sharing: str) -> None:
+    """Raises OptionError for an unknown approximation of weight sharing."""
+    if sharing not in SHARINGS:
+        raise OptionError(f"sharing must be one of {', '.join(SHARINGS)}, found {sharing!r}")
+
+
+def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dtype: Any) -> Moments:
+    """Q, from the data operand `[N, ...]` of every use by its name."""
+    if layer.indexed:
+        return Moments(
+            _stacked(layer, [_counts(layer, slot, values, dtype) for slot in _slots(layer)])
+        )
+
+    def of(slot: dict[str, Use]) -> Array:
+        if _sharing(layer, sharing) == "reduce":
+            places = sum(use.form.positions for use in slot.values())
+            return _moment(total(_pooled(u, values[n], dtype) for n, u in slot.items()) / places)
+        return total(_in_chunks(use, values[name], dtype) for name, use in slot.items())
+
+    return _of_both(layer, of)
+
+
+def gradient_moments(
+    layer: Layer, gradients: dict[str, Array], sharing: str, dtype: Any
+) -> Moments:
+    """G, from gradients `[N, ...]` at the pre-activations of every use by its name."""
+
+    def of(slot: dict[str, Use]) -> Array:
+        rows = {n: use.pre_activations(gradients[n]).astype(dtype) for n, use in slot.items()}
+        if _sharing(layer, sharing) == "reduce":
+            if layer.indexed:
+                rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
+            return _moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()))
+        return total(_moment(g) for g in rows.values()) / sum(g.shape[2] for g in rows.values())
+
+    return _of_both(layer, of)
+
+
+def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moments:
+    """G, from sums over places of what the recursion found, by use: see `over_places`.
+
+    Between different uses of a tied kernel the recursion says nothing, so
+    "reduce" sums over the places of each use alone.
+    """
+
+    def of(slot: dict[str, Use]) -> Array:
+        summed = total(sums[name] for name in slot)
+        if _sharing(layer, sharing) == "reduce":
+            return summed * layer.first.kernel.factor**2 if layer.indexed else summed
+        places = sum(use.form.positions for use in slot.values())
+        return summed if places == 1 else summed / places
+
+    return _of_both(layer, of)
+
+
+def over_places(layer: Layer, use: Use, matrix: Array, sharing: str) -> Array:
+    """Sums of the matrix over a use's whole pre-activation, `[D, D]`, as `[s, o, o]`.
+
+    For "expand" over equal places, `sum_t M[s, t, o, s, t, o']`; for "reduce"
+    over all pairs of places.
+    """
+    entries = np.arange(matrix.shape[0]).reshape(use.output.aval.shape)
+    places = use.pre_activations(entries)
+    if places.shape == (1, 1, len(matrix)) and np.all(np.diff(places) == 1):
+        return matrix[None]
+    if _sharing(layer, sharing) == "reduce":
+        rows = jnp.sum(matrix[places], axis=1)  # `[s, o, D]`
+        return jnp.stack([jnp.sum(r[:, p], axis=1) for r, p in zip(rows, places, strict=True)])
+    return jnp.sum(matrix[places[..., :, None], places[..., None, :]], axis=1)
+
+
+def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Factors:
+    """The layer's factors; those of flipped uses, `G ⊗ Q`, are merged with the others.
+
+    A sum of two Kronecker products is none. The merged factors keep its trace,
+    and are exact where the two products share either factor up to scale.
+    """
+    upright = Factors(activation.upright, pre_activation.upright)
+    if activation.flipped is None or pre_activation.flipped is None:
+        return upright
+    parts = [upright, Factors(pre_activation.flipped, activation.flipped)]
+    if parts[0].activation.ndim == 1:
+        parts[0] = parts[0]._replace(activation=jnp.diag(parts[0].activation))
+    traces = [(jnp.trace(q), jnp.trace(g)) for q, g in parts]
+    norm = jnp.sqrt(total(q * g for q, g in traces))
+    norm = jnp.where(norm > 0, norm, 1)
+    pairs = list(zip(parts, traces, strict=True))
+    return Factors(
+        total(part.activation * g for part, (_, g) in pairs) / norm,
+        total(part.pre_activation * q for part, (q, _) in pairs) / norm,
+    )
+
+
+def _sharing(layer: Layer, sharing: str) -> str:
+    # A row that is added everywhere has a constant for its input: "reduce" is
+    # exact. Rows that are looked up keep a diagonal Q with "expand" alone, and
+    # of several uses the recursion knows no cross terms.
+    if layer.indexed:
+        return "reduce" if _is_one_row(layer) else "expand"
+    return sharing
+
+
+def _is_one_row(layer: Layer) -> bool:
+    return layer.activation_size == 1 == len(layer.uses)
+
+
+def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
+    names = iter(layer.uses.items())
+    slots = [dict(next(names) for _ in slot) for slot in layer.slots]
+    return [{n: u for n, u in slot.items() if (u in layer.flipped) == flipped} for slot in slots]
+
+
+def _of_both(layer: Layer, of: Any) -> Moments:
+    upright = _stacked(layer, [of(slot) for slot in _slots(layer)])
+    if not layer.flipped:
+        return Moments(upright)
+    return Moments(upright, of(_slots(layer, flipped=True)[0])[0])
+
+
+def _stacked(layer: Layer, parts: list[Array]) -> Array:
+    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    return whole[0] if layer.stack == 1 else whole
+
+
+def _moment(rows: Array) -> Array:
+    """`sum_nt r_nst r_nst' / N` of rows `[N, s, t, d]`, `[s, d, d]`."""
+    count, groups, places, width = rows.shape
+    if groups == 1:
+        flat = rows.reshape(-1, width)
+        return (second_moment(flat) * (places if places > 1 else 1))[None]
+    return jnp.einsum("nsti,nstj->sij", rows, rows, precision=PRECISION) / count
+
+
+def _bytes_each(use: Use, dtype: Any) -> int:
+    """What the inputs of a use take for one example: a convolution's patches repeat its data."""
+    form = use.form
+    return form.groups * form.positions * use.width * jnp.dtype(dtype).itemsize
+
+
+def _in_chunks(use: Use, values: Array, dtype: Any) -> Array:
+    """The second moment of a use's inputs, `[s, d, d]`."""
+
+    def summed(chunk: list[Array]) -> Array:
+        return _moment(use.activations(chunk[0], dtype)) * chunk[0].shape[0]
+
+    if use.form.positions == 1:  # no larger than the data
+        return _moment(use.activations(values, dtype))
+    return sum_over_examples(summed, [values], _bytes_each(use, dtype)) / values.shape[0]
+
+
+def _pooled(use: Use, values: Array, dtype: Any) -> Array:
+    """A use's inputs summed over its places, `[N, s, 1, d]`."""
+
+    def one(value: Array) -> Array:
+        return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
+
+    chunk = max(1, 2**26 // _bytes_each(use, dtype))
+    return jax.lax.map(one, values, batch_size=min(chunk, values.shape[0]))
+
+
+def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any) -> Array:
+    """How often each row is looked up per example, the diagonal of "expand"'s Q, `[1, d_in]`."""
+    if _is_one_row(layer):  # "reduce", whose G has the factor in it
+        return jnp.ones((1, 1), dtype)
+    counts = jnp.zeros(layer.activation_size, dtype)
+    for name, use in slot.items():
+        found = use.form.activations(values[name])
+        weight = jnp.asarray(use.kernel.factor**2 / found.shape[0], dtype)
+        counts = counts.at[found.reshape(-1)].add(weight)
+    return counts[None]

@@ -1,0 +1,112 @@
+"""A forward pass of a batch, kept with its derivative: what all curvature of it shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from kfgn.base.linalg import factor_dtype
+from kfgn.base.trees import named_leaves
+from kfgn.curvature.recursion import needed_values
+from kfgn.model.graph import Graph
+from kfgn.objective.loss import Loss, flatten_batch
+from kfgn.objective.objective import Objective, check_outputs
+
+Array = jax.Array
+PyTree = Any
+
+
+class Linearized(NamedTuple):
+    """A forward pass of a batch, kept with its derivative."""
+
+    graph: Graph
+    params: dict[str, Array]
+    values: dict[Any, Array]
+    outputs: PyTree
+    targets: PyTree
+    loss: Loss
+    push: Callable  # (param tangents, probe tangents) -> output tangents
+    probes: dict[str, Array]
+
+    @property
+    def examples(self) -> int:
+        return jax.tree.leaves(self.outputs)[0].shape[0]
+
+    @property
+    def dtype(self) -> Any:
+        leaves = jax.tree.leaves((self.outputs, self.params))
+        return factor_dtype(*(leaf.dtype for leaf in leaves))
+
+    def pull(self, cotangent: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradients at parameters and at probes from one at the outputs, `[N, K]`."""
+        transposed = jax.linear_transpose(self.push, self.params, self.probes)
+        return transposed(as_outputs(cotangent, self.outputs))
+
+    def quadratic(self, inputs: PyTree, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
+        """The linear pass of some examples, spread over the batch, their outputs and targets."""
+        shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
+        if examples is None or self.examples <= examples:
+            probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
+            return Partial(_LinearPass(shapes, probes), self.push), self.outputs, self.targets
+        every = self.examples // examples
+
+        def some(tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda a: a[: every * examples : every], tree)
+
+        chosen = some(inputs)
+        outputs, push = jax.linearize(
+            lambda p, z: self.graph.forward(p, chosen, z)[0], self.params, {}
+        )
+        return Partial(_LinearPass(shapes, ()), push), outputs, some(self.targets)
+
+
+def linearize(
+    graph: Graph,
+    objective: Objective,
+    params: PyTree,
+    inputs: PyTree,
+    targets: PyTree,
+    with_probes: bool,
+) -> Linearized:
+    """Runs the model on a batch; `with_probes` makes gradients at pre-activations available."""
+    leaves = jax.tree.map(jnp.asarray, named_leaves(params))
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    probes = graph.probes(count) if with_probes else {}
+    keep = needed_values(graph)
+    outputs, push, kept = jax.linearize(
+        lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
+    )
+    check_outputs(objective.loss, outputs, inputs, targets)
+    values = dict(zip(keep, kept, strict=True))
+    return Linearized(graph, leaves, values, outputs, targets, objective.loss, push, probes)
+
+
+def as_outputs(flat: Array, outputs: PyTree) -> PyTree:
+    """Splits `[N, K]` into the structure, shapes and dtypes of the outputs."""
+    leaves, tree = jax.tree.flatten(outputs)
+    parts, start = [], 0
+    for leaf in leaves:
+        size = leaf[0].size
+        part = flat[:, start : start + size].reshape(leaf.shape)
+        parts.append(part.astype(leaf.dtype))
+        start += size
+    return jax.tree.unflatten(tree, parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearPass:
+    shapes: tuple
+    probes: tuple
+
+    def __call__(self, push: Callable, direction: dict[str, Array]) -> Array:
+        full = {
+            name: direction[name].astype(dtype) if name in direction else jnp.zeros(shape, dtype)
+            for name, shape, dtype in self.shapes
+        }
+        still = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.probes}
+        return flatten_batch(push(full, still))

@@ -1,0 +1,258 @@
+"""The backward walk: one recursion for every pre-activation matrix of the paper.
+
+The walk carries a *frontier*, the live values of the graph, and for every pair
+(u, v) of them the block S[u, v] `[D_u, D_v]` of the curvature with respect to
+their concatenation. Popping a node with outputs o, p and inputs i, j:
+
+    S'[i, j] += sum_{o,p} E[J_oi' S[o, p] J_pj],    S'[i, v] += sum_o E[J_oi'] S[o, v]
+
+On a chain this is equation (26), the KFRA recursion. With a single example the
+expectations do nothing and it is equation (22), exact; with the curvature of
+each node added, equation (8), the Hessian. So there is one walk, over a batch,
+and the exact matrices per example are its vmap over batches of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from kfgn.base.errors import ModelError
+from kfgn.curvature.jacobians import Jacobian, jacobian_of
+from kfgn.curvature.node_curvature import node_curvature
+from kfgn.model.flat_model import Array, Var, size, variables
+from kfgn.model.graph import Graph, Node
+
+PyTree = Any
+
+# The largest single matrix that a walk forms.
+MATRIX_BYTES = 2**31
+
+
+class Walk(NamedTuple):
+    """What a walk needs of one batch of N examples."""
+
+    graph: Graph
+    shared: dict[Var, Array]  # values that are the same for every example
+    values: dict[Var, Array]  # values `[N, ...]` per example, see `needed_values`
+
+
+def needed_values(graph: Graph) -> list[Var]:
+    """The per-example values that walks and activation factors read."""
+    needed: list[Var] = []
+    for node in graph.nodes:
+        if node.use is not None:
+            needed.append(node.use.input)
+        elif node.kind != "linear":
+            needed.extend(node.inputs + node.passive)
+    return list(dict.fromkeys(needed))
+
+
+class Walked(NamedTuple):
+    """What a walk found."""
+
+    uses: dict[str, Array]  # by use: the matrix over its whole pre-activation, `[D, D]`
+    free: dict[tuple[str, str], Array]  # by pair of free parameters, `[P, P']`
+
+
+def walk_back(
+    walk: Walk,
+    output_hessian: Array,
+    output_gradient: Array | None = None,
+    diagonal: bool = False,
+) -> Walked:
+    """Pre-activation curvature of every use, and the blocks of the free parameters.
+
+    Args:
+      walk: the batch.
+      output_hessian: `[K, K]`, with respect to the flattened outputs.
+      output_gradient: `[N, K]`; if given, the curvature of the nodes is added
+        (the Hessian); if None, it is left out (Gauss-Newton).
+      diagonal: return diagonals `[D]` for uses in one place, and never form a
+        matrix that is not needed further up: what lies above the first layers
+        is formed as a diagonal only.
+
+    Raises:
+      ModelError: a matrix would be too large to form.
+    """
+    graph, dtype = walk.graph, output_hessian.dtype
+    frontier = Frontier(_diagonal_values(graph) if diagonal else frozenset(), dtype)
+    _check_size(graph, frontier.diagonal_only, dtype)
+    _start(frontier, graph, output_hessian)
+    cotangents = {}
+    if output_gradient is not None:
+        cotangents = _split_outputs(graph, output_gradient)
+    name_of = {use: name for name, use in graph.uses.items()}
+    result: dict[str, Array] = {}
+    for node in reversed(graph.nodes):
+        live = [o for o in node.outputs if o in frontier.live]
+        if node.use is not None:
+            vector = diagonal and node.use.form.positions == 1
+            result[name_of[node.use]] = _record(frontier, node.outputs[0], dtype, vector)
+        if not node.inputs or not (live or any(o in cotangents for o in node.outputs)):
+            frontier.drop(node.outputs)
+            continue
+        jacobian = jacobian_of(node, walk.shared, walk.values)
+        frontier.pop(node, jacobian, live)
+        if output_gradient is not None:
+            _pop_gradient(frontier, node, walk, jacobian, cotangents)
+    return Walked(result, _free_blocks(graph, frontier, dtype))
+
+
+def _free_blocks(graph: Graph, frontier: Frontier, dtype: Any) -> dict[tuple[str, str], Array]:
+    blocks = {}
+    for p in graph.free:
+        for q in graph.free:
+            u, v = graph.model.parameters[p], graph.model.parameters[q]
+            found = frontier.get(u, v)
+            blocks[p, q] = jnp.zeros((size(u), size(v)), dtype) if found is None else found
+    return blocks
+
+
+def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
+    values = [v for node in graph.nodes for v in (*node.outputs, *node.inputs) if v not in vectors]
+    largest = max(map(size, values), default=0)
+    needed = largest**2 * jnp.dtype(dtype).itemsize
+    if needed > MATRIX_BYTES:
+        raise ModelError(
+            f"the recursion would form a matrix of {largest} x {largest} entries "
+            f"({needed / 2**30:.1f} GiB), for a value of {largest} entries per example; the most "
+            f"it forms is {MATRIX_BYTES / 2**30:.0f} GiB. For convolutions and sequences pass "
+            'spatial="homogeneous" to method "kfra", or use method "kflr" or "kfac", whose '
+            "factors have the size of the channels."
+        )
+
+
+class Frontier:
+    """The live values and the blocks between them; absent blocks are zero.
+
+    A block is kept once for each pair. For values in `diagonal_only` the block
+    with itself is a vector, its diagonal.
+    """
+
+    def __init__(self, diagonal_only: frozenset[Var], dtype: Any):
+        self.dtype = dtype
+        self.diagonal_only = diagonal_only
+        self.live: dict[Var, None] = {}
+        self.blocks: dict[tuple[Var, Var], Array] = {}
+
+    def get(self, u: Var, v: Var) -> Array | None:
+        if (u, v) in self.blocks:
+            return self.blocks[u, v]
+        if (v, u) in self.blocks:
+            return self.blocks[v, u].T
+        return None
+
+    def add(self, u: Var, v: Var, block: Array | None) -> None:
+        if block is None:
+            return
+        self.live.update({u: None, v: None})
+        if (v, u) in self.blocks and u is not v:
+            u, v, block = v, u, block.T
+        old = self.blocks.get((u, v))
+        self.blocks[u, v] = block if old is None else old + block
+
+    def drop(self, values: Iterable[Var]) -> None:
+        gone = set(values)
+        self.live = {v: None for v in self.live if v not in gone}
+        self.blocks = {k: b for k, b in self.blocks.items() if not gone.intersection(k)}
+
+    def pop(self, node: Node, jacobian: Jacobian, live: list[Var]) -> None:
+        """Replaces the node's outputs by its inputs."""
+        own = {(o, p): b for o in live for p in live if (b := self.get(o, p)) is not None}
+        rest = [v for v in self.live if v not in node.outputs]
+        cross = {(o, v): b for o in live for v in rest if (b := self.get(o, v)) is not None}
+        self.drop(node.outputs)
+        for (o, v), block in cross.items():
+            for i in node.inputs:
+                moved = jacobian.left(o, i, block)
+                if i is v and moved is not None:
+                    # S[v, v] gains J'S[o, v] and its transpose.
+                    moved = 2 * jnp.diag(moved) if i in self.diagonal_only else moved + moved.T
+                self.add(i, v, moved)
+        for a, i in enumerate(node.inputs):
+            for j in node.inputs[a:]:
+                if i is j and i in self.diagonal_only:
+                    self.add(i, i, jacobian.congruence_diagonal(own, i))
+                else:
+                    self.add(i, j, jacobian.congruence(own, i, j))
+
+
+def _start(frontier: Frontier, graph: Graph, hessian: Array) -> None:
+    """The blocks of the output Hessian for the outputs that are differentiable values."""
+    spans = output_spans(graph)
+    for a, (u, start_u, stop_u) in enumerate(spans):
+        for v, start_v, stop_v in spans[a:]:
+            block = hessian[start_u:stop_u, start_v:stop_v]
+            if u is v and start_u != start_v:
+                block = block + block.T  # the same value returned twice
+            if u is v and u in frontier.diagonal_only:
+                block = jnp.diag(block)
+            frontier.add(u, v, block)
+
+
+def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
+    """The outputs that the walk starts from, each with its place among all outputs."""
+    spans, start = [], 0
+    for atom in graph.model.outputs:
+        stop = start + int(atom.aval.size)
+        if variables([atom]) and graph.is_active(atom):
+            spans.append((atom, start, stop))
+        start = stop
+    return spans
+
+
+def _split_outputs(graph: Graph, gradient: Array) -> dict[Var, Array]:
+    cotangents: dict[Var, Array] = {}
+    for v, start, stop in output_spans(graph):
+        part = gradient[:, start:stop].reshape(-1, *v.aval.shape)
+        cotangents[v] = cotangents[v] + part if v in cotangents else part
+    return cotangents
+
+
+def _pop_gradient(
+    frontier: Frontier,
+    node: Node,
+    walk: Walk,
+    jacobian: Jacobian,
+    cotangents: dict[Var, Array],
+) -> None:
+    """Adds the node's own curvature and moves the gradient to its inputs."""
+    outs = {o: cotangents.pop(o) for o in node.outputs if o in cotangents}
+    if not outs:
+        return
+    for (i, j), block in node_curvature(node, walk.shared, walk.values, outs).items():
+        if i is j and i in frontier.diagonal_only:
+            block = jnp.diag(block)
+        frontier.add(i, j, block.astype(frontier.dtype))
+    for i, value in jacobian.gradient(outs).items():
+        cotangents[i] = cotangents[i] + value if i in cotangents else value
+
+
+def _record(frontier: Frontier, output: Var, dtype: Any, vector: bool) -> Array:
+    block = frontier.get(output, output)
+    if block is None:
+        entries = size(output)
+        return jnp.zeros((entries,) if vector else (entries, entries), dtype)
+    return jnp.diag(block) if vector and block.ndim == 2 else block
+
+
+def _diagonal_values(graph: Graph) -> frozenset[Var]:
+    """Values whose block with itself no matrix further up needs.
+
+    These are the pre-activations of layers that no layer precedes, and the
+    values that reach only such pre-activations through elementwise nodes.
+    """
+    result: set[Var] = set()
+    for node in graph.nodes:
+        first_use = node.use is not None and not node.inputs and node.use.form.positions == 1
+        carries = (
+            node.kind == "elementwise"
+            and len(node.inputs) == 1
+            and all(i in result for i in node.inputs)
+        )
+        if first_use or carries:
+            result.update(node.outputs)
+    return frozenset(result)

@@ -1,0 +1,140 @@
+"""Accuracy, and the record that tells bias from variance.
+
+    accuracy = (1/N) sum_n [y_n = predict(x_n)]     (eq. 30 of Veitch)
+
+A model that is wrong on what it is trained on has bias; one that is right there
+and wrong on other data has variance. One `BiasVariance` for every so many
+iterations is the record of a training, to be plotted against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.checks import check_period
+from kfgn.base.errors import OptionError
+from kfgn.base.linalg import factor_dtype
+from kfgn.objective.objective import Objective, require_batch, require_objective
+
+Array = jax.Array
+PyTree = Any
+Batch = tuple[PyTree, PyTree]
+Correct = Callable[[Any, Any], Array]
+
+
+class BiasVariance(NamedTuple):
+    """Mean losses, without the penalty, and accuracies in [0, 1]; each a scalar."""
+
+    train_loss: Array
+    train_accuracy: Array
+    dev_loss: Array
+    dev_accuracy: Array
+
+    @property
+    def bias(self) -> Array:
+        """The error on the data trained on, `1 - train_accuracy`."""
+        return 1 - self.train_accuracy
+
+    @property
+    def variance(self) -> Array:
+        """By how much the error is larger on the other data; negative where it is smaller."""
+        return self.train_accuracy - self.dev_accuracy
+
+
+def accuracy(
+    objective: Objective, *, correct: Correct | None = None, chunk_size: int = 1000
+) -> Callable[[PyTree, Batch], Array]:
+    """`(params, batch) -> scalar` in [0, 1]: the share of examples predicted correctly, eq. (30).
+
+    An example with several labels counts by the share of them that are right;
+    one whose outputs are not finite counts as wrong.
+
+    Args:
+      objective: the objective.
+      correct: `(outputs, target) -> scalar` of one example, True or a share; None
+        takes the loss's own: the largest logit for the softmax losses, the sign
+        of each logit for sigmoid cross-entropy.
+      chunk_size: examples that go through the model at once.
+
+    Raises:
+      LossError: the loss predicts no classes, and `correct` is not given.
+      OptionError: an option has a wrong value.
+    """
+    figures = _figures(objective, correct, chunk_size)
+    return lambda params, batch: figures(params, batch)[1]
+
+
+def bias_variance(
+    objective: Objective, *, correct: Correct | None = None, chunk_size: int = 1000
+) -> Callable[[PyTree, Batch, Batch], BiasVariance]:
+    """`(params, train, dev) -> BiasVariance`: losses and accuracies on two sets of examples.
+
+    The returned function can be jitted. Points of several iterations stack by
+    `jax.tree.map(lambda *x: jnp.stack(x), *points)`.
+
+    Args:
+      objective, correct, chunk_size: as in `accuracy`.
+
+    Raises:
+      LossError, OptionError: as in `accuracy`.
+    """
+    figures = _figures(objective, correct, chunk_size)
+
+    def measure(params: PyTree, train: Batch, dev: Batch) -> BiasVariance:
+        return BiasVariance(*figures(params, train), *figures(params, dev))
+
+    return measure
+
+
+def _figures(
+    objective: Objective, correct: Correct | None, chunk_size: int
+) -> Callable[[PyTree, Batch], list[Array]]:
+    """`(params, batch) -> [mean loss, accuracy]`."""
+    require_objective(objective)
+    check_period("chunk_size", chunk_size)
+    if correct is not None and not callable(correct):
+        raise OptionError(
+            f"correct must be callable as correct(outputs, target), found {correct!r}"
+        )
+    size, loss = int(chunk_size), objective.loss
+
+    def figures_of_one(outputs, target):
+        return loss(outputs, target), _counted(correct or loss.correct, outputs, target)
+
+    def figures(params, batch):
+        inputs, targets, shapes = require_batch(objective, params, batch)
+        count = jax.tree.leaves(inputs)[0].shape[0]
+        dtype = factor_dtype(*(leaf.dtype for leaf in jax.tree.leaves(shapes)))
+
+        def sums(chunk):
+            each = jax.vmap(figures_of_one)(objective.model(params, chunk[0]), chunk[1])
+            return [jnp.sum(x, dtype=dtype) for x in each]
+
+        whole = count // size if count > size else 0
+        parts = []
+        if whole:
+            chunks = jax.tree.map(
+                lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), (inputs, targets)
+            )
+            parts.append([jnp.sum(x) for x in jax.lax.map(sums, chunks)])
+        if count > whole * size:
+            parts.append(sums(jax.tree.map(lambda a: a[whole * size :], (inputs, targets))))
+        return [sum(found) / count for found in zip(*parts, strict=True)]
+
+    return figures
+
+
+def _counted(correct: Correct, outputs: Any, target: Any) -> Array:
+    """What an example counts: nothing where an output is not finite."""
+    found = jnp.asarray(correct(outputs, target))
+    if found.shape != ():
+        raise OptionError(
+            f"correct must return a scalar for one example, found shape {found.shape}; take the "
+            "mean over an example's labels."
+        )
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(outputs)]
+    return jnp.where(jnp.all(jnp.stack(finite)), found.astype(jnp.float32), 0)

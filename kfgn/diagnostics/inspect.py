@@ -1,0 +1,300 @@
+"""What kfgn makes of an objective: a table of its blocks, their factors and their cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TextIO
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.linalg import factor_dtype
+from kfgn.base.trees import named_leaves
+from kfgn.curvature import recursion
+from kfgn.model.flat_model import Equation, size
+from kfgn.model.graph import Graph, Node, build_graph
+from kfgn.model.layer import Layer
+from kfgn.model.parameter_path import keeps_order
+from kfgn.model.parameter_use import Use
+from kfgn.objective.objective import Objective, check_batch, check_outputs, is_concrete
+
+PyTree = Any
+Shape = tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One block of the curvature; for the costs see `inspect`."""
+
+    name: str
+    parameters: tuple[str, ...]  # their paths, kernel first
+    kind: str  # "dense", "conv", "embedding", "scale", "shift", or a registered kind
+    activation: Shape  # of Q; with a leading axis of slots and groups where there are several
+    pre_activation: Shape  # of G, likewise
+    positions: int  # places where a kernel is used in one example, by all of its uses
+    uses: int  # equations that a kernel is used in: more than one where it is tied
+    slots: int  # kernels that are stacked in one parameter
+    groups: int  # parts of a kernel that do not mix
+    transposed: bool  # whether some uses see the kernel transposed
+    bytes: int  # of both factors
+    kfra: int  # FLOPs of the factors of a batch
+    kflr: int
+    kfac: int  # with one sample
+    inversion: int  # FLOPs of inverting the factors once
+
+
+class Totals(NamedTuple):
+    """Sums over all blocks, and what the methods share among them."""
+
+    parameters: int  # numbers in all parameters
+    bytes: int
+    between: int  # FLOPs of "kfra" between the layers, which are no block's
+    kfra: int  # with those
+    kflr: int
+    kfac: int
+    inversion: int
+    columns: int  # of the output Hessian's root: backward passes that "kflr" makes
+    largest: int  # entries per example of the largest value that "kfra" goes through
+    matrix_bytes: int  # of the matrix over that value's entries
+    feasible: bool  # whether "kfra" forms a matrix as large as that
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Inspection:
+    """What `kfgn.inspect` found; `str` of it is the table that was printed."""
+
+    rows: tuple[Row, ...]
+    unassigned: dict[str, str]  # by path of a parameter without a block: the reason
+    shapes: dict[str, Shape]  # of every parameter, by path
+    totals: Totals
+
+    def __repr__(self) -> str:
+        return f"<Inspection of {len(self.rows)} blocks, {len(self.unassigned)} parameters in none>"
+
+    def __str__(self) -> str:
+        return "\n".join([*_block_lines(self), *_unassigned_lines(self), *_total_lines(self)])
+
+
+def inspect(
+    objective: Objective, params: PyTree, batch: Any, *, file: TextIO | None = None
+) -> Inspection:
+    """Prints a table of the objective's blocks, from shapes alone, and returns it.
+
+    The costs are FLOPs, estimated for the batch's N examples, sharing "expand"
+    and spatial "joint". A use of a kernel has S groups, T positions, `d_in`
+    inputs, `d_a` with the bias, and `d_out` outputs. One product with the
+    kernel takes `P = 2 S T d_in d_out`, or `D_out` for a shift; the use's whole
+    input and pre-activation have `D_in` and `D_out` entries. Summed over uses:
+
+        activation factor:  2 N S T d_a^2, or N T where it is a diagonal
+        one column:         2 N S T d_out^2, its moment, and N P, the way back to the input
+        kfac, one sample:   activation factor + one column
+        kflr:               activation factor + K columns, those of the output Hessian's root
+        kfra:               activation factor + P (D_in + D_out), the congruence of the
+                            mean matrix on its way back to the input
+        inversion:          d^3 for each matrix in both factors (by Cholesky), d for a diagonal
+
+    The way back ends, and costs nothing, where the input is data. The places of
+    a single row that is added everywhere are summed first, so that T is 1.
+
+    What lies between the layers is little for "kfac" and "kflr", and left out.
+    For "kfra", where it may be most of the cost, it has a line of its own:
+    2 N D D' for an elementwise function from D to D' entries, and D + D'
+    backward passes for any other, for each example unless it is linear.
+
+    Args:
+      objective: the objective.
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`.
+      batch: `(inputs, targets)`, likewise; values are checked where there are any.
+      file: where to print, standard output if None.
+
+    Raises:
+      BatchError, ModelError, LossError, ParameterError, OptionError: the input
+        does not fit. Parameters without a block are no error here.
+    """
+    inputs, targets = check_batch(batch)
+    graph = build_graph(objective, params, inputs)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, inputs))
+    outputs, loss = jax.eval_shape(objective.model, *shapes), objective.loss
+    check_outputs(loss, outputs, inputs, targets)
+    if all(map(is_concrete, jax.tree.leaves(targets))):
+        loss.check_targets(outputs, targets)
+    root = jax.eval_shape(lambda o, t: jnp.zeros(loss.sqrt_columns(o, t)[0]), outputs, targets)
+    leaves = named_leaves(params)
+    dtype = factor_dtype(*(x.dtype for x in (*jax.tree.leaves(outputs), *leaves.values())))
+    setting = _Setting(graph, jax.tree.leaves(inputs)[0].shape[0], root.shape[0], dtype.itemsize)
+    rows = tuple(_row(setting, layer) for layer in graph.layers.values())
+    sizes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+    found = Inspection(rows, dict(graph.reasons), sizes, _totals(setting, rows, sizes))
+    print(found, file=file)
+    return found
+
+
+class _Setting(NamedTuple):
+    """What costs depend on besides a layer."""
+
+    graph: Graph
+    examples: int
+    columns: int
+    itemsize: int  # of a factor's entries
+
+
+def _row(at: _Setting, layer: Layer) -> Row:
+    shapes = (layer.activation_shape, layer.pre_activation_shape)
+    activation = sum(_activation_cost(at, layer, use) for use in layer.uses.values())
+    column = sum(_column_cost(at, layer, use) for use in layer.uses.values())
+    size_q, size_g = layer.activation_size, layer.d_out
+    return Row(
+        layer.name,
+        layer.parameters,
+        layer.kind,
+        *shapes,
+        positions=max(layer.positions(slot) for slot in range(len(layer.slots))),
+        uses=max(map(len, layer.slots)),
+        slots=len(layer.slots),
+        groups=layer.first.form.groups,
+        transposed=bool(layer.flipped),
+        bytes=sum(map(math.prod, shapes)) * at.itemsize,
+        kfra=activation + sum(_congruence_cost(at.graph, use) for use in layer.uses.values()),
+        kflr=activation + at.columns * column,
+        kfac=activation + column,
+        inversion=layer.stack * ((size_q if layer.indexed else size_q**3) + size_g**3),
+    )
+
+
+def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
+    largest = max((size(v) for n in at.graph.nodes for v in (*n.outputs, *n.inputs)), default=0)
+    between = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
+    return Totals(
+        parameters=sum(map(math.prod, shapes.values())),
+        bytes=sum(row.bytes for row in rows),
+        between=between,
+        kfra=sum(row.kfra for row in rows) + between,
+        kflr=sum(row.kflr for row in rows),
+        kfac=sum(row.kfac for row in rows),
+        inversion=sum(row.inversion for row in rows),
+        columns=at.columns,
+        largest=largest,
+        matrix_bytes=largest**2 * at.itemsize,
+        feasible=largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
+    )
+
+
+def _activation_cost(at: _Setting, layer: Layer, use: Use) -> int:
+    places = use.form.groups * use.form.positions
+    return at.examples * places * (1 if layer.indexed else 2 * use.width**2)
+
+
+def _column_cost(at: _Setting, layer: Layer, use: Use) -> int:
+    form = use.form
+    summed = layer.indexed and layer.activation_size == 1 == len(layer.uses)
+    moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
+    return at.examples * (moment + _product_cost(at.graph, use))
+
+
+def _congruence_cost(graph: Graph, use: Use) -> int:
+    ends = sum(size(v) for v in (use.input, use.output) if v is not None)
+    return _product_cost(graph, use) * ends
+
+
+def _product_cost(graph: Graph, use: Use) -> int:
+    """One product with the kernel, on the way to the layers before it if there are any."""
+    form = use.form
+    if use.input is None or not graph.is_active(use.input):
+        return 0
+    product = 2 * form.groups * form.positions * form.d_in * form.d_out
+    return size(use.output) if form.indexed else product
+
+
+def _node_cost(node: Node, count: int) -> int:
+    """Of a node between layers; a backward pass costs twice its equations."""
+    inside, outside = (sum(map(size, values)) for values in (node.inputs, node.outputs))
+    if node.kind == "elementwise":
+        return 2 * count * inside * outside
+    passes = (inside + outside) * (1 if node.kind == "linear" else count)
+    return passes * 2 * sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
+
+
+def _equation_cost(equation: Equation) -> int:
+    entries = max(v.aval.size for v in equation.outvars)
+    if equation.primitive.name != "dot_general":
+        return entries
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+
+
+_COSTS = ("kfra", "kflr", "kfac", "inversion")
+_HEADER = ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *_COSTS]
+
+
+def _block_lines(found: Inspection) -> list[str]:
+    total, empty = found.totals, [""] * 5
+    between = ["(between layers)", *empty, "", _flops(total.between), "", "", ""]
+    last = ["total", *empty, _bytes(total.bytes), *(_flops(getattr(total, k)) for k in _COSTS)]
+    return _aligned([_HEADER, *map(_cells, found.rows), between, last], right=5)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        _shortened(", ".join(p.removeprefix(f"{row.name}/") for p in row.parameters), 40),
+        row.kind,
+        "x".join(map(str, row.activation)),
+        "x".join(map(str, row.pre_activation)),
+        _sharing(row),
+        _bytes(row.bytes),
+        *(_flops(getattr(row, k)) for k in _COSTS),
+    )
+
+
+def _sharing(row: Row) -> str:
+    counts = {k: getattr(row, k) for k in ("positions", "uses", "slots", "groups")}
+    parts = [f"{n} {name}" for name, n in counts.items() if n > 1]
+    return ", ".join(parts + ["transposed"] * row.transposed) or "-"
+
+
+def _unassigned_lines(found: Inspection) -> list[str]:
+    rows = [("no block", "shape", "reason")]
+    for name, reason in found.unassigned.items():
+        shape = str(found.shapes[name])
+        rows.append((name, shape, _shortened(reason.removeprefix(f"(shape {shape}) "), 120)))
+    return ["", *_aligned(rows)] if found.unassigned else []
+
+
+def _total_lines(found: Inspection) -> list[str]:
+    total = found.totals
+    outside = sum(math.prod(found.shapes[name]) for name in found.unassigned)
+    return [
+        "",
+        f"{total.parameters:,} parameters, {outside:,} in no block; costs in FLOPs per batch",
+        f"kflr: {total.columns:,} column(s) of the output Hessian's root, a backward pass for each",
+        f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
+        f"({_bytes(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
+        f"the limit of {_bytes(recursion.MATRIX_BYTES)}",
+    ]
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: int = 0) -> list[str]:
+    """Lines of columns, the last few aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<" * (len(widths) - right) + ">" * right
+    formats = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+    return ["  ".join(formats).format(*row).rstrip() for row in rows]
+
+
+def _shortened(text: str, width: int) -> str:
+    """The text, with its middle left out where it is longer than the width."""
+    half = (width - 3) // 2
+    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
+
+
+def _flops(number: int) -> str:
+    number = int(float(f"{number:.3g}"))
+    power = min((len(str(number)) - 1) // 3, 5)
+    return f"{number / 1000**power:.4g}{('', 'k', 'M', 'G', 'T', 'P')[power]}"
+
+
+def _bytes(number: int) -> str:
+    power = min(max(number.bit_length() - 1, 0) // 10, 4)
+    return f"{number / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

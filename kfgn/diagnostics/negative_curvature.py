@@ -1,0 +1,143 @@
+"""Where, and by how much, a layer's Hessian is not positive semi-definite.
+
+The Hessian of a layer is its Gauss-Newton matrix, which is, and second-order terms,
+which need not be (appendix C of Veitch, whose equations have numbers with a V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.checks import check_not_negative
+from kfgn.base.errors import OptionError
+from kfgn.base.linalg import factor_dtype
+from kfgn.curvature.exact import block_gauss_newton, block_hessian
+from kfgn.curvature.parameter_blocks import refuse_large_blocks
+from kfgn.curvature.per_example import prepare
+from kfgn.diagnostics.second_order_terms import example_terms
+from kfgn.model.graph import build_graph
+from kfgn.objective.objective import Objective, check_batch, require_objective
+
+Array = jax.Array
+PyTree = Any
+Batch = tuple[PyTree, PyTree]
+
+
+class NegativeCurvature(NamedTuple):
+    """How far one layer's Hessian H is from its Gauss-Newton matrix G, each a scalar.
+
+    H - G holds all second-order terms of the layers above, brought down to this one, and what
+    the loss itself lacks of convexity. T is the layer's own term, which enters between the next
+    layers and this: after a transfer function, the diagonal `σ''(z_j) dE/dx_j` of (V87).
+    """
+
+    least: Array  # the least eigenvalue of H
+    greatest: Array  # the greatest one
+    negative_share: Array  # the share of eigenvalues that are negative beyond rounding
+    second_order_trace: Array  # the trace of H - G
+    second_order_norm: Array  # the Frobenius norm of H - G
+    gauss_newton_norm: Array  # the Frobenius norm of G, to compare with
+    # The same of T in the pre-activation, which `of="block"` leaves out:
+    term_negative_share: Array | None = None
+    term_positive_share: Array | None = None
+    term_trace: Array | None = None
+    term_norm: Array | None = None
+
+
+def negative_curvature(
+    objective: Objective, *, of: str = "pre_activation", tol: float | None = None
+) -> Callable[[PyTree, Batch], dict[str, NegativeCurvature]]:
+    """A detector of saddle points and of non-convexity, layer by layer (appendix C of Veitch).
+
+    Without second-order terms every layer's Hessian is positive semi-definite. A
+    network that is piecewise linear in each layer, with a convex loss, has none.
+    A layer's own terms T may cancel with others: where T is negative, H need not be.
+
+    Args:
+      objective: the objective.
+      of: "pre_activation" looks at every example's Hessian in the layer's
+        pre-activation: the least and greatest eigenvalue of all examples, the
+        share among all eigenvalues, the mean trace, the root of the mean squared
+        norms, and the same of the layer's own terms. "block" looks at the mean
+        Hessian in the layer's parameters, for small layers.
+      tol: eigenvalues below `-tol` times the largest magnitude of the same matrix
+        are negative; None stands for ten rounding units times its size.
+
+    Returns:
+      `(params, batch) -> {name: NegativeCurvature}`, by the names of
+      `pre_activation_hessian` or `block_hessian`.
+
+    Raises:
+      OptionError: an option has a wrong value, or a block would hold over 2 GiB.
+    """
+    require_objective(objective)
+    if of not in ("pre_activation", "block"):
+        raise OptionError(f'of must be "pre_activation" or "block", found {of!r}')
+    if tol is not None:
+        check_not_negative("tol", tol)
+
+    def of_blocks(params, batch):
+        inputs, _ = check_batch(batch)
+        dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves(params)))
+        refuse_large_blocks(build_graph(objective, params, inputs), params, dtype, 1)
+        exact = block_hessian(objective)(params, batch)
+        positive = block_gauss_newton(objective)(params, batch)
+        return {n: _gathered(_measured(h, positive[n], tol), 1) for n, h in exact.items()}
+
+    def of_pre_activations(params, batch):
+        exact, positive = (prepare(objective, params, batch, h, exact=False) for h in (True, False))
+        own_terms = example_terms(objective, exact.graph, params)
+
+        def one(arguments):
+            h, g = exact.walk_one(arguments[0]).uses, positive.walk_one(arguments[1]).uses
+            t = own_terms(arguments[2])
+            return {name: _measured(h[name], g[name], tol, t[name]) for name in h}
+
+        found = jax.lax.map(one, (exact.arguments, positive.arguments, tuple(batch)))
+        count = jax.tree.leaves(exact.arguments)[0].shape[0]
+        return {name: _gathered(measured, count) for name, measured in found.items()}
+
+    return of_blocks if of == "block" else of_pre_activations
+
+
+def _measured(
+    hessian: Array, positive: Array, tol: float | None, term: Array | None = None
+) -> NegativeCurvature:
+    """The measures of matrices `[..., D, D]`, with squared norms."""
+    values, beyond = jnp.linalg.eigvalsh(hessian), hessian - positive
+    measured = NegativeCurvature(
+        values[..., 0],
+        values[..., -1],
+        _negative_share(values, tol),
+        jnp.trace(beyond, axis1=-2, axis2=-1),
+        jnp.sum(beyond**2, axis=(-2, -1)),
+        jnp.sum(positive**2, axis=(-2, -1)),
+    )
+    if term is None:
+        return measured
+    own = jnp.linalg.eigvalsh(term)
+    shares = _negative_share(own, tol), _negative_share(-own, tol)
+    return NegativeCurvature(*measured[:6], *shares, jnp.trace(term), jnp.sum(term**2))
+
+
+def _negative_share(values: Array, tol: float | None) -> Array:
+    relative = 10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tol is None else tol
+    largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.mean((values < -relative * largest).astype(values.dtype), axis=-1)
+
+
+def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
+    """The measures of `count` examples, or of one matrix with blocks for slots, as scalars."""
+
+    def gather(field: str, values: Array) -> Array:
+        if field in ("least", "greatest"):
+            return jnp.min(values) if field == "least" else jnp.max(values)
+        mean = jnp.sum(values) / (jnp.size(values) if field.endswith("share") else count)
+        return jnp.sqrt(mean) if field.endswith("norm") else mean
+
+    found = {f: gather(f, x) for f, x in measured._asdict().items() if x is not None}
+    return NegativeCurvature(**found)

@@ -1,0 +1,273 @@
+"""Checks of derivatives by Taylor's theorem, and the number of iterations to convergence.
+
+Along a direction d the remainders of a smooth function f shrink as
+
+    | f(x + h d) - f(x) - h g'd |                  = O(h^2),
+    | (f(x + h d) - f(x - h d)) / 2h - g'd |       = O(h^2)   (eq. 31 of Veitch),
+    | f(x + h d) - f(x) - h g'd - h^2/2 d'Hd |     = O(h^3),
+
+and by one order less, or not at all, where the gradient g or the Hessian H is
+wrong. The steps h are halved, and the order is read off where the remainder has
+not yet met the rounding of f. All is computed with the precision of the point.
+The functions look at values, and so cannot be used inside `jax.jit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfgn.base.checks import check_flag, check_not_negative, check_period, check_positive
+from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.linalg import inner
+from kfgn.base.trees import named_leaves
+from kfgn.objective.objective import check_vector
+
+Array = jax.Array
+PyTree = Any
+Function = Callable[[PyTree], Array]
+
+_ROUNDINGS = 10  # rounding errors of f that a remainder must exceed to be looked at
+_WINDOW = 3  # the smallest steps above rounding, from which the order is read
+_SLACK = 0.4  # what an observed order may lack of the expected one
+
+
+class CheckResult(NamedTuple):
+    """What a check observed; arrays have an entry for each step, the largest first.
+
+    `order` is nan where fewer than two remainders are above rounding. `exact` says
+    that none is, although the checked term itself is: f has no higher terms.
+    """
+
+    order: float
+    expected: int
+    exact: bool
+    steps: np.ndarray  # `[S]`
+    remainders: np.ndarray  # `[S]`
+    above_rounding: np.ndarray  # `[S]`, of bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether the order is at least the expected one, up to 0.4, or all is exact."""
+        return self.exact or self.order >= self.expected - _SLACK
+
+
+def gradient_check(
+    function: Function,
+    point: PyTree,
+    direction: PyTree | None = None,
+    key: Array | None = None,
+    *,
+    gradient: Callable[[PyTree], PyTree] | None = None,
+    central: bool = False,
+    step: float = 0.5,
+    halvings: int = 24,
+) -> CheckResult:
+    """The observed order of the gradient's remainder; 2 is expected.
+
+    Args:
+      function: `point -> scalar`, smooth near the point.
+      point: a pytree of floating-point arrays.
+      direction: a pytree like the point; None draws normal entries.
+      key: for the direction; None stands for `jax.random.key(0)`.
+      gradient: `point -> pytree`, the one that is checked; None takes `jax.grad`.
+      central: whether to use the central difference of eq. 31.
+      step: the largest step h.
+      halvings: how often the step is halved; fewer where the function's value is
+        far smaller than the terms it sums, whose rounding is not known here.
+
+    Raises:
+      OptionError: an option has a wrong value, or the function's value is no
+        finite scalar.
+      ParameterError: the point has leaves that are no floating-point arrays, or
+        the direction or gradient is not like it.
+    """
+    check_flag("central", central)
+    direction, steps = _prepared(function, point, direction, key, step, halvings)
+    first = jax.grad(function) if gradient is None else gradient
+    found = _measure(function, first, None, point, direction, steps)
+    h = np.asarray(steps, np.float64)
+    with np.errstate(all="ignore"):
+        if central:
+            remainder = np.abs((found.plus - found.minus) / (2 * h) - found.slope)
+            rounding = found.rounding(found.plus, found.minus) / h
+            return _observed(remainder, rounding, h, 2, np.abs(found.slope))
+        remainder = np.abs(found.plus - found.value - h * found.slope)
+        rounding = found.rounding(found.plus, found.value, h * found.slope)
+        return _observed(remainder, rounding, h, 2, np.abs(h[0] * found.slope))
+
+
+def curvature_check(
+    function: Function,
+    point: PyTree,
+    product: Callable[[PyTree, PyTree], PyTree],
+    direction: PyTree | None = None,
+    key: Array | None = None,
+    *,
+    gradient: Callable[[PyTree], PyTree] | None = None,
+    step: float = 0.5,
+    halvings: int = 24,
+) -> CheckResult:
+    """The observed order of the remainder with the quadratic term; 3 is expected.
+
+    Args:
+      function: `point -> scalar`, smooth near the point.
+      point: a pytree of floating-point arrays.
+      product: `(point, vector) -> H vector` at the point, as in
+        `lambda p, v: kfgn.curvature.hessian_vector_product(objective, l2=True)(p, batch, v)`
+        for the function `lambda p: objective(p, batch)`.
+      direction, key, gradient, step, halvings: as in `gradient_check`.
+
+    Raises:
+      OptionError, ParameterError: as in `gradient_check`.
+    """
+    if not callable(product):
+        raise OptionError(f"product must be callable as product(point, vector), found {product!r}")
+    direction, steps = _prepared(function, point, direction, key, step, halvings)
+    first = jax.grad(function) if gradient is None else gradient
+    found = _measure(function, first, product, point, direction, steps)
+    h = np.asarray(steps, np.float64)
+    terms = 0.5 * h**2 * found.curvature
+    with np.errstate(all="ignore"):
+        remainder = np.abs(found.plus - found.value - h * found.slope - terms)
+        rounding = found.rounding(found.plus, found.value, h * found.slope, terms)
+        return _observed(remainder, rounding, h, 3, np.abs(terms[0]))
+
+
+def iterations_to_tolerance(losses: Any, eps: float) -> int | None:
+    """The first k with `|f(x_k) - f(x_{k-1})| <= eps`, eq. (29) of Veitch; None if there is none.
+
+    Args:
+      losses: the values `[f(x_0), f(x_1), ...]`; a change that is not finite
+        never counts.
+      eps: the tolerance, at least 0.
+
+    Raises:
+      OptionError: there are no losses, or not in one axis, or eps is negative.
+    """
+    check_not_negative("eps", eps)
+    values = np.asarray(losses, np.float64)
+    if values.ndim != 1 or not values.size:
+        raise OptionError(
+            f"losses must be a sequence of at least one number, found shape {values.shape}"
+        )
+    with np.errstate(invalid="ignore"):
+        within = np.abs(np.diff(values)) <= eps
+    return int(np.argmax(within)) + 1 if within.any() else None
+
+
+class _Measured(NamedTuple):
+    value: np.ndarray
+    slope: np.ndarray  # g'd
+    curvature: np.ndarray  # d'Hd, zero if it was not asked for
+    plus: np.ndarray  # f(x + h d), `[S]`
+    minus: np.ndarray  # f(x - h d), `[S]`
+    moved: np.ndarray  # the norm of the gradient times the point
+    unit: float  # the rounding unit
+
+    def rounding(self, *values: np.ndarray) -> np.ndarray:
+        """The size of a rounding error of a sum of values, and of that of the point in f."""
+        largest = np.max(np.abs(np.broadcast_arrays(*values)), axis=0)
+        return self.unit * (largest + self.moved)
+
+
+def _measure(function, first, product, point, direction, steps) -> _Measured:
+    """All values that a check needs, in one jitted call."""
+    dtype = _least_precise((point, jax.eval_shape(function, point)))
+
+    @jax.jit
+    def measure(point, direction, steps):
+        value, gradient = function(point), first(point)
+        check_vector(point, gradient)
+        curvature = jnp.zeros_like(value)
+        if product is not None:
+            curved = product(point, direction)
+            check_vector(point, curved)
+            curvature = inner(curved, direction)
+
+        def at(h):
+            return function(jax.tree.map(lambda x, d: x + h.astype(x.dtype) * d, point, direction))
+
+        moved = jax.tree.map(jnp.multiply, gradient, point)
+        plus, minus = jax.lax.map(at, steps), jax.lax.map(at, -steps)
+        return value, inner(gradient, direction), curvature, plus, minus, inner(moved, moved)
+
+    found = [np.asarray(x, np.float64) for x in measure(point, direction, steps)]
+    value, slope, curvature, plus, minus, moved = found
+    unit = float(jnp.finfo(dtype).eps)
+    return _Measured(value, slope, curvature, plus, minus, np.sqrt(moved), unit)
+
+
+def _observed(remainder, rounding, steps, expected: int, term) -> CheckResult:
+    """The order, by least squares in logarithms over the smallest steps above rounding."""
+    finite = np.isfinite(remainder) & np.isfinite(rounding)
+    above = finite & (remainder > _ROUNDINGS * rounding)
+    # Noise may exceed the bound again at smaller steps: the range ends where it is first met.
+    met = np.flatnonzero(finite & ~above)
+    if met.size:
+        above[met[0] :] = False
+    used = np.flatnonzero(above)[-_WINDOW:]
+    order = float("nan")
+    if used.size >= 2:
+        order = float(np.polyfit(np.log(steps[used]), np.log(remainder[used]), 1)[0])
+    exact = not above.any() and bool(finite[0] and term > _ROUNDINGS * rounding[0])
+    return CheckResult(order, expected, exact, steps, remainder, above)
+
+
+def _prepared(function, point, direction, key, step, halvings) -> tuple[PyTree, Array]:
+    """The direction and the steps, with everything checked."""
+    check_positive("step", step)
+    check_period("halvings", halvings)
+    _check_point(point)
+    _check_function(function, point)
+    if direction is None:
+        direction = _random_like(point, jax.random.key(0) if key is None else key)
+    check_vector(point, direction)
+    if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(direction)):
+        raise OptionError("direction is zero in every entry: pass another, or None to draw one")
+    dtype = _least_precise(point)
+    return direction, jnp.asarray(step * 0.5 ** np.arange(int(halvings) + 1), dtype)
+
+
+def _check_point(point: PyTree) -> None:
+    leaves = named_leaves(point)
+    if not leaves:
+        raise ParameterError("the point has no leaves: expected a pytree of floating-point arrays")
+    for name, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            found = f"a {type(leaf).__name__}" if dtype is None else f"dtype {dtype}"
+            raise ParameterError(
+                f"the point's leaf {name!r} must be a floating-point array, found {found}"
+            )
+
+
+def _check_function(function: Function, point: PyTree) -> None:
+    if not callable(function):
+        raise OptionError(f"function must be callable as function(point), found {function!r}")
+    shape = jax.eval_shape(function, point)
+    if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
+        raise OptionError(f"function must return a floating-point scalar, found {shape}")
+    value = jax.jit(function)(point)
+    if not bool(jnp.isfinite(value)):
+        raise OptionError(f"function must be finite at the point, found {float(value)} there")
+
+
+def _random_like(point: PyTree, key: Array) -> PyTree:
+    leaves, tree = jax.tree.flatten(point)
+    keys = jax.random.split(key, len(leaves))
+    drawn = [
+        jax.random.normal(k, jnp.shape(x), jnp.result_type(x))
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def _least_precise(tree: PyTree) -> Any:
+    """The dtype of the leaves with the largest rounding unit."""
+    dtypes = [jnp.dtype(x.dtype) for x in jax.tree.leaves(tree)]
+    return max(map(jax.dtypes.canonicalize_dtype, dtypes), key=lambda d: jnp.finfo(d).eps)

@@ -1,0 +1,16 @@
+"""Layers: how parameters form blocks, what a block's factors are, kinds of your own."""
+
+from kfgn.curvature.factors import Diagonal, Factors
+from kfgn.model.parameter_use import Form
+from kfgn.model.registry import register_layer, register_primitive
+from kfgn.optimizers.layer_blocks import LayerBlocks, find_blocks
+
+__all__ = [
+    "Diagonal",
+    "Factors",
+    "Form",
+    "LayerBlocks",
+    "find_blocks",
+    "register_layer",
+    "register_primitive",
+]

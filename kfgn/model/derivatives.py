@@ -1,0 +1,95 @@
+"""Whether what a model is made of can be differentiated, and what kfgn knows of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.errors import ModelError, UnknownPrimitiveWarning
+from kfgn.model.flat_model import Equation, FlatModel, Role, Var, as_function, variables
+from kfgn.model.primitives import is_known, surely_differentiable
+
+_DIFFERENTIATED = (Role.PARAMETER, Role.ACTIVE)
+
+_announced: set[str] = set()
+
+
+def check_derivatives(model: FlatModel) -> None:
+    """Looks at the equations on the way from the parameters to the outputs.
+
+    Raises:
+      ModelError: one of them has no derivative backwards.
+
+    Warns:
+      UnknownPrimitiveWarning: once per name, for a primitive that is neither
+        jax's nor registered.
+    """
+    needed = set(_differentiated(model, model.outputs))
+    for equation in reversed(model.jaxpr.eqns):
+        operands = _differentiated(model, equation.invars)
+        results = [v for v in equation.outvars if v in needed]
+        if not operands:
+            continue
+        if not surely_differentiable(equation):
+            _check_derivative(equation, operands, results)
+        if results:
+            needed.update(operands)
+        if not is_known(equation) and any(model.roles[v] is Role.ACTIVE for v in results):
+            _announce(equation.primitive.name)
+
+
+def _differentiated(model: FlatModel, atoms: Sequence) -> list[Var]:
+    found = dict.fromkeys(variables(atoms))
+    return [v for v in found if model.roles[v] in _DIFFERENTIATED]
+
+
+def _check_derivative(equation: Equation, operands: list[Var], results: list[Var]) -> None:
+    """Traces the pull-back from `results`, those that are differentiated; there may be none."""
+    others = [v for v in dict.fromkeys(variables(equation.invars)) if v not in operands]
+    function = as_function([equation], [*operands, *others], results)
+
+    def pull_back(values, constants):
+        outputs, pull = jax.vjp(lambda *x: function(*x, *constants), *values)
+        return pull([jnp.ones_like(o) for o in outputs])
+
+    shapes = [
+        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in part]
+        for part in (operands, others)
+    ]
+    try:
+        jax.eval_shape(pull_back, *shapes)
+    except Exception as error:
+        raise ModelError(_no_derivative(equation.primitive.name, error)) from error
+
+
+def _no_derivative(name: str, error: Exception) -> str:
+    if name == "while":
+        remedy = (
+            "write the loop with jax.lax.scan, or with jax.lax.fori_loop whose bounds are Python "
+            "numbers"
+        )
+    else:
+        remedy = "give it a derivative, as by calling it in a function with a jax.custom_jvp rule"
+    return (
+        f"the primitive {name!r} cannot be differentiated backwards here, where the outputs "
+        f"depend on parameters through it: {type(error).__name__}: {error}\nEither {remedy}; or "
+        "pass its operands through jax.lax.stop_gradient, if no derivative should go through it."
+    )
+
+
+def _announce(name: str) -> None:
+    if name in _announced:
+        return
+    warnings.warn(
+        f"kfgn does not know the primitive {name!r}. Its derivative is taken for every example on "
+        "its own, which is correct, but slower than need be if the primitive is linear, or acts "
+        "on every entry alone. To say so, or to silence this warning: "
+        f'kfgn.layers.register_primitive({name!r}, kind), with kind "linear", "multilinear", '
+        '"elementwise" or "general".',
+        UnknownPrimitiveWarning,
+        stacklevel=2,
+    )
+    _announced.add(name)  # not where the warning is raised as an error

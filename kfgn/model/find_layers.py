@@ -1,0 +1,189 @@
+"""Finds the uses in a model: equations that a form reads, and the bias added to each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from kfgn.model.flat_model import Equation, FlatModel, Role, Var, differentiated, variables
+from kfgn.model.layer_kinds import read_form
+from kfgn.model.parameter_path import Source, keeps_order, relabeled, relabels
+from kfgn.model.parameter_use import Bias, Form, Use
+
+Sources = dict[Var, Source]
+
+_SUMS = ("add", "add_any", "sub")
+
+
+def find_uses(model: FlatModel, sources: Sources, without_bias: frozenset[Var]) -> list[Use]:
+    """All uses in the order of their equations.
+
+    Args:
+      model: the model.
+      sources: what `find_sources` returned.
+      without_bias: results whose bias should be read as a shift of its own.
+    """
+    consumers = _consumers(model)
+    reached = differentiated(model)
+    kernels, shifts, taken = [], [], set()
+    for equation in model.jaxpr.eqns:
+        found = _read(model, equation, sources)
+        if found is None or equation.outvars[0] not in reached:
+            continue
+        form, side = found
+        use = _use(equation, side, form, sources)
+        if form.kind == "shift":
+            shifts.append(use)
+            continue
+        if not form.indexed and equation.outvars[0] not in without_bias:
+            use = _with_bias(use, sources, consumers)
+            taken.add(id(use.equations[-1]))
+        kernels.append(use)
+    free = [use for use in shifts if id(use.equations[0]) not in taken]
+    place = {id(e): k for k, e in enumerate(model.jaxpr.eqns)}
+    return sorted(kernels + free, key=lambda use: place[id(use.equations[0])])
+
+
+def meets(use: Use) -> list[tuple[str, int]]:
+    """The parameters that a use covers, each with the equation where it meets data."""
+    found = [(use.kernel.name, id(use.equations[0]))]
+    if use.bias is not None:
+        found.append((use.bias.source.name, id(use.equations[-1])))
+    return found
+
+
+def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
+    """Constants that take the place of data beside a parameter.
+
+    The first state of a recurrent layer meets a kernel which elsewhere meets
+    data: as data, its product with the kernel is one more use like the others.
+    And rows that are looked up may be the same for every example.
+    """
+    with_data: set[str] = set()
+    constants: list[tuple[str, Var]] = []
+    looked_up: set[Var] = set()
+    for equation in model.jaxpr.eqns:
+        if equation.primitive.name == "gather" and equation.invars[0] in sources:
+            looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
+        if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
+            continue
+        for side, v in enumerate(equation.invars):
+            other: Any = equation.invars[1 - side]
+            if v in sources and model.roles[other] >= Role.PASSIVE:
+                with_data.add(sources[v].name)
+            elif v in sources and model.roles[other] is Role.CONSTANT:
+                constants.append((sources[v].name, other))
+    return {v for name, v in constants if name in with_data} | {
+        v for v in looked_up if model.roles[v] is Role.CONSTANT
+    }
+
+
+def _read(model: FlatModel, equation: Equation, sources: Sources) -> tuple[Form, int] | None:
+    """The form of an equation where one operand is a kernel and the other is data."""
+    operands = variables(equation.invars)
+    kernels = [v for v in operands if v in sources]
+    if len(kernels) != 1 or len(operands) < 2 or len(equation.outvars) != 1:
+        return None
+    side = equation.invars.index(kernels[0])
+    data = [v for v in operands if v is not kernels[0]]
+    if any(model.roles[v] < Role.PASSIVE for v in data):
+        return None
+    if model.roles[equation.outvars[0]] is not Role.ACTIVE:
+        return None
+    form = read_form(equation, side, sources[equation.invars[side]])
+    return None if form is None else (form, side)
+
+
+def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
+    kernel = equation.invars[side]
+    data = next(v for v in variables(equation.invars) if v is not kernel)
+    source = sources[kernel]
+    if form.kind == "shift" and equation.primitive.name == "sub" and side == 1:
+        source = dataclasses.replace(source, factor=-source.factor)
+    return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
+
+
+def _consumers(model: FlatModel) -> dict[Var, list[Equation | None]]:
+    """The equations that read each value; None stands for the model's output."""
+    consumers: dict[Var, list[Equation | None]] = {}
+    for equation in model.jaxpr.eqns:
+        for v in set(variables(equation.invars)):
+            consumers.setdefault(v, []).append(equation)
+    for v in variables(model.outputs):
+        consumers.setdefault(v, []).append(None)
+    return consumers
+
+
+def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | None]]) -> Use:
+    """Follows the product, as long as nothing else reads it, to the addition of a bias."""
+    value, chain = use.output, []
+    moves: list[Equation] = []
+    while len(consumers.get(value, ())) == 1 and (equation := consumers[value][0]) is not None:
+        chain.append(equation)
+        if equation.primitive.name in _SUMS:
+            bias = _bias(use, moves, equation, value, sources)
+            if bias is None:
+                return use
+            where, kernel = _places(use, moves), use.kernel
+            if equation.primitive.name == "sub" and equation.invars[0] is not value:
+                kernel = dataclasses.replace(kernel, factor=-kernel.factor)
+            return dataclasses.replace(
+                use,
+                kernel=kernel,
+                bias=bias,
+                output=equation.outvars[0],
+                equations=(*use.equations, *chain),
+                order=where,
+            )
+        if not relabels(equation) or equation.outvars[0].aval.size != value.aval.size:
+            return use
+        moves.append(equation)
+        value = equation.outvars[0]
+        if len(equation.outvars) != 1:
+            return use
+    return use
+
+
+def _moved(use: Use, moves: list[Equation], labels: np.ndarray) -> np.ndarray:
+    """Labels of the product's entries, moved as its entries are."""
+    labels = labels.reshape(use.output.aval.shape)
+    for equation in moves:
+        labels = relabeled(equation, labels)
+    return labels
+
+
+def _places(use: Use, moves: list[Equation]) -> np.ndarray | None:
+    """Where each entry of the product stands after the moves; None if they keep the order."""
+    if all(map(keeps_order, moves)):
+        return None
+    return np.argsort(_moved(use, moves, np.arange(use.output.aval.size)).reshape(-1))
+
+
+def _bias(
+    use: Use, moves: list[Equation], equation: Equation, value: Var, sources: Sources
+) -> Bias | None:
+    """The bias that the equation adds, if it gives every output of every group one entry."""
+    side = [atom is value for atom in equation.invars].index(False)
+    other = equation.invars[side]
+    source = sources.get(other) if variables([other]) else None
+    form, count = use.form, use.form.groups * use.form.d_out
+    if source is None or source.name == use.kernel.name:
+        return None
+    if value.aval.shape != equation.outvars[0].aval.shape:
+        return None
+    # Which unit (s, o) stands at each entry of the product, and which bias is added there.
+    places = form.outputs(np.arange(use.output.aval.size).reshape(use.output.aval.shape))
+    unit = np.empty(use.output.aval.size, np.int64)
+    names = np.arange(count).reshape(form.groups, 1, form.d_out)
+    unit[places.reshape(-1)] = np.broadcast_to(names, places.shape).reshape(-1)
+    units = _moved(use, moves, unit).reshape(-1)
+    added = np.broadcast_to(source.labels(), value.aval.shape).reshape(-1)
+    order = np.zeros(count, np.int64)
+    order[units] = added
+    if np.any(order[units] != added) or np.unique(order).size != count:
+        return None
+    if equation.primitive.name == "sub" and side == 1:
+        source = dataclasses.replace(source, factor=-source.factor)
+    return Bias(source, order.reshape(form.groups, form.d_out))

@@ -1,0 +1,147 @@
+"""Inlining: a jaxpr evaluated anew, without calls, loops over parameters, or `custom_vjp`.
+
+It runs under a second trace, whose equations are then flat. Every value
+carries along what it depends on: what depends on no parameter is never
+differentiated, and keeps its loops and its rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from kfgn.model.custom_vjp import with_forward_rule
+from kfgn.model.equations import Equation, Role, Var, as_array, bind, is_differentiated, joined
+
+# Calls that only group equations, with the parameter that holds their body.
+_TRANSPARENT = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+
+class Value(NamedTuple):
+    """A traced array, and what it depends on."""
+
+    array: Any
+    role: Role
+
+
+def inline(body: Any, arguments: Sequence[Value]) -> list[Value]:
+    """Evaluates a jaxpr, or closed jaxpr, equation by equation, going into calls and loops."""
+    jaxpr, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+    env = {v: Value(c, Role.CONSTANT) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    env.update(zip(jaxpr.invars, arguments, strict=True))
+    for equation in jaxpr.eqns:
+        results = _evaluate(equation, [_value(env, atom) for atom in equation.invars])
+        env.update(zip(equation.outvars, results, strict=True))
+    return [_value(env, atom) for atom in jaxpr.outvars]
+
+
+def _value(env: dict[Var, Value], atom: Any) -> Value:
+    if isinstance(atom, jex.Literal):
+        return Value(atom.val, Role.CONSTANT)
+    return env[atom]
+
+
+def _evaluate(equation: Equation, operands: list[Value]) -> list[Value]:
+    body = equation.params.get(_TRANSPARENT.get(equation.primitive.name, ""))
+    if body is not None:
+        return inline(body, operands)
+    name, arrays = equation.primitive.name, [v.array for v in operands]
+    if name == "scan" and _differentiated(operands):
+        return _unroll(equation, operands)
+    if name == "custom_vjp_call" and _differentiated(operands):
+        function = with_forward_rule(equation, [v.role for v in operands], _evaluate_with_roles)
+        results = function(*arrays)
+    else:
+        results = bind(equation, arrays)
+    role = joined(v.role for v in operands)
+    return [Value(array, role) for array in results]
+
+
+def _differentiated(values: Iterable[Value]) -> bool:
+    return any(is_differentiated(v.role) for v in values)
+
+
+def _evaluate_with_roles(body: Any, arguments: Sequence[Any], roles: Sequence[Role]) -> list[Any]:
+    return [v.array for v in inline(body, list(map(Value, arguments, roles)))]
+
+
+# Loops.
+
+
+def _unroll(equation: Equation, operands: list[Value]) -> list[Value]:
+    """The iterations of a scan, one after the other."""
+    body, length = equation.params["jaxpr"], equation.params["length"]
+    # Where constants, states and slices begin is seen from their shapes: the
+    # parameters that tell it differ between jax versions.
+    sliced = _with_loop_axis(equation.invars, body.jaxpr.invars)
+    stacked = _with_loop_axis(equation.outvars, body.jaxpr.outvars)
+    states, rows = len(stacked) - sum(stacked), len(sliced) - sum(sliced)
+    consts, carry, xs = operands[: rows - states], operands[rows - states : rows], operands[rows:]
+    carry = _as_data(body.jaxpr, consts, carry, xs)
+    steps, ys = range(length), {}
+    for step in reversed(steps) if equation.params["reverse"] else steps:
+        at_step = [Value(jax.lax.index_in_dim(x, step, keepdims=False), role) for x, role in xs]
+        results = inline(body, [*consts, *carry, *at_step])
+        carry, ys[step] = results[:states], results[states:]
+    columns = [[ys[step][k] for step in steps] for k in range(sum(stacked))]
+    outs = equation.outvars[states:]
+    return carry + [_stack(column, v.aval) for column, v in zip(columns, outs, strict=True)]
+
+
+def _with_loop_axis(outside: Iterable[Any], inside: Iterable[Any]) -> list[bool]:
+    pairs = zip(outside, inside, strict=True)
+    return [len(a.aval.shape) > len(b.aval.shape) for a, b in pairs]
+
+
+def _stack(column: list[Value], aval: Any) -> Value:
+    if not column:
+        return Value(jnp.zeros(aval.shape, aval.dtype), Role.CONSTANT)
+    entry = jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype)
+    rows = [jax.lax.expand_dims(as_array(v.array, entry), (0,)) for v in column]
+    return Value(jax.lax.concatenate(rows, 0), joined(v.role for v in column))
+
+
+def _as_data(jaxpr: Any, consts: list[Value], carry: list[Value], xs: list[Value]) -> list[Value]:
+    """The first states, those that are constant now and depend on data later as if they did now.
+
+    A recurrent layer then meets its first state as it meets the others. That
+    the barrier's result counts as data is known to the roles of the flat model.
+    """
+    later = _roles_in_loop(jaxpr, *([v.role for v in part] for part in (consts, carry, xs)))
+    result = []
+    for value, role, v in zip(carry, later, jaxpr.outvars, strict=False):
+        is_float = jnp.issubdtype(v.aval.dtype, jnp.floating)
+        if value.role is Role.CONSTANT and role >= Role.PASSIVE and is_float:
+            array = jax.lax.optimization_barrier(as_array(value.array, v.aval))
+            value = Value(array, Role.PASSIVE)
+        result.append(value)
+    return result
+
+
+def _roles_in_loop(jaxpr: Any, consts: list[Role], carry: list[Role], xs: list[Role]) -> list[Role]:
+    """What the states depend on after sufficiently many iterations."""
+    while True:
+        env = dict(zip(jaxpr.invars, [*consts, *carry, *xs], strict=True))
+        for equation in jaxpr.eqns:
+            role = joined(_role(env, atom) for atom in equation.invars)
+            env.update(dict.fromkeys(equation.outvars, role))
+        after = [joined((r, _role(env, v))) for r, v in zip(carry, jaxpr.outvars, strict=False)]
+        if after == carry:
+            return carry
+        carry = after
+
+
+def _role(env: dict[Var, Role], atom: Any) -> Role:
+    return Role.CONSTANT if isinstance(atom, jex.Literal) else env.get(atom, Role.CONSTANT)

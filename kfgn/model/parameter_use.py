@@ -1,0 +1,119 @@
+"""Uses: the equations where a parameter meets data, each read as one matrix product.
+
+On one example every use computes, up to the order of its entries,
+
+    h[s, t, o] = sum_i a[s, t, i] W[s, i, o] + b[s, o]
+
+with groups s that do not mix (feature groups, heads with kernels of their own,
+the units of a scale), positions t that share the kernel, inputs i and outputs o.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfgn.model.flat_model import Equation, Var, size
+from kfgn.model.parameter_path import Source
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How an equation reads as `h[s, t, o] = sum_i a[s, t, i] W[s, i, o]`.
+
+    Args:
+      kind: what users call it: "dense", "conv", "embedding", "scale", "shift".
+      groups, positions, d_in, d_out: the lengths of s, t, i, o.
+      activations: the data operand of a batch, `[N, ...]`, to `[N, s, t, i]`;
+        to the indices i `[N, s, t]` that are looked up, if `indexed`.
+      kernel: the kernel, as the equation sees it, to `[s, i, o]`; a reordering
+        of its entries. None for a shift, whose parameter is its bias.
+      outputs: the equation's result, with any leading axes, `[..., *shape]`, to
+        `[..., s, t, o]`; by methods that numpy's arrays have, too.
+      indexed: whether a is one-hot, so that its second moment is a diagonal.
+    """
+
+    kind: str
+    groups: int
+    positions: int
+    d_in: int
+    d_out: int
+    activations: Callable[[Any], Any]
+    kernel: Callable[[Any], Any]
+    outputs: Callable[[Any], Any]
+    indexed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bias:
+    """A bias that is added to a use: entry `order[s, o]` of its values goes to `h[s, :, o]`."""
+
+    source: Source
+    order: np.ndarray  # flat indices into the parameter
+
+    def matrix(self, value: Any) -> Any:
+        """`[s, 1, o]`."""
+        if np.array_equal(self.order.reshape(-1), np.arange(value.size)):
+            return value.reshape(self.order.shape)[:, None, :]  # no gather, no scatter back
+        return value.reshape(-1)[self.order][:, None, :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Use:
+    """One equation where a parameter meets data, with the bias that is added to its result."""
+
+    form: Form
+    kernel: Source
+    bias: Bias | None
+    input: Var | None  # the data operand; None where there is none to differentiate
+    output: Var  # the pre-activation: the equation's result, or the sum with the bias
+    equations: tuple[Equation, ...]
+    kernel_value: Var  # the kernel as the equation sees it
+    order: np.ndarray | None = None  # where in `output` each entry of the product stands
+
+    @property
+    def width(self) -> int:
+        """The number of inputs i, and one more with a bias."""
+        return self.form.d_in + (self.bias is not None)
+
+    def pre_activations(self, values: Any) -> Any:
+        """Values like `output`, `[..., *shape]`, as `[..., s, t, o]`."""
+        raw = self.equations[0].outvars[0].aval.shape
+        lead = values.ndim - self.output.aval.ndim
+        flat = values.reshape(*values.shape[:lead], size(self.output))
+        if self.order is not None:
+            flat = flat[..., self.order]
+        return self.form.outputs(flat.reshape(*flat.shape[:lead], *raw))
+
+    def activations(self, values: Array, dtype: Any) -> Array:
+        """Inputs of a batch, `[N, s, t, i]`, with the bias's 1 appended, scaled as the use does.
+
+        Where the form is indexed, one-hot rows.
+        """
+        a = self.form.activations(values)
+        if self.form.indexed:
+            a = jax.nn.one_hot(a, self.form.d_in, dtype=dtype)
+        a = self.kernel.factor * a.astype(dtype)
+        if self.bias is None:
+            return a
+        one = jnp.full((*a.shape[:-1], 1), self.bias.source.factor, dtype)
+        return jnp.concatenate([a, one], axis=-1)
+
+    def matrix(self, leaves: dict[str, Any]) -> Any:
+        """The parameters' entries as `[s, i (+ 1), o]`."""
+        kernel = self.form.kernel(self.kernel.follow(leaves[self.kernel.name]))
+        if self.bias is None:
+            return kernel
+        bias = self.bias.matrix(leaves[self.bias.source.name])
+        return jnp.concatenate([kernel, bias.astype(kernel.dtype)], axis=-2)
+
+    def labels(self) -> np.ndarray:
+        """The flat index of the kernel's entry at every place of `[s, i, o]`."""
+        return np.asarray(self.form.kernel(self.kernel.labels()))

@@ -1,0 +1,191 @@
+"""Per-example losses with the curvature of their outputs.
+
+A loss maps the outputs and the target of ONE example to a scalar, summed over
+the outputs. Beside its value it knows its output Hessian (the paper's
+pre-activation Hessian of the last layer), a square root of it, and, where the
+loss is the negative log-likelihood of a distribution, how to sample targets.
+Batched methods take a leading axis of `N` examples; the outputs of an example,
+flattened, have `K` entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from kfgn.base.errors import LossError
+
+Array = jax.Array
+Outputs = Any  # an array, or a pytree of arrays
+Columns = Callable[[Array], Array]
+
+
+def flatten_batch(outputs: Outputs) -> Array:
+    """The outputs of a batch as one matrix `[N, K]`."""
+    leaves = jax.tree.leaves(outputs)
+    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
+
+
+class Loss:
+    """A per-example loss; the generic rules here are derived by differentiation.
+
+    Args:
+      function: `(outputs, target) -> scalar` for one example.
+      name: what errors call it.
+      convex: whether the output Hessian is positive semi-definite everywhere.
+        Where it is not, the Gauss-Newton quantities use its projection
+        (negative eigenvalues set to zero), so that they stay semi-definite.
+      sample: `(key, outputs) -> target` of one example, drawn from the model's
+        predictive distribution, or None where the loss has no such reading.
+      correct: `(outputs, target) -> scalar` of one example, whether (or how much
+        of) the target is predicted, or None where the loss predicts no classes.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[Outputs, Any], Array],
+        name: str,
+        convex: bool = False,
+        sample: Callable[[Array, Outputs], Any] | None = None,
+        correct: Callable[[Outputs, Any], Array] | None = None,
+    ):
+        self.function = function
+        self.name = name
+        self.convex = convex
+        self._sample = sample
+        self._correct = correct
+
+    def __repr__(self) -> str:
+        return f"kfgn.losses.{self.name}"
+
+    def __call__(self, outputs: Outputs, target: Any) -> Array:
+        """The loss of one example, a scalar."""
+        return self.function(outputs, target)
+
+    # One example.
+
+    def hessian(self, outputs: Outputs, target: Any) -> Array:
+        """The exact output Hessian of one example, `[K, K]`."""
+        flat, unravel = ravel_pytree(outputs)
+        return jax.hessian(lambda o: self(unravel(o), target))(flat)
+
+    def gauss_newton_hessian(self, outputs: Outputs, target: Any) -> Array:
+        """The semi-definite output Hessian that Gauss-Newton uses, `[K, K]`."""
+        hessian = self.hessian(outputs, target)
+        return hessian if self.convex else _project(hessian)
+
+    def hessian_sqrt(self, outputs: Outputs, target: Any) -> Array:
+        """`C` `[K, K]` with `C C'` the Gauss-Newton output Hessian of one example."""
+        values, vectors = jnp.linalg.eigh(self.hessian(outputs, target))
+        return vectors * jnp.sqrt(jnp.maximum(values, 0))
+
+    def gauss_newton_product(self, outputs: Outputs, target: Any, vector: Array) -> Array:
+        """The Gauss-Newton output Hessian of one example times a vector `[K]`."""
+        if not self.convex:
+            return self.gauss_newton_hessian(outputs, target) @ vector
+        flat, unravel = ravel_pytree(outputs)
+        return jax.jvp(jax.grad(lambda o: self(unravel(o), target)), (flat,), (vector,))[1]
+
+    def sample(self, key: Array, outputs: Outputs) -> Any:
+        """A target of one example drawn from the model's predictive distribution."""
+        if self._sample is None:
+            raise LossError(
+                f"the loss {self.name!r} has no predictive distribution to sample targets from, "
+                'which method "kfac" needs; expected a likelihood such as '
+                "kfgn.losses.softmax_cross_entropy. Pass sample= to kfgn.losses.from_function, "
+                'or use "kfra" or "kflr", which need none.'
+            )
+        return self._sample(key, outputs)
+
+    def correct(self, outputs: Outputs, target: Any) -> Array:
+        """Whether one example's target is predicted, or the share of its labels that are."""
+        if self._correct is None:
+            raise LossError(
+                f"the loss {self.name!r} predicts no classes, so accuracy has no meaning of its "
+                "own; pass correct=, a function (outputs, target) -> True or False of one "
+                "example, such as lambda h, y: h.argmax() == y.argmax() for one-hot targets."
+            )
+        return self._correct(outputs, target)
+
+    # A batch.
+
+    def mean_hessian(self, outputs: Outputs, targets: Any) -> Array:
+        """The mean Gauss-Newton output Hessian `[K, K]`, never `[N, K, K]` at once."""
+        count = jax.tree.leaves(outputs)[0].shape[0]
+        size = flatten_batch(outputs).shape[1]
+
+        def add(total, example):
+            return total + self.gauss_newton_hessian(*example), None
+
+        start = jnp.zeros((size, size), flatten_batch(outputs).dtype)
+        return jax.lax.scan(add, start, (outputs, targets))[0] / count
+
+    def sqrt_columns(self, outputs: Outputs, targets: Any) -> tuple[int, Columns]:
+        """The number of columns and `k -> [N, K]`, the k-th column for each example."""
+        roots = jax.vmap(self.hessian_sqrt)(outputs, targets)
+        return roots.shape[-1], lambda k: jnp.take(roots, k, axis=-1)
+
+    def sampled_gradients(self, key: Array, outputs: Outputs) -> Array:
+        """Output gradients at targets drawn from the model's distribution, `[N, K]`."""
+        keys = jax.random.split(key, jax.tree.leaves(outputs)[0].shape[0])
+        return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
+
+    def gradients(self, outputs: Outputs, targets: Any) -> Array:
+        """The gradient of each example's loss in its outputs, `[N, K]`."""
+        return flatten_batch(jax.vmap(jax.grad(self.function))(outputs, targets))
+
+    # Checks: shapes always, values only where they are concrete.
+
+    def check_shapes(self, outputs: Outputs, targets: Any) -> None:
+        """Raises LossError where one example's outputs and target do not fit."""
+        try:
+            value = jax.eval_shape(self.function, outputs, targets)
+        except Exception as error:
+            raise LossError(
+                f"the loss {self.name!r} failed with {type(error).__name__}: {error}\nIt was "
+                f"called as loss(outputs, target) on one example, with outputs {outputs} and "
+                f"target {targets}."
+            ) from error
+        if not hasattr(value, "shape") or value.shape != ():
+            raise LossError(
+                f"the loss {self.name!r} must return a scalar for one example, but returned "
+                f"{jax.tree.map(lambda v: v.shape, value)}; sum it over the outputs."
+            )
+
+    def check_targets(self, outputs: Outputs, targets: Any) -> None:
+        """Raises LossError where concrete targets lie outside the loss's domain."""
+
+
+def _project(matrix: Array) -> Array:
+    values, vectors = jnp.linalg.eigh(matrix)
+    return (vectors * jnp.maximum(values, 0)) @ vectors.T
+
+
+def from_function(
+    per_example_loss: Callable[[Outputs, Any], Array],
+    *,
+    convex: bool = False,
+    sample: Callable[[Array, Outputs], Any] | None = None,
+    correct: Callable[[Outputs, Any], Array] | None = None,
+) -> Loss:
+    """A loss from any twice differentiable function of one example.
+
+    Args:
+      per_example_loss: `(outputs, target) -> scalar` for one example; outputs
+        may be a pytree.
+      convex: promise that the function is convex in the outputs. It saves an
+        eigendecomposition per example; without it the Gauss-Newton quantities
+        use the nearest positive semi-definite output Hessian.
+      sample: `(key, outputs) -> target` for one example, for KFAC.
+      correct: `(outputs, target) -> scalar` for one example, for `kfgn.diagnostics.accuracy`.
+    """
+    if not callable(per_example_loss):
+        raise LossError(
+            f"expected a function (outputs, target) -> scalar, found {type(per_example_loss)}"
+        )
+    name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
+    return Loss(per_example_loss, name, convex, sample, correct)

@@ -1,0 +1,174 @@
+"""The objective: a model, a per-example loss, and an l2 penalty.
+
+f(params) = (1/N) sum_n E(model(params, x_n), y_n) + l2/2 |params|^2
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.checks import check_not_negative
+from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
+from kfgn.base.linalg import factor_dtype, inner
+from kfgn.base.trees import named_leaves, path_name
+from kfgn.objective.loss import Loss, from_function
+
+Array = jax.Array
+PyTree = Any
+Batch = tuple[PyTree, PyTree]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Objective:
+    """The mean loss of a model over a batch, plus `l2/2 |params|^2`.
+
+    Args:
+      model: `(params, inputs) -> outputs`, any JAX function of a params pytree;
+        inputs and outputs have a leading batch axis and may be pytrees.
+      loss: one of `kfgn.losses`; a plain `(outputs, target) -> scalar` function
+        of one example is taken through `kfgn.losses.from_function`.
+      l2: the weight η of the penalty (appendix C).
+
+    Calling it with `(params, (inputs, targets))` gives the scalar objective.
+    """
+
+    model: Callable[[PyTree, PyTree], PyTree]
+    loss: Loss
+    l2: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise OptionError(
+                f"model must be a function (params, inputs) -> outputs, found {type(self.model)}; "
+                "pass model.apply for a flax module."
+            )
+        if not isinstance(self.loss, Loss):
+            object.__setattr__(self, "loss", from_function(self.loss))
+        check_not_negative("l2", self.l2)
+
+    def __call__(self, params: PyTree, batch: tuple[PyTree, PyTree] | None = None) -> Array:
+        if batch is None:
+            raise BatchError(
+                "an objective is called as objective(params, batch), found no batch; optax's line "
+                "searches take it from update(..., batch=batch), and optax.inject_hyperparams, "
+                'which calls all that is callable, needs static_args="objective"'
+            )
+        return self.mean_loss(params, batch) + self.penalty(params)
+
+    def mean_loss(self, params: PyTree, batch: tuple[PyTree, PyTree]) -> Array:
+        """The mean per-example loss over the batch, without the penalty."""
+        inputs, targets = check_batch(batch)
+        outputs = self.model(params, inputs)
+        check_outputs(self.loss, outputs, inputs, targets)
+        return mean_of(jax.vmap(self.loss)(outputs, targets))
+
+    def penalty(self, params: PyTree) -> Array:
+        """`l2/2 |params|^2`."""
+        return 0.5 * self.l2 * inner(params, params)
+
+
+def mean_of(losses: Array) -> Array:
+    """The mean of per-example losses, in at least float32: steps compare such means."""
+    return jnp.mean(losses, dtype=factor_dtype(losses.dtype))
+
+
+def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
+    """Splits a batch into `(inputs, targets)`, checking that all share one leading axis."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        found = f"a {type(batch).__name__}"
+        if isinstance(batch, (tuple, list)):
+            found += f" of length {len(batch)}"
+        raise BatchError(
+            f"expected batch = (inputs, targets), found {found}; for an autoencoder pass "
+            "(inputs, inputs)"
+        )
+    inputs, targets = batch
+    if not jax.tree.leaves(inputs):
+        raise BatchError("the batch has no inputs: expected arrays with a leading batch axis")
+    sizes = {}
+    for part, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+            name = "/".join(filter(None, (part, path_name(path))))
+            shape = jnp.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
+            if not shape:
+                raise BatchError(
+                    f"{name} is a scalar (a {type(leaf).__name__}); expected an array with a "
+                    "leading batch axis"
+                )
+            sizes[name] = shape[0]
+    if len(set(sizes.values())) != 1:
+        raise BatchError(
+            "inputs and targets differ in their number of examples: "
+            + ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        )
+    if 0 in sizes.values():
+        raise BatchError("the batch is empty: expected at least one example")
+    return inputs, targets
+
+
+def check_outputs(loss: Loss, outputs: PyTree, inputs: PyTree, targets: PyTree) -> None:
+    """Checks the model's outputs against the batch and the loss's domain."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    if not jax.tree.leaves(outputs):
+        raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
+    for leaf in jax.tree.leaves(outputs):
+        if leaf.ndim == 0 or leaf.shape[0] != count:
+            raise ModelError(
+                f"the model returned outputs of shape {leaf.shape} for a batch of {count} "
+                "examples; expected the leading axis to be the batch."
+            )
+    example = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), outputs)
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), targets)
+    loss.check_shapes(example, target)
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves((outputs, targets))):
+        loss.check_targets(outputs, targets)
+
+
+def is_concrete(leaf: Any) -> bool:
+    """Whether a leaf has values that can be looked at."""
+    return not isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
+
+
+def require_objective(objective: Any) -> None:
+    """Raises OptionError for anything but an Objective."""
+    if not isinstance(objective, Objective):
+        raise OptionError(
+            f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
+            "with kfgn.Objective(model, loss)."
+        )
+
+
+def require_batch(objective: Objective, params: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Any]:
+    """The inputs and targets of a batch and the shapes of its outputs, checked.
+
+    Raises:
+      BatchError, ModelError, LossError: the batch, outputs and loss do not fit.
+    """
+    inputs, targets = check_batch(batch)
+    outputs = jax.eval_shape(objective.model, params, inputs)
+    check_outputs(objective.loss, outputs, inputs, targets)
+    if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
+        with jax.ensure_compile_time_eval():  # also where the batch is a constant of a jit
+            objective.loss.check_targets(outputs, targets)
+    return inputs, targets, outputs
+
+
+def check_vector(params: PyTree, vector: PyTree) -> None:
+    """Raises ParameterError where a vector has another structure, shape or dtype than params."""
+    expected: Any = jax.tree.structure(params)
+    found: Any = jax.tree.structure(vector)
+    if expected != found:
+        raise ParameterError(f"the vector must be a pytree like params, {expected}, found {found}")
+    pairs = zip(named_leaves(params).items(), jax.tree.leaves(vector), strict=True)
+    for (name, leaf), entry in pairs:
+        wanted, given = ((jnp.shape(x), jnp.result_type(x)) for x in (leaf, entry))
+        if wanted != given:
+            raise ParameterError(
+                f"the vector's entry {name!r} must have shape {wanted[0]} and dtype {wanted[1]}, "
+                f"as in params, found shape {given[0]} and dtype {given[1]}"
+            )

@@ -1,0 +1,176 @@
+"""Conjugate gradients, and what they need to solve with a Gauss-Newton matrix.
+
+`jax.scipy.sparse.linalg.cg` stops by the residual alone and reports neither
+iterations nor negative curvature; the loop here can stop by the progress of
+the quadratic model (Martens 2010, section 4.4), too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.checks import check_not_negative, check_positive
+from kfgn.base.errors import OptionError
+from kfgn.base.linalg import factor_dtype, inner
+from kfgn.curvature.batch import Curvature
+
+Array = jax.Array
+PyTree = Any
+Named = dict[str, Any]
+
+
+class Solution(NamedTuple):
+    """What `conjugate_gradient` found for `A x = b`."""
+
+    x: PyTree
+    product: PyTree  # A x
+    iterations: Array  # products with A, less the one of a start
+    residual: Array  # |b - A x| / |b|
+    value: Array  # the quadratic model x'Ax / 2 - b'x
+    negative_curvature: Array  # whether a direction with p'Ap <= 0 was met
+
+
+class _Iterate(NamedTuple):
+    count: Array  # type: ignore[assignment]
+    x: PyTree
+    residual: PyTree  # r
+    direction: PyTree  # p
+    rho: Array  # r'M^-1 r
+    values: Array  # of the model, one for each iteration so far
+    negative: Array
+
+
+def conjugate_gradient(
+    product: Callable[[PyTree], PyTree],
+    b: PyTree,
+    *,
+    start: PyTree | None = None,
+    precondition: Callable[[PyTree], PyTree] | None = None,
+    tolerance: Any = 0.1,
+    progress: Any = None,
+    max_iterations: int = 250,
+) -> Solution:
+    """Solves `A x = b` for a positive definite A, to the first rule that says stop.
+
+    Where `p'Ap` is not positive, the solution so far is returned and
+    `negative_curvature` says so; at the first iteration it is `M^-1 b`, along
+    which the model falls.
+
+    Args:
+      product: `v -> A v`, of pytrees like b.
+      b: the right side, a pytree of arrays.
+      start: where to start; None for zero.
+      precondition: `r -> M^-1 r`, M positive definite and close to A; None for I.
+      tolerance: stop where `|b - A x| <= tolerance |b|`; None for never.
+      progress: ε; stop where over the last `k = max(10, i / 10)` iterations the
+        model's value fell by less than `k ε` of itself; None for never.
+      max_iterations: stop there in any case.
+
+    Raises:
+      OptionError: an option out of its range.
+    """
+    check_stopping(tolerance, progress, max_iterations)
+    precondition = precondition or (lambda r: r)
+    least = 0.0 if tolerance is None else tolerance
+    limit = jnp.asarray(least).astype(inner(b, b).dtype) ** 2 * inner(b, b)
+
+    def go_on(s: _Iterate) -> Array:
+        left = s.count < max_iterations
+        running = left & ~s.negative & (inner(s.residual, s.residual) > limit)
+        return running if progress is None else running & ~_stalled(s, progress)
+
+    def turn(s: _Iterate) -> _Iterate:
+        image = product(s.direction)
+        bend = inner(s.direction, image)
+        positive = bend > 0
+        step = jnp.where(positive, s.rho / jnp.where(positive, bend, 1), 0)
+        x, residual = _add(s.x, step, s.direction), _add(s.residual, -step, image)
+        steepest = precondition(residual)
+        rho = inner(residual, steepest)
+        count = s.count + positive.astype(s.count.dtype)
+        value = -0.5 * (inner(x, residual) + inner(x, b))
+        return _Iterate(
+            count,
+            x,
+            residual,
+            _add(steepest, rho / s.rho, s.direction),
+            rho,
+            s.values.at[count].set(value),
+            ~positive,
+        )
+
+    first = precondition(b)
+    found = jax.lax.while_loop(
+        go_on, turn, _begin(product, b, start, precondition, first, max_iterations)
+    )
+    return _finish(product, b, first, found)
+
+
+def _begin(product, b, start, precondition, first, max_iterations: int) -> _Iterate:
+    if start is None:
+        x, residual, steepest = jax.tree.map(jnp.zeros_like, b), b, first
+    else:
+        x = start
+        residual = jax.tree.map(jnp.subtract, b, product(start))
+        steepest = precondition(residual)
+    rho = inner(residual, steepest)
+    value = -0.5 * (inner(x, residual) + inner(x, b))
+    values = jnp.zeros((max_iterations + 1,), value.dtype).at[0].set(value)
+    zero = jnp.zeros((), jnp.int32)
+    return _Iterate(zero, x, residual, steepest, rho, values, jnp.zeros((), bool))
+
+
+def _finish(product, b: PyTree, first: PyTree, found: _Iterate) -> Solution:
+    image = jax.tree.map(jnp.subtract, b, found.residual)
+    early = found.negative & (found.count == 0)
+    x, image = jax.lax.cond(early, lambda: (first, product(first)), lambda: (found.x, image))
+    residual = jax.tree.map(jnp.subtract, b, image)
+    norm = inner(b, b)
+    relative = jnp.sqrt(inner(residual, residual) / jnp.where(norm == 0, 1, norm))
+    value = 0.5 * inner(x, image) - inner(x, b)
+    return Solution(x, image, found.count, relative, value, found.negative)
+
+
+def _stalled(s: _Iterate, progress: Any) -> Array:
+    """Whether the model fell too little over the last k iterations."""
+    k = jnp.maximum(10, s.count // 10)
+    now, before = s.values[s.count], s.values[jnp.maximum(s.count - k, 0)]
+    least = k.astype(now.dtype) * jnp.asarray(progress).astype(now.dtype)
+    return (s.count > k) & (now < 0) & (before - now < -now * least)
+
+
+def _add(x: PyTree, factor: Array, y: PyTree) -> PyTree:
+    """`x + factor y`, in the dtype of x."""
+    return jax.tree.map(lambda a, b: a + factor.astype(a.dtype) * b.astype(a.dtype), x, y)
+
+
+def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
+    """Raises OptionError for a rule of `conjugate_gradient` that makes no sense."""
+    if tolerance is not None:
+        check_not_negative("tolerance", tolerance)
+    if progress is not None:
+        check_positive("progress", progress)
+    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
+    if not whole or max_iterations < 1:
+        remedy = ""
+        if hasattr(max_iterations, "dtype"):  # it is the size of an array, so no value of a state
+            remedy = ', an array; under optax.inject_hyperparams give static_args="max_iterations"'
+        raise OptionError(
+            f"max_iterations must be a whole number of at least 1, found {max_iterations!r}{remedy}"
+        )
+
+
+def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
+    """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
+    pushed, pull = jax.vjp(curvature.linearized, vector)
+    weighted = jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
+    return pull(weighted)[0]
+
+
+def wide(x: Any) -> Any:
+    """The dtype that a leaf is solved for in, at least float32."""
+    return factor_dtype(jnp.result_type(x))

@@ -1,0 +1,228 @@
+"""Newton's method with the exact Hessian, whole or by blocks, for small problems.
+
+The Hessian is indefinite away from a minimum. It is taken apart into
+eigenvalues and used as `V (|Λ| + τ I) V'`: the damped Hessian wherever it is
+positive semi-definite, and else a matrix whose steps go down along directions
+of negative curvature too, where Newton's own would climb to the saddle point.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from kfgn.base.checks import check_not_negative
+from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.linalg import factor_dtype
+from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.curvature.exact import block_hessian
+from kfgn.model.graph import build_graph
+from kfgn.objective.objective import Objective, check_batch
+from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.optimizers.preconditioner import all_finite
+from kfgn.optimizers.transforms import check_state, keep_if
+from kfgn.optimizers.wrappers import has_masked, whole_params
+
+Array = jax.Array
+PyTree = Any
+
+STRUCTURES = ("full", "block")
+
+
+class Solved(NamedTuple):
+    """A Newton direction, and how the Hessian was bent."""
+
+    direction: PyTree  # like params
+    smallest: Array  # the smallest eigenvalue, l2 included
+    negative: Array  # how many eigenvalues are below zero
+
+
+def newton_direction(
+    objective: Objective,
+    params: PyTree,
+    batch: Any,
+    gradient: PyTree,
+    *,
+    damping: Any = 0.0,
+    structure: str = "full",
+) -> Solved:
+    """`V (|Λ| + τ I)^-1 V' g` of the Hessian `V Λ V'` of the objective on a batch.
+
+    Eigenvalues that are zero up to roundoff, where τ is zero as well, are left
+    out: the solution of least norm.
+
+    Args:
+      objective: the objective; its l2 is in the Hessian.
+      params: P parameters.
+      batch: `(inputs, targets)`.
+      gradient: g, a pytree like params; what `optax.masked` left out of it
+        stays fixed, and has no part in the Hessian.
+      damping: τ.
+      structure: "full": one matrix `[P, P]` by `jax.hessian`. "block": one for
+        every layer, by `kfgn.curvature.block_hessian`, and for every parameter in none.
+
+    Raises:
+      OptionError: an unknown structure, or a negative damping.
+      ParameterError: the gradient is not like params, or, by blocks, lacks a
+        part of a layer.
+    """
+    _check_options(objective, damping, structure)
+    _check_like(gradient, params)
+    solve = _solve_full if structure == "full" else _solve_blocks
+    return solve(objective, params, batch, gradient, damping)
+
+
+def _solve_full(objective, params, batch, gradient, damping) -> Solved:
+    leaves, own = named_leaves(gradient), named_leaves(params)
+    dtypes = {n: jnp.result_type(own[n]) for n in leaves}
+    wide = factor_dtype(*dtypes.values())  # eigenvalues need at least float32
+    flat, unravel = ravel_pytree({n: jnp.asarray(own[n], wide) for n in leaves})
+
+    def moved(x: Array) -> Array:
+        narrow = {n: leaf.astype(dtypes[n]) for n, leaf in unravel(x).items()}
+        return objective(with_leaves(params, narrow), batch)
+
+    vector = ravel_pytree({n: jnp.asarray(g, wide) for n, g in leaves.items()})[0]
+    solution, smallest, negative = _solve(jax.hessian(moved)(flat), vector, damping)
+    found = {n: x.astype(leaves[n].dtype) for n, x in unravel(solution).items()}
+    return Solved(with_leaves(gradient, found), smallest, negative)
+
+
+def _solve_blocks(objective, params, batch, gradient, damping) -> Solved:
+    graph = build_graph(objective, params, check_batch(batch)[0])
+    leaves, found, parts = named_leaves(gradient), {}, []
+    shapes = {n: jnp.shape(x) for n, x in named_leaves(params).items()}
+    present = LayerBlocks(graph.layers, tuple(graph.reasons), shapes).present(leaves)
+    for name, block in block_hessian(objective)(params, batch).items():
+        if name not in present and name not in leaves:
+            continue  # masked out
+        layer = present.get(name)
+        own = leaves[name] if layer is None else layer.to_matrix(leaves)
+        slots = 1 if layer is None else len(layer.slots)
+        vectors = own.reshape(slots, -1)
+        size = vectors.shape[1]
+        blocks = block.reshape(slots, size, size)
+        blocks = blocks + objective.l2 * jnp.eye(size, dtype=blocks.dtype)
+        solved, smallest, negative = jax.vmap(_solve, (0, 0, None))(blocks, vectors, damping)
+        solved = solved.reshape(own.shape)
+        if layer is None:
+            found[name] = solved.astype(own.dtype)
+        else:
+            found.update(layer.from_matrix(solved))
+        parts.append((jnp.min(smallest), jnp.sum(negative)))
+    smallest, negative = (jnp.stack(x) for x in zip(*parts, strict=True))
+    return Solved(with_leaves(gradient, found), jnp.min(smallest), jnp.sum(negative))
+
+
+def _solve(matrix: Array, vector: Array, damping: Any) -> tuple[Array, Array, Array]:
+    """The solution `[P]`, the smallest eigenvalue, and the number below zero."""
+    values, vectors = jnp.linalg.eigh(matrix)
+    size = jnp.abs(values)
+    roundoff = len(values) * jnp.finfo(values.dtype).eps * jnp.max(size)
+    size = size + jnp.asarray(damping).astype(size.dtype)
+    used = size > roundoff
+    inverse = jnp.where(used, 1 / jnp.where(used, size, 1), 0)
+    solution = vectors @ (inverse * (vectors.T @ vector.astype(values.dtype)))
+    return solution, values[0], jnp.sum(values < -roundoff)
+
+
+class ScaleByNewtonState(NamedTuple):
+    """State of `scale_by_newton`."""
+
+    count: Array  # type: ignore[assignment]  # updates made
+    skipped: Array  # updates skipped, for numbers that were not finite
+    smallest: Array  # the Hessian's smallest eigenvalue, as last seen
+    negative: Array  # how many of its eigenvalues were negative
+
+
+def scale_by_newton(
+    objective: Objective, *, damping: Any = 0.0, structure: str = "full"
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of `newton_direction` as an optax transformation.
+
+        updates, state = tx.update(grads, state, params, batch=batch)
+
+    It returns a direction of ascent, whose sign belongs to
+    `optax.scale_by_learning_rate`. In a chain with one of optax's line searches
+    give the search `value_fn=objective`, which takes `batch` as well. A batch
+    whose numbers are not finite changes nothing but the count of skipped ones.
+
+    Within `optax.masked` and `optax.partition` the Hessian is that of the
+    parameters in it, by blocks whole layers, and `update` needs all of them as
+    `all_params=params`. `optax.inject_hyperparams` needs `static_args="objective"`.
+
+    Args:
+      objective, damping, structure: as for `newton_direction`.
+
+    Raises:
+      OptionError: as `newton_direction`; in `update`, also without params or batch.
+      ParameterError: in `update`, params are masked out and `all_params` is missing.
+    """
+    _check_options(objective, damping, structure)
+
+    def init(params):
+        del params
+        zero = jnp.zeros((), jnp.float32)
+        return ScaleByNewtonState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32)
+        )
+
+    def update(updates, state, params=None, *, batch: Any = None, all_params=None, **extra):
+        del extra
+        check_state(state, ScaleByNewtonState)
+        everything = whole_params("scale_by_newton", params, batch, all_params)
+        if not jax.tree.leaves(updates):  # all is masked out
+            return updates, state
+        solved = newton_direction(
+            objective, everything, batch, updates, damping=damping, structure=structure
+        )
+        moved = state._replace(
+            count=state.count + 1,
+            smallest=solved.smallest.astype(jnp.float32),
+            negative=solved.negative.astype(jnp.int32),
+        )
+        stay = state._replace(skipped=state.skipped + 1)
+        zeros = jax.tree.map(jnp.zeros_like, updates)
+        good = all_finite((updates, solved.direction, solved.smallest))
+        return keep_if(good, (solved.direction, moved), (zeros, stay))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def newton(
+    objective: Objective,
+    learning_rate: Any = 1.0,
+    *,
+    damping: Any = 0.0,
+    structure: str = "full",
+) -> optax.GradientTransformationExtraArgs:
+    """Newton's method: `scale_by_newton`, then a step of `-learning_rate` (or a schedule)."""
+    return optax.chain(
+        scale_by_newton(objective, damping=damping, structure=structure),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _check_options(objective: Any, damping: Any, structure: str) -> None:
+    if not isinstance(objective, Objective):
+        raise OptionError(f"objective must be a kfgn.Objective, found a {type(objective).__name__}")
+    check_not_negative("damping", damping)
+    if structure not in STRUCTURES:
+        raise OptionError(f"structure must be one of {', '.join(STRUCTURES)}, found {structure!r}")
+
+
+def _check_like(gradient: PyTree, params: PyTree) -> None:
+    found, expected = (
+        {n: jnp.shape(leaf) for n, leaf in named_leaves(tree).items()}
+        for tree in (gradient, params)
+    )
+    if has_masked(gradient):
+        expected = {n: shape for n, shape in expected.items() if n in found}
+    if found != expected:
+        raise ParameterError(
+            f"the gradient must be like params, of shapes {expected}; found {found}"
+        )

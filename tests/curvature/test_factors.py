@@ -1,0 +1,297 @@
+"""Kronecker factors where they approximate, and the same curvature in other settings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kfgn
+from kfgn.base.trees import named_leaves
+from tests.tables.comparison import as_params, close, setting
+from tests.tables.dense import dense_truth, indices, quick_jit, submatrix
+from tests.tables.losses import LOSSES
+from tests.tables.models import Case, Slot, dense, normalize
+
+float64 = pytest.mark.usefixtures("x64")
+
+
+def factors_of(objective, method, params, batch, **options):
+    """The factors of one method, as numpy arrays."""
+    key = options.pop("key", None)
+    function = kfgn.value_grad_and_curvature(objective, method, **options)
+    _, curvature = quick_jit(function)(params, batch, key=key)
+    return jax.tree.map(np.asarray, curvature.factors)
+
+
+# KFRA with several examples, by hand.
+
+
+def expected_by_hand(jacobians, matrix):
+    """`E[J' M J]` of Jacobians `[N, D_out, D_in]`."""
+    return np.mean(np.einsum("nij,ik,nkl->njl", jacobians, matrix, jacobians), axis=0)
+
+
+@float64
+@pytest.mark.parametrize("model", ["tanh", "softplus", "gelu", "leaky_relu", "tanh_layer_norm"])
+def test_kfra_is_the_recursion_of_the_paper(model):
+    """Eq. (26) written out; what lies between two layers is one node, LayerNorm included."""
+    activation = {
+        "tanh": jnp.tanh,
+        "softplus": jax.nn.softplus,
+        "gelu": jax.nn.gelu,
+        "leaky_relu": jax.nn.leaky_relu,
+        "tanh_layer_norm": lambda h: normalize(jnp.tanh(h)),
+    }[model]
+    case, objective, batch = setting(model, "one_hot")
+    found = factors_of(objective, "kfra", case.params, batch)
+    slopes = jax.vmap(jax.jacobian(activation))
+
+    p = case.perturbable()
+    first = dense(p["first"], case.inputs)
+    second = dense(p["second"], activation(first))
+    logits = dense(p["out"], activation(second))
+    outputs = jax.vmap(jax.hessian(LOSSES["one_hot"].reference))(logits, batch[1])
+
+    out = np.mean(outputs, axis=0)
+    close(found["out"].pre_activation, out, "out")
+    w = np.asarray(p["out"]["w"])
+    middle = expected_by_hand(np.asarray(slopes(second)), w @ out @ w.T)
+    close(found["second"].pre_activation, middle, "second")
+    w = np.asarray(p["second"]["w"])
+    last = expected_by_hand(np.asarray(slopes(first)), w @ middle @ w.T)
+    close(found["first"].pre_activation, last, "first")
+
+
+# KFAC.
+
+
+@float64
+@pytest.mark.parametrize("loss", ["one_hot", "integer_labels", "squared_error", "sigmoid"])
+def test_kfac_converges_to_kflr(loss):
+    """The mean of its sampled factors is KFLR's, to within their standard error."""
+    samples = 10_000
+    case, objective, batch = setting("tanh_without_bias", loss, count=2)
+    key = jax.random.key(11)
+    found = factors_of(objective, "kfac", case.params, batch, samples=samples, key=key)
+    truth = dense_truth(case, LOSSES[loss], batch[1])
+    for name, place in indices(case).items():
+        exact = submatrix(truth.gauss_newton, place.pre_activation)
+        # Entry ij of one sample is g_i g_j. Were g normal its variance would be
+        # G_ii G_jj + G_ij^2; labels have lighter tails only where probabilities
+        # are not extreme, hence 8 deviations, not 5, for some 50 entries.
+        diagonal = np.einsum("nii->ni", exact)
+        variance = diagonal[:, :, None] * diagonal[:, None, :] + exact**2
+        deviation = np.sqrt(np.mean(variance, axis=0) / (2 * samples))
+        error = np.abs(found[name].pre_activation - np.mean(exact, axis=0))
+        assert np.all(error < 8 * deviation), name
+        # and not because the deviation is large
+        assert np.max(error) < 0.1 * np.max(np.mean(exact, axis=0)), name
+
+
+@float64
+def test_kfac_depends_on_its_key_alone():
+    """One key gives one result, another key another; samples differ from each other."""
+    case, objective, batch = setting("tanh", "squared_error")  # whose targets are continuous
+    arguments = (objective, "kfac", case.params, batch)
+    one = factors_of(*arguments, key=jax.random.key(0))
+    same = factors_of(*arguments, key=jax.random.key(0))
+    other = factors_of(*arguments, key=jax.random.key(1))
+    more = factors_of(*arguments, key=jax.random.key(0), samples=3)
+    g = {k: f["out"].pre_activation for k, f in zip("abcd", (one, same, other, more), strict=True)}
+    assert np.array_equal(g["a"], g["b"])
+    assert not np.allclose(g["a"], g["c"])
+    # Three samples that were alike would average to one of them.
+    assert not np.allclose(g["a"], g["d"])
+
+
+# Parameters in no layer.
+
+
+@float64
+def test_parameters_without_a_block():
+    """They get gradients and are left out of the factors; those of layers stay exact."""
+    case, _, (inputs, _) = setting("tanh")
+
+    def model(p, x):
+        h = jnp.tanh(dense(p["first"], x))
+        h = normalize(h) * jnp.exp(p["norm"]["scale"]) + jnp.tanh(p["norm"]["shift"])
+        return dense(p["out"], jnp.tanh(dense(p["second"], h)))
+
+    norm = {"scale": jnp.linspace(0.5, 2, 5), "shift": jnp.linspace(-1, 1, 5)}
+    params = {**case.params, "norm": norm}
+    slots = {name: Slot(f"{name}/w", f"{name}/b") for name in case.slots}
+    case = Case(model, params, inputs, slots)
+    row = LOSSES["one_hot"]
+    targets = row.targets(jax.random.key(0), model(params, inputs))
+    objective = kfgn.Objective(model, row.loss)
+    truth = dense_truth(case, row, targets)
+
+    with pytest.raises(kfgn.errors.LayerError, match="norm/scale"):
+        factors_of(objective, "kflr", params, (inputs, targets))
+    function = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="gradient")
+    (_, gradient), curvature = quick_jit(function)(params, (inputs, targets))
+    assert set(curvature.factors) == set(slots)
+    mean = np.mean(truth.gauss_newton, axis=0)
+    for name, place in indices(case).items():
+        expected = submatrix(mean, place.pre_activation)
+        close(curvature.factors[name].pre_activation, expected, name)
+    close(jax.flatten_util.ravel_pytree(gradient)[0], truth.gradient)
+    direction = as_params(case, np.linspace(-1, 1, truth.gradient.size))
+    named = {f"{layer}/{leaf}": x for layer, p in direction.items() for leaf, x in p.items()}
+    flat = np.linspace(-1, 1, truth.gradient.size)
+    close(curvature.linearized(named), truth.jacobian @ flat)
+
+
+# Lower precision.
+
+
+def test_float32():
+    """Single precision is kept, and good to its own roundoff."""
+    case, objective, batch = setting("residual", dtype=jnp.float32)
+    truth = dense_truth(case, LOSSES["one_hot"], batch[1])
+    hessian = quick_jit(kfgn.curvature.pre_activation_hessian(objective))(case.params, batch)
+    factors = factors_of(objective, "kflr", case.params, batch)
+    for name, place in indices(case).items():
+        assert hessian[name].dtype == factors[name].pre_activation.dtype == np.float32
+        # 1e-7 a rounding, as in `close` with three digits for cancellation.
+        expected = submatrix(truth.hessian, place.pre_activation)
+        close(hessian[name], expected, name, digits=1e-4)
+        mean = np.mean(submatrix(truth.gauss_newton, place.pre_activation), axis=0)
+        close(factors[name].pre_activation, mean, name, digits=1e-4)
+
+
+@pytest.mark.parametrize("method", ["kfra", "kflr", "empirical"])
+@pytest.mark.parametrize("stored", [jnp.float32, jnp.bfloat16], ids=["compute", "parameters"])
+def test_bfloat16(method, stored):
+    """Compute in bfloat16, parameters in either: factors in float32, correct to bfloat16's eps."""
+    case, _, batch = setting("tanh", dtype=jnp.float32)
+    one = jax.tree.map(lambda a: a[:1], batch)
+
+    def model(p, x):
+        def layer(p, x):
+            return dense(jax.tree.map(lambda a: a.astype(jnp.bfloat16), p), x)
+
+        h = jnp.tanh(layer(p["first"], x.astype(jnp.bfloat16)))
+        h = jnp.tanh(layer(p["second"], h))
+        return layer(p["out"], h).astype(jnp.float32)
+
+    rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), case.params)
+    params = jax.tree.map(lambda a: a.astype(stored), rounded)
+    objective = kfgn.Objective(model, LOSSES["one_hot"].loss)
+    function = kfgn.value_grad_and_curvature(objective, method)
+    (value, gradient), curvature = quick_jit(function)(params, one)
+    assert value.dtype == jnp.float32
+    assert all(leaf.dtype == stored for leaf in jax.tree.leaves(gradient))
+
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), rounded)
+    truth = dense_truth(case._replace(params=exact, inputs=one[0]), LOSSES["one_hot"], one[1])
+    for name, place in indices(case).items():
+        q, g = curvature.factors[name]
+        assert q.dtype == g.dtype == jnp.float32
+        expected = submatrix(truth.gauss_newton[0], place.pre_activation)
+        if method == "empirical":
+            rows = truth.gradients[:, place.pre_activation]
+            expected = rows.T @ rows
+        # bfloat16 rounds at 1/256; some ten roundings on the way there and back.
+        close(g, expected, name, digits=0.05)
+
+
+# Several devices.
+
+SHARDED = """
+import jax
+import numpy as np
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+import kfgn
+from tests.tables.dense import quick_jit
+from tests.tables.comparison import setting
+
+jax.config.update("jax_enable_x64", True)
+case, objective, batch = setting("residual", count=8)
+mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["batch"], []))
+methods = ("kfra", "kflr", "kfac", "empirical")
+optimizer = kfgn.kfra(objective, case.params, batch)
+
+
+@quick_jit
+def step(params, state, batch):
+    results = {}
+    for method in methods:
+        key = jax.random.key(0) if method == "kfac" else None
+        (value, grads), curvature = kfgn.value_grad_and_curvature(objective, method)(
+            params, batch, key=key
+        )
+        results[method] = value, grads, curvature.factors
+        if method == "kfra":
+            updates, state = optimizer.update(grads, state, params, curvature=curvature)
+    hessian = kfgn.curvature.pre_activation_hessian(objective, reduce="mean")(params, batch)
+    return results, hessian, optax.apply_updates(params, updates), state
+
+
+def run(params, batch):
+    results = []
+    state = optimizer.init(params)
+    for _ in range(2):
+        *found, params, state = step(params, state, batch)
+        results.append((found, params))
+    return results
+
+
+one = run(case.params, batch)
+spread = jax.device_put(batch, rows)
+assert len(spread[0].sharding.device_set) == 4 and not spread[0].is_fully_replicated
+many = run(jax.device_put(case.params, copies), spread)
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    # Sums over the batch in another order: roundoff, a little more after two steps.
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(np.max(np.abs(a)), 1e-3))
+print("equal")
+"""
+
+
+def test_one_device_equals_many():
+    """A batch spread over four devices gives the curvature and the steps of one device."""
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-W", "error", "-c", SHARDED]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "equal"
+
+
+@float64
+def test_quadratic_model_of_some_examples():
+    """Spread evenly over the batch, with their own outputs and targets."""
+    case, objective, (inputs, targets) = setting("tanh", count=9)
+    batch = (inputs, targets)
+    direction = jax.tree.map(jnp.ones_like, case.params)
+    named = named_leaves(direction)
+
+    def model_of(batch, examples):
+        function = kfgn.value_grad_and_curvature(objective, model_examples=examples)
+        (_, gradient), curvature = quick_jit(function)(case.params, batch)
+        pushed = curvature.linearized(named)
+        return gradient, pushed, curvature.output_product(pushed, pushed)
+
+    gradient, pushed, curved = model_of(batch, 4)
+    chosen = jax.tree.map(lambda a: a[np.array([0, 2, 4, 6])], batch)
+    whole = model_of(batch, None)
+    assert pushed.shape == (4, *whole[1].shape[1:]) and whole[1].shape[0] == 9
+    _, expected, expected_curved = model_of(chosen, None)
+    close(pushed, expected)
+    close(curved, expected_curved)
+    close(jax.flatten_util.ravel_pytree(gradient)[0], jax.flatten_util.ravel_pytree(whole[0])[0])

@@ -1,0 +1,424 @@
+"""Each layer's Hessian by weights and biases, and its negative curvature, against dense truth."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import kfgn
+from tests.tables.comparison import close, setting
+from tests.tables.dense import quick_jit
+from tests.tables.losses import LOSSES
+from tests.tables.models import chain
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+COUNT = 3
+SIZES = {"first": (3, 4), "second": (4, 3), "out": (3, 2)}
+ACTIVATIONS = {
+    "tanh": jnp.tanh,
+    "sigmoid": jax.nn.sigmoid,
+    "softplus": jax.nn.softplus,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+every_loss = pytest.mark.parametrize("loss", ["one_hot", "squared_error", "sigmoid"])
+
+
+class Setup(NamedTuple):
+    """A network of three layers, and the Hessian of every example's loss."""
+
+    objective: kfgn.Objective
+    params: Any
+    batch: Any
+    places: dict[str, dict[str, np.ndarray]]  # of each parameter in the vector of all
+    hessian: np.ndarray  # `[N, P, P]`
+
+    def block(self, layer: str, row: str, column: str) -> np.ndarray:
+        """The rows of one parameter and the columns of another, `[N, R, C]`."""
+        rows, columns = (self.places[layer][name].ravel() for name in (row, column))
+        return self.hessian[:, rows[:, None], columns]
+
+
+@functools.cache
+def setup(activation: str, loss: str) -> Setup:
+    rng, row = np.random.default_rng(0), LOSSES[loss]
+    model = chain(ACTIVATIONS[activation])
+    params = {
+        name: {"w": jnp.asarray(rng.normal(size=size)), "b": jnp.asarray(rng.normal(size=size[1]))}
+        for name, size in SIZES.items()
+    }
+    inputs = jnp.asarray(rng.normal(size=(COUNT, 3)))
+    targets = row.targets(jax.random.key(1), model(params, inputs))
+    flat, unravel = ravel_pytree(params)
+
+    def one(x, y):
+        return jax.hessian(lambda p: row.reference(model(unravel(p), x[None])[0], y))(flat)
+
+    hessian = np.asarray(quick_jit(jax.vmap(one))(inputs, targets))
+    places = jax.tree.map(np.asarray, unravel(jnp.arange(flat.size, dtype=flat.dtype)))
+    places = jax.tree.map(lambda a: a.astype(int), places)
+    return Setup(
+        kfgn.Objective(model, row.loss, l2=0.1), params, (inputs, targets), places, hessian
+    )
+
+
+@functools.cache
+def found(activation: str, loss: str) -> dict[str, Any]:
+    """What kfgn says of it, in one compilation."""
+    case = setup(activation, loss)
+
+    def everything(params, batch):
+        return {
+            "mean": kfgn.curvature.parameter_hessian(case.objective)(params, batch),
+            "each": kfgn.curvature.parameter_hessian(case.objective, per_example=True)(
+                params, batch
+            ),
+            "negative": kfgn.diagnostics.negative_curvature(case.objective)(params, batch),
+        }
+
+    return quick_jit(everything)(case.params, case.batch)
+
+
+@every_activation
+@every_loss
+def test_blocks(activation, loss):
+    """Eqs. 68-70 and 78-80 of Veitch, for every example and on average."""
+    case, ours = setup(activation, loss), found(activation, loss)
+    assert set(ours["mean"]) == set(ours["each"]) == set(SIZES)
+    for name in SIZES:
+        for field, row, column in (
+            ("weight_weight", "w", "w"),
+            ("weight_bias", "w", "b"),
+            ("bias_bias", "b", "b"),
+        ):
+            expected = case.block(name, row, column)
+            scale = np.max(np.abs(case.hessian))  # a dead unit's block is all rounding
+            close(getattr(ours["each"][name], field), expected, f"{name} {field}")
+            mean = getattr(ours["mean"][name], field)
+            assert np.max(np.abs(mean - np.mean(expected, axis=0))) < 1e-12 * scale
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_products(per_example):
+    """The same blocks times random vectors."""
+    case = setup("tanh", "one_hot")
+    rng = np.random.default_rng(2)
+    vectors = {
+        name: {key: rng.normal(size=leaf.shape) for key, leaf in layer.items()}
+        for name, layer in case.params.items()
+    }
+
+    @quick_jit
+    def everything(params, batch, vectors):
+        function = kfgn.curvature.parameter_hessian(
+            case.objective, as_matvec=True, per_example=per_example
+        )
+        matvecs = function(params, batch)
+        return {
+            name: {
+                "ww": matvecs[name].weight_weight(own["w"]),
+                "wb": matvecs[name].weight_bias(own["b"]),
+                "bw": matvecs[name].bias_weight(own["w"]),
+                "bb": matvecs[name].bias_bias(own["b"]),
+            }
+            for name, own in vectors.items()
+        }
+
+    for name, products in everything(case.params, case.batch, vectors).items():
+        for (row, column), product in products.items():
+            each = case.block(name, row, column) @ vectors[name][column].ravel()
+            each = each.reshape(COUNT, *vectors[name][row].shape)
+            close(product, each if per_example else np.mean(each, axis=0), f"{name} {row}{column}")
+
+
+def test_layers_without_bias():
+    """Their one block is the layer's whole block."""
+    case, objective, batch = setting("tanh_without_bias")
+    ours = quick_jit(kfgn.curvature.parameter_hessian(objective))(case.params, batch)
+    blocks = quick_jit(kfgn.curvature.block_hessian(objective))(case.params, batch)
+    matvecs = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(case.params, batch)
+    for name, block in blocks.items():
+        assert ours[name].weight_bias is ours[name].bias_bias is None
+        assert matvecs[name].weight_bias is matvecs[name].bias_weight is None
+        close(ours[name].weight_weight, block)
+    kernel = jnp.ones(case.params["out"]["w"].shape)
+    product = quick_jit(matvecs["out"].weight_weight)(kernel)
+    close(product.ravel(), blocks["out"] @ kernel.ravel())
+
+
+def scales_and_stacks(params, x):
+    """A scale with a shift, a stack of kernels, and a parameter that is no layer."""
+    h = x * params["norm"]["scale"] + params["norm"]["shift"]
+
+    def body(h, layer):
+        return jnp.tanh(h @ layer["w"] + layer["b"]), None
+
+    h, _ = jax.lax.scan(body, h, params["stack"])
+    return h @ params["out"] * jnp.exp(params["bare"])
+
+
+def test_other_layers():
+    """Blocks with groups or slots, and one of a parameter in no layer: they add up to the whole."""
+    rng = np.random.default_rng(3)
+    shapes = {
+        "norm": {"scale": (3,), "shift": (3,)},
+        "stack": {"w": (2, 3, 3), "b": (2, 3)},
+        "out": (3, 2),
+        "bare": (2,),
+    }
+    params = jax.tree.map(
+        lambda s: jnp.asarray(rng.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple)
+    )
+    batch = (jnp.asarray(rng.normal(size=(COUNT, 3))), jnp.asarray(rng.normal(size=(COUNT, 2))))
+    objective = kfgn.Objective(scales_and_stacks, kfgn.losses.half_squared_error)
+    flat, unravel = ravel_pytree(params)
+    index = unravel(jnp.arange(flat.size, dtype=flat.dtype))
+    truth = quick_jit(jax.hessian(lambda p: objective.mean_loss(unravel(p), batch)))(flat)
+    truth = np.asarray(truth)
+
+    def at(row, column):
+        row, column = (np.asarray(i).astype(int).ravel() for i in (row, column))
+        return truth[row[:, None], column]
+
+    dense = quick_jit(kfgn.curvature.parameter_hessian(objective))(params, batch)
+    norm, stack = index["norm"], index["stack"]
+    close(dense["norm"].weight_weight, at(norm["scale"], norm["scale"]))
+    close(dense["norm"].weight_bias, at(norm["scale"], norm["shift"]))
+    close(dense["norm"].bias_bias, at(norm["shift"], norm["shift"]))
+    for k in range(2):
+        close(dense["stack"].weight_weight[k], at(stack["w"][k], stack["w"][k]))
+        close(dense["stack"].weight_bias[k], at(stack["w"][k], stack["b"][k]))
+        close(dense["stack"].bias_bias[k], at(stack["b"][k], stack["b"][k]))
+    close(dense["bare"].weight_weight, at(index["bare"], index["bare"]))
+
+    @quick_jit
+    def products(params, batch):
+        matvecs = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(params, batch)
+        scale = jnp.ones((3, 1, 1))
+        return (
+            matvecs["norm"].bias_weight(scale),
+            matvecs["stack"].weight_bias(params["stack"]["b"]),
+            matvecs["bare"].weight_weight(params["bare"]),
+        )
+
+    shifts, kernels, bare = products(params, batch)
+    close(shifts.ravel(), at(norm["shift"], norm["scale"]) @ np.ones(3))
+    for k in range(2):
+        bias = np.asarray(params["stack"]["b"][k])
+        close(kernels[k].ravel(), at(stack["w"][k], stack["b"][k]) @ bias)
+    close(bare, at(index["bare"], index["bare"]) @ np.asarray(params["bare"]))
+
+
+# Negative curvature.
+
+
+@every_activation
+@every_loss
+def test_second_order_terms(activation, loss):
+    """None in a piecewise-linear network with a convex loss, some in every other."""
+    diagnosis = found(activation, loss)["negative"]
+    assert set(diagnosis) == set(SIZES)
+    for name, own in diagnosis.items():
+        assert own.least <= own.greatest
+        scale = own.gauss_newton_norm
+        if activation == "relu" or name == "out":
+            assert own.negative_share == 0
+            assert own.least >= -1e-14 * scale
+            assert own.second_order_norm <= 1e-14 * scale
+            assert abs(own.second_order_trace) <= 1e-14 * scale
+        else:
+            assert own.second_order_norm > 1e-4 * scale
+            assert abs(own.second_order_trace) > 0
+
+
+def test_pre_activation_diagnosis():
+    """Beside the eigenvalues of the matrices themselves."""
+    case, ours = setup("tanh", "one_hot"), found("tanh", "one_hot")["negative"]
+    exact = quick_jit(kfgn.curvature.pre_activation_hessian(case.objective))(
+        case.params, case.batch
+    )
+    positive = quick_jit(kfgn.curvature.pre_activation_gauss_newton(case.objective))(
+        case.params, case.batch
+    )
+    assert any(own.negative_share > 0 for own in ours.values())
+    for name, own in ours.items():
+        compare(own, exact[name], positive[name], COUNT)
+
+
+def test_block_diagnosis():
+    """The mean block of a layer's parameters; one example may hide what the mean shows."""
+    case = setup("tanh", "one_hot")
+    function = quick_jit(kfgn.diagnostics.negative_curvature(case.objective, of="block"))
+    ours = function(case.params, case.batch)
+    positive = quick_jit(kfgn.curvature.block_gauss_newton(case.objective))(case.params, case.batch)
+    mean = np.mean(case.hessian, axis=0)
+    assert ours["first"].negative_share > 0
+    for name, own in ours.items():
+        assert own.term_trace is own.term_norm is None
+        order = np.concatenate([case.places[name]["w"], case.places[name]["b"][None]]).ravel()
+        compare(own, mean[None, order[:, None], order], positive[name][None], 1)
+
+
+def compare(own: kfgn.diagnostics.NegativeCurvature, exact: Any, positive: Any, count: int) -> None:
+    exact, positive = np.asarray(exact), np.asarray(positive)
+    values = np.linalg.eigvalsh(exact)
+    beyond = exact - positive
+    largest = np.max(np.abs(values), axis=1, keepdims=True)
+    close(own.least, values.min())
+    close(own.greatest, values.max())
+    close(own.negative_share, np.mean(values < -1e-13 * largest))
+    close(own.second_order_trace, np.einsum("nii->", beyond) / count)
+    close(own.second_order_norm, np.sqrt(np.sum(beyond**2) / count))
+    close(own.gauss_newton_norm, np.sqrt(np.sum(positive**2) / count))
+
+
+SECOND = {
+    "tanh": lambda z: -2 * np.tanh(z) * (1 - np.tanh(z) ** 2),
+    "softplus": lambda z: 1 / (2 + np.exp(z) + np.exp(-z)),
+    "relu": np.zeros_like,
+}
+
+
+@pytest.mark.parametrize("activation", SECOND)
+@every_loss
+def test_own_terms(activation, loss):
+    """Eq. 87 of Veitch: the entries σ''(z_j) dE/dx_j, with the gradients by jax.grad."""
+    case, ours = setup(activation, loss), found(activation, loss)["negative"]
+    inputs, targets = case.batch
+    transfer, reference, p = ACTIVATIONS[activation], LOSSES[loss].reference, case.params
+    first = inputs @ p["first"]["w"] + p["first"]["b"]
+    second = transfer(first) @ p["second"]["w"] + p["second"]["b"]
+
+    def above_second(x, y):
+        return reference(x @ p["out"]["w"] + p["out"]["b"], y)
+
+    def above_first(x, y):
+        return above_second(transfer(x @ p["second"]["w"] + p["second"]["b"]), y)
+
+    for name, z, above in (("first", first, above_first), ("second", second, above_second)):
+        gradients = quick_jit(jax.vmap(jax.grad(above)))(transfer(z), targets)
+        terms = SECOND[activation](np.asarray(z)) * np.asarray(gradients)
+        own, largest = ours[name], np.max(np.abs(terms), axis=1, keepdims=True)
+        close(own.term_negative_share, np.mean(terms < -1e-13 * largest))
+        close(own.term_positive_share, np.mean(terms > 1e-13 * largest))
+        close(own.term_trace, np.sum(terms) / COUNT)
+        close(own.term_norm, np.sqrt(np.sum(terms**2) / COUNT))
+    assert ours["out"].term_norm == ours["out"].term_negative_share == 0
+
+
+def test_own_terms_add_up():
+    """Where paths meet and units mix: what congruences with the next layers' Hessians leave."""
+    rng = np.random.default_rng(4)
+    p = {name: jnp.asarray(rng.normal(size=(3, 3))) for name in ("first", "second", "out")}
+
+    def next_of(z, p):
+        """The pre-activations that the first one leads to: of the next layer, and the outputs'."""
+        x = jax.nn.softmax(z) * jnp.sin(z[::-1])
+        return x, z**2
+
+    def model(p, x):
+        def one(x):
+            h, direct = next_of(x @ p["first"], p)
+            return (jnp.tanh(h @ p["second"]) + direct) @ p["out"]
+
+        return jax.vmap(one)(x)
+
+    inputs, targets = jnp.asarray(rng.normal(size=(1, 3))), jnp.asarray(rng.normal(size=(1, 3)))
+    objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    own = quick_jit(kfgn.diagnostics.negative_curvature(objective))(p, (inputs, targets))["first"]
+
+    def ends(z):
+        h, direct = next_of(z, p)
+        return h @ p["second"], direct
+
+    def loss(second, direct):
+        outputs = (jnp.tanh(second) + direct) @ p["out"]
+        return objective.loss(outputs, targets[0])
+
+    z = inputs[0] @ p["first"]
+    behind = jax.grad(loss, (0, 1))(*ends(z))
+    truth = jax.hessian(lambda z: sum(jnp.vdot(g, e) for g, e in zip(behind, ends(z), strict=True)))
+    values = np.linalg.eigvalsh(np.asarray(quick_jit(truth)(z)))
+    close(own.term_trace, values.sum())
+    close(own.term_norm, np.linalg.norm(values))
+    close(own.term_negative_share, np.mean(values < 0))
+    close(own.term_positive_share, np.mean(values > 0))
+
+
+def test_losses_that_are_not_convex():
+    """Their own negative curvature is seen in the last layer."""
+    case, objective, batch = setting("tanh", "mixture")
+    own = quick_jit(kfgn.diagnostics.negative_curvature(objective))(case.params, batch)["out"]
+    assert own.least < 0 < own.negative_share
+    assert own.second_order_norm > 0
+    everything = quick_jit(kfgn.diagnostics.negative_curvature(objective, tol=1.0))(
+        case.params, batch
+    )["out"]
+    assert everything.negative_share == 0
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    "function", [kfgn.curvature.parameter_hessian, kfgn.diagnostics.negative_curvature]
+)
+def test_not_an_objective(function):
+    with pytest.raises(kfgn.errors.OptionError, match="Objective, found"):
+        function(jnp.tanh)
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "message"),
+    [
+        (kfgn.curvature.parameter_hessian, {"per_example": 1}, "per_example must be True or False"),
+        (kfgn.curvature.parameter_hessian, {"as_matvec": None}, "as_matvec must be True or False"),
+        (
+            kfgn.diagnostics.negative_curvature,
+            {"of": "layer"},
+            'of must be "pre_activation" or "block"',
+        ),
+        (kfgn.diagnostics.negative_curvature, {"tol": -1.0}, "tol must be finite and at least 0"),
+    ],
+)
+def test_options_are_checked(function, options, message):
+    with pytest.raises(kfgn.errors.OptionError, match=message):
+        function(setup("tanh", "one_hot").objective, **options)
+
+
+def test_shapes_of_vectors_are_checked():
+    case = setup("tanh", "one_hot")
+    matvecs = kfgn.curvature.parameter_hessian(case.objective, as_matvec=True)(
+        case.params, case.batch
+    )
+    with pytest.raises(kfgn.errors.ParameterError, match=r"'first' .* \(3, 4\), found .* \(4, 4\)"):
+        matvecs["first"].weight_weight(jnp.ones((4, 4)))
+    with pytest.raises(
+        kfgn.errors.ParameterError, match=r"'out' acts on .* \(2,\), found .* \(3,\)"
+    ):
+        matvecs["out"].bias_bias(jnp.ones(3))
+
+
+def test_large_blocks_are_refused():
+    """The error names the layer, the size and the remedy; the matvec works."""
+    objective = kfgn.Objective(lambda p, x: x @ p["w"], kfgn.losses.half_squared_error)
+    params, batch = {"w": jnp.zeros((150, 120))}, (jnp.ones((2, 150)), jnp.zeros((2, 120)))
+    message = r"block of 'w' would have 1 x 18000 x 18000 entries \(2.4 GiB\).* as_matvec=True"
+    for function in (
+        kfgn.curvature.parameter_hessian(objective),
+        kfgn.diagnostics.negative_curvature(objective, of="block"),
+    ):
+        with pytest.raises(kfgn.errors.OptionError, match=message):
+            function(params, batch)
+    product = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(params, batch)[
+        "w"
+    ].weight_weight
+    close(product(jnp.ones((150, 120))), np.full((150, 120), 150.0))

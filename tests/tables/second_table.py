@@ -1,0 +1,80 @@
+"""The second table of models: any layer, any use of a parameter, any graph, any library.
+
+    row = ROWS["conv_1d"]
+    model, params, inputs = row.case()
+    targets = make_targets("conv_1d")
+
+Needs the fixture `x64`. Every model is small enough for dense truth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import kfgn
+from tests.tables import attention, frameworks, graphs, layers, loops, uses
+from tests.tables.losses import LOSSES as PLAIN
+from tests.tables.losses import LossRow
+from tests.tables.rows import Case, Row
+
+__all__ = ["LOSSES", "ROWS", "Case", "Row", "loss_row", "make_targets"]
+
+
+def _merged(*tables: dict[str, Row]) -> dict[str, Row]:
+    merged: dict[str, Row] = {}
+    for table in tables:
+        assert not merged.keys() & table.keys(), merged.keys() & table.keys()
+        merged |= table
+    return merged
+
+
+ROWS: dict[str, Row] = _merged(
+    layers.ROWS,
+    uses.ROWS,
+    loops.ROWS,
+    graphs.ROWS,
+    attention.ROWS,
+    frameworks.ROWS,
+)
+
+
+def classes_and_value(outputs: Any, target: Any) -> jax.Array:
+    """Cross-entropy of one output and squared error of another: convex."""
+    error = outputs["value"] - target["value"]
+    return 0.5 * error**2 - jnp.sum(target["classes"] * jax.nn.log_softmax(outputs["classes"]))
+
+
+def _classes_and_value_targets(key, outputs):
+    first, second = jax.random.split(key)
+    return {
+        "classes": PLAIN["one_hot"].targets(first, outputs["classes"]),
+        "value": PLAIN["squared_error"].targets(second, outputs["value"]),
+    }
+
+
+#: The losses of the rows; all have targets of the shape of the outputs.
+LOSSES: dict[str, LossRow] = {
+    "squared_error": PLAIN["squared_error"],
+    "softmax_cross_entropy": PLAIN["one_hot"],
+    "sigmoid_binary_cross_entropy": PLAIN["sigmoid"],
+    "classes_and_value": LossRow(
+        kfgn.losses.from_function(classes_and_value, convex=True),
+        classes_and_value,
+        _classes_and_value_targets,
+    ),
+}
+
+
+def loss_row(name: str) -> LossRow:
+    """The loss that a row is tested with."""
+    return LOSSES[ROWS[name].loss]
+
+
+def make_targets(name: str, case: Case | None = None, seed: int = 7) -> Any:
+    """Targets for the inputs of a row, or of a case of it."""
+    model, params, inputs = case or ROWS[name].case()
+    outputs = jax.eval_shape(model, params, inputs)
+    return loss_row(name).targets(jax.random.key(seed), outputs)

@@ -1,7 +1,0 @@
-"""The models of `tests.any_attention` beside dense truth."""
-
-from tests import any_attention
-from tests.any_checks import *  # noqa: F403
-from tests.any_checks import rows_of
-
-pytest_generate_tests = rows_of(any_attention.ROWS)
