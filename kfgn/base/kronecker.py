@@ -1,4 +1,4 @@
-"""Kronecker algebra: damped inverses of `Q ⊗ G + k I`, products, traces.
+"""Kronecker algebra: products with `Q ⊗ G`, and damped inverses of `Q ⊗ G + k I`.
 
 Blocks act on the row-major vec of `V` `[a, b]`, so `(Q ⊗ G) vec(V)` is
 `Q V G` for symmetric factors `Q` `[a, a]` and `G` `[b, b]`. All may have a
@@ -32,21 +32,6 @@ def _times(q: Array, g: Array, v: Array) -> Array:
 def is_diagonal(q: Array, g: Array) -> bool:
     """Whether `q` is the vector of a diagonal."""
     return q.ndim == g.ndim - 1
-
-
-def kronecker_dense(q: Array, g: Array) -> Array:
-    """`q ⊗ g` as one matrix; for small factors."""
-    return jnp.kron(q, g)
-
-
-def kronecker_trace(q: Array, g: Array) -> Array:
-    """`tr(q ⊗ g) = tr q tr g`."""
-    return jnp.trace(q) * jnp.trace(g)
-
-
-def kronecker_logdet(q: Array, g: Array) -> Array:
-    """`log det(q ⊗ g) = b log det q + a log det g` of positive definite factors."""
-    return g.shape[0] * jnp.linalg.slogdet(q)[1] + q.shape[0] * jnp.linalg.slogdet(g)[1]
 
 
 def factor_balance(q: Array, g: Array) -> Array:

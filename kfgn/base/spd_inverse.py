@@ -49,11 +49,6 @@ def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Arr
     return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
 
 
-def spd_inverse(matrix: Array, shift: Array | float) -> Array:
-    """`(matrix + shift I)^-1`; NaN where it is not positive definite."""
-    return spd_inverses([matrix], [jnp.asarray(shift)])[0]
-
-
 def _inverse_of_stack(stack: Array, shifts: Array) -> Array:
     """Inverses of `[S, n, n]`: many small ones by elimination at once, large ones in turn."""
     stack = _shifted(stack, jnp.broadcast_to(shifts[..., None], stack.shape[:2]))
