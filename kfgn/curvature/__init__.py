@@ -1,7 +1,7 @@
 """Second derivatives: forward pass, Jacobians, the recursion, factors, methods, operators."""
 
 from kfgn.curvature.averaging import average_curvature
-from kfgn.curvature.batch import Curvature, value_grad_and_curvature
+from kfgn.curvature.batch import Curvature, CurvatureSettings, value_grad_and_curvature
 from kfgn.curvature.dense import (
     dense_gauss_newton,
     dense_hessian,
@@ -27,6 +27,7 @@ from kfgn.curvature.products import gauss_newton_vector_product, hessian_vector_
 
 __all__ = [
     "Curvature",
+    "CurvatureSettings",
     "Diagonal",
     "Factors",
     "ParameterHessian",

@@ -27,13 +27,25 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
         optimizer.update(mean_grads, state, params, curvature=kfgn.average_curvature(curvatures))
 
     Raises:
-      OptionError: there is nothing to average, or not only curvatures.
+      OptionError: there is nothing to average, or not only curvatures, or they
+        were made with different settings.
     """
     curvatures = list(curvatures)
     if not curvatures or not all(isinstance(c, Curvature) for c in curvatures):
         found = ", ".join(type(c).__name__ for c in curvatures) or "nothing"
         raise OptionError(f"expected one kfgn.Curvature or more to average, found {found}")
-    count = len(curvatures)
+    first, count = curvatures[0].settings, len(curvatures)
+    for other in (c.settings for c in curvatures[1:]):
+        names = [f.name for f in dataclasses.fields(first)]
+        differing = [n for n in names if getattr(first, n) != getattr(other, n)]
+        if differing:
+            found = ", ".join(
+                f"{n}={getattr(first, n)!r} and {n}={getattr(other, n)!r}" for n in differing
+            )
+            raise OptionError(
+                f"curvatures of different settings have no average, found {found}; make all of "
+                "them with one function of kfgn.value_grad_and_curvature."
+            )
 
     def mean(*leaves: Array) -> Array:
         return sum(leaves[1:], start=leaves[0]) / count
@@ -47,6 +59,7 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
         linearized=Partial(_Each(), [c.linearized for c in curvatures]),
         output_product=Partial(_MeanProduct(), [c.output_product for c in curvatures]),
         displaced=Partial(_Mean(), [c.displaced for c in curvatures]),
+        settings=first,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from kfgn.curvature.recursion import Walk, walk_back
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
-from kfgn.objective.objective import Objective, check_batch, mean_of
+from kfgn.objective.objective import Objective, check_batch, mean_of, require_objective
 
 Array = jax.Array
 PyTree = Any
@@ -40,6 +41,23 @@ METHODS = ("kfra", "kflr", "kfac", "empirical")
 SPATIAL = ("joint", "homogeneous")
 # What may be done with parameters in no layer.
 UNASSIGNED = ("raise", "diagonal", "gradient")
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CurvatureSettings:
+    """What a curvature was made with: the arguments of `value_grad_and_curvature`.
+
+    A pytree without leaves: it is part of the tree structure of a `Curvature`.
+    """
+
+    method: str
+    samples: int
+    sharing: str
+    spatial: str
+    model_examples: int | None
+    unassigned: str
+    l2: float | None  # the objective's; None where it is an array, whose value may be unknown
 
 
 class Curvature(NamedTuple):
@@ -57,6 +75,7 @@ class Curvature(NamedTuple):
     linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
     output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
     displaced: Partial  # direction -> the objective at params + direction
+    settings: CurvatureSettings  # static: what it was made with
 
 
 def value_grad_and_curvature(
@@ -105,6 +124,9 @@ def value_grad_and_curvature(
     _check_spatial(spatial, method)
     _check_examples(model_examples)
     check_unassigned(unassigned)
+    require_objective(objective)
+    l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
+    settings = CurvatureSettings(method, samples, sharing, spatial, model_examples, unassigned, l2)
 
     def curvature_fn(params, batch, *, key=None):
         _check_key(method, key)
@@ -130,6 +152,7 @@ def value_grad_and_curvature(
             push,
             Partial(_OutputProduct(objective.loss), *pushed),
             Partial(_Displaced(objective), params, batch),
+            settings,
         )
         return (value, with_leaves(params, gradient)), curvature
 

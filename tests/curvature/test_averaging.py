@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import kfgn
+from tests.tables.dense import quick_jit
 
 
 def _problem():
@@ -68,3 +69,44 @@ def test_averaged_curvature_drives_an_update():
 def test_nothing_to_average(wrong):
     with pytest.raises(kfgn.errors.OptionError, match=r"expected one kfgn\.Curvature or more"):
         kfgn.average_curvature(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "l2", "found"),
+    [
+        ({"method": "kflr"}, 1e-2, "method='kfra' and method='kflr'"),
+        ({"sharing": "reduce"}, 1e-2, "sharing='expand' and sharing='reduce'"),
+        ({"model_examples": 4, "unassigned": "diagonal"}, 0.0, "l2=0.01 and l2=0.0"),
+    ],
+)
+def test_different_settings_have_no_average(options, l2, found):
+    """Also after a jit, and the error names what differs."""
+    objective, params, x, y = _problem()
+    other = kfgn.Objective(objective.model, objective.loss, l2=l2)
+    functions = (
+        kfgn.value_grad_and_curvature(objective),
+        kfgn.value_grad_and_curvature(other, **options),
+    )
+    parts = [quick_jit(function)(params, (x, y))[1] for function in functions]
+    with pytest.raises(kfgn.errors.OptionError, match=found):
+        kfgn.average_curvature(parts)
+
+
+def test_settings_are_static():
+    """They have no leaves and survive what pytrees go through; an array's l2 is not known."""
+    objective, params, x, y = _problem()
+    function = kfgn.value_grad_and_curvature(objective, "kflr", sharing="reduce")
+    expected = kfgn.curvature.CurvatureSettings("kflr", 1, "reduce", "joint", 256, "raise", 1e-2)
+    curvature = quick_jit(function)(params, (x, y))[1]
+    assert curvature.settings == expected
+    assert jax.tree.leaves(curvature.settings) == []
+    assert jax.tree.map(jnp.negative, curvature).settings == expected
+    assert quick_jit(lambda c: c._replace(value=-c.value))(curvature).settings == expected
+    many = jax.tree.map(lambda a: jnp.stack([a, a]), params)
+    values, found = jax.vmap(lambda p: (lambda c: (c.value, c.settings))(function(p, (x, y))[1]))(
+        many
+    )
+    assert values.shape == (2,) and found == expected
+    of_array = kfgn.Objective(objective.model, objective.loss, l2=jnp.float32(0.1))
+    found = kfgn.value_grad_and_curvature(of_array)(params, (x, y))[1].settings
+    assert found.l2 is None and found.method == "kfra"
