@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import BenchmarkError
-from benchmarks.arguments import (
+from benchmarks.harness.arguments import (
     OneLineParser,
     names,
     number,
@@ -101,14 +101,14 @@ def run(argv: Sequence[str]) -> int:
     """Hands the arguments to the command they name."""
     # The commands are imported only when asked for: each pulls in JAX, which takes seconds.
     if argv and argv[0] in EXPERIMENTS:
-        return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]) or 0)
+        return int(importlib.import_module(f"benchmarks.experiments.{argv[0]}").main(argv[1:]) or 0)
     given = vars(build_parser().parse_args(argv))
     del given["command"]
     compared, single = given.pop("compare"), given.pop("optimizer")
     if compared == ():
         raise BenchmarkError("argument --compare: expected names with commas between them")
     options = dict(given.pop("option"))
-    autoencoder = importlib.import_module("benchmarks.autoencoder")
+    autoencoder = importlib.import_module("benchmarks.experiments.autoencoder")
     request = autoencoder.Request(optimizers=compared or (single,), options=options, **given)
     problems, interrupted = autoencoder.run(request)
     if problems:

@@ -13,7 +13,7 @@ DATA_DIR_VARIABLE = "KFGN_DATA_DIR"
 CACHE_DIR_VARIABLE = "KFGN_CACHE_DIR"
 
 BCE = "sigmoid_binary_cross_entropy"
-SQUARED_ERROR = "squared_error"
+SQUARED_ERROR = "half_squared_error"
 
 PathLike = str | os.PathLike[str]
 

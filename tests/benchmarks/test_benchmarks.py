@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import autoencoder, optimizers, plots, training
 from benchmarks.__main__ import main
 from benchmarks.datasets import DataError
-from benchmarks.runs import COLUMNS, Metrics
+from benchmarks.experiments import autoencoder
+from benchmarks.harness import optimizers, plots, training
+from benchmarks.harness.runs import COLUMNS, Metrics
 
 # optax's Adam raises a float to an integer power, which strict promotion forbids.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.loose_dtypes]
@@ -321,9 +322,9 @@ def test_a_missing_command_or_an_unknown_one_is_one_clear_line(capsys):
 
 def test_speed_has_a_command_line_of_its_own(monkeypatch):
     received = []
-    speed = types.ModuleType("benchmarks.speed")
+    speed = types.ModuleType("benchmarks.experiments.speed")
     speed.main = received.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "benchmarks.speed", speed)
+    monkeypatch.setitem(sys.modules, "benchmarks.experiments.speed", speed)
     assert main(["speed", "--repeat", "3"]) == 0
     assert received == [["--repeat", "3"]]
 

@@ -13,9 +13,10 @@ import pytest
 from flax import linen as nn
 
 import kfgn
-from benchmarks import BenchmarkError, cnn
+from benchmarks import BenchmarkError
 from benchmarks.__main__ import main
-from benchmarks.cnn import lecture
+from benchmarks.experiments import cnn
+from benchmarks.experiments.cnn import lecture
 
 # optax's Adam and line search mix dtypes, which strict promotion forbids.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.loose_dtypes]

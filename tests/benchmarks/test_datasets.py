@@ -41,6 +41,7 @@ def check_dataset(data: datasets.Dataset) -> None:
     """What every data set promises."""
     assert data.name in datasets.NAMES
     assert data.description.endswith(".")
+    assert isinstance(getattr(kfgn.losses, data.loss), kfgn.losses.Loss)
     for rows, labels in ((data.train, data.train_labels), (data.test, data.test_labels)):
         assert rows.dtype == np.float32
         assert rows.shape[1] == np.prod(data.image_shape)
@@ -49,7 +50,7 @@ def check_dataset(data: datasets.Dataset) -> None:
             assert rows.min() >= 0
             assert rows.max() <= 1
         else:
-            assert data.loss == "squared_error"
+            assert data.loss == "half_squared_error"
         if labels is not None:
             assert labels.shape == rows.shape[:1]
             assert labels.dtype == np.int32

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import ablations, cost, mixture, peers, race, ranks, versus
 from benchmarks.__main__ import main
-from benchmarks.peers import outside
+from benchmarks.experiments import ablations, cost, mixture, peers, ranks, versus
+from benchmarks.experiments.peers import outside
+from benchmarks.harness import race
 
 # optax's Adam and L-BFGS promote dtypes.
 pytestmark = pytest.mark.loose_dtypes
@@ -113,7 +114,7 @@ def test_kfac_jax_runs_outside_or_is_skipped_with_a_reason(tmp_path, monkeypatch
     """The environment's Python gets the problem; what it says, or why it failed, comes back."""
     params = {"params": {"Dense_1": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)},
                          "Dense_0": {"kernel": np.ones((3, 2)), "bias": np.zeros(2)}}}  # fmt: skip
-    given = np.ones((20, 3), np.float32), params, "squared_error", 3.0, 1, _Options, 10
+    given = np.ones((20, 3), np.float32), params, "half_squared_error", 3.0, 1, _Options, 10
     python = tmp_path / "python"
     monkeypatch.setattr(outside, "environment", lambda: python)
 

@@ -22,7 +22,7 @@ PLOTS = {
 
 def run(folder, name, *arguments):
     """An experiment's results, after a look at everything else that it writes."""
-    main = importlib.import_module(f"benchmarks.{name}").main
+    main = importlib.import_module(f"benchmarks.experiments.{name}").main
     assert main([*map(str, arguments), "--out", str(folder)]) == 0
     report = json.loads((folder / "results.json").read_text())
     assert report["command"].startswith(f"python -m benchmarks {name} ")
@@ -113,4 +113,4 @@ def test_curvature(tmp_path):
 )
 def test_bad_command_lines(name, arguments, message):
     with pytest.raises(BenchmarkError, match=message):
-        importlib.import_module(f"benchmarks.{name}").main(arguments)
+        importlib.import_module(f"benchmarks.experiments.{name}").main(arguments)

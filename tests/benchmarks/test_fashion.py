@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from benchmarks import fashion
 from benchmarks.__main__ import main
 from benchmarks.datasets import DataError, load
-from benchmarks.fashion import depth, training
-from benchmarks.fashion.hessian_free import PRECONDITIONERS
+from benchmarks.experiments import fashion
+from benchmarks.experiments.fashion import depth, training
+from benchmarks.experiments.fashion.hessian_free import PRECONDITIONERS
 
 # optax's Adam raises a float to an integer power, which strict promotion forbids.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.loose_dtypes]

@@ -10,12 +10,13 @@ import optax
 import pytest
 
 import kfgn
-from benchmarks import BenchmarkError, race
+from benchmarks import BenchmarkError
 from benchmarks.__main__ import main
-from benchmarks.grid import settings as grid
-from benchmarks.grid.report import best_of_adam, claims_table, losses_table
-from benchmarks.grid.settings import Setting
-from benchmarks.ledger import Ledger
+from benchmarks.experiments.grid import settings as grid
+from benchmarks.experiments.grid.report import best_of_adam, claims_table, losses_table
+from benchmarks.experiments.grid.settings import Setting
+from benchmarks.harness import race
+from benchmarks.harness.ledger import Ledger
 from tests.tables.small import OBJECTIVE, make_batch, make_params
 
 # optax's Adam promotes dtypes.

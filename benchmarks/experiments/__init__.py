@@ -1,0 +1,1 @@
+"""A module or package for every command, `python -m benchmarks NAME`: its `main(arguments)`."""

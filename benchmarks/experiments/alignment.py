@@ -1,0 +1,273 @@
+"""``python -m benchmarks alignment``: how near the approximate updates are to Gauss-Newton's own.
+
+Botev et al., appendix G.2: while an autoencoder trains, the directions of KFRA, KFLR and KFAC on a
+batch are compared with the exact direction `(G + (γ + η) I)^-1 g`, by the cosine of the angle
+between them: layer by layer with the block-diagonal G, and as a whole with the full G. Both exact
+directions come from conjugate gradients. The factors are those of the batch alone, without a moving
+average, and every direction has the damping γ that the training is at.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import kfgn
+from benchmarks import BenchmarkError, datasets
+from benchmarks.harness import experiment
+from benchmarks.harness.arguments import names, positive_int, widths
+from benchmarks.harness.models import Autoencoder, initial_params
+from benchmarks.harness.optimizers import closest
+from benchmarks.harness.plots import COLOURS
+
+DATA = tuple(name for name in datasets.NAMES if name != "fashion_mnist")
+SOLVER: dict[str, Any] = {"tolerance": 1e-3, "max_iterations": 150}
+# A label, the method, and its options.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kfra": ("kfra", {}),
+    "kflr": ("kflr", {}),
+    "kfac": ("kfac", {"samples": 1}),
+    "kfac, 10 samples": ("kfac", {"samples": 10}),
+}
+WHOLE = "whole"
+
+
+class Row(NamedTuple):
+    """The cosine between a method's direction and an exact one."""
+
+    trained_by: str
+    seed: int
+    batch: int
+    update: int
+    damping: float
+    method: str
+    inverse: str
+    layer: str  # or `WHOLE`
+    reference: str  # "block" or "full"
+    cosine: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains, compares on the way, prints the table and writes everything down."""
+    parser = experiment.options("alignment", __doc__, resumable=True)
+    add = parser.add_argument
+    add("--data", default="mnist", help=f"one of {', '.join(DATA)} (mnist)")
+    add("--layers", type=widths, default=(250, 125, 60, 30), help="of the encoder (250,125,60,30)")
+    add("--batches", default="250,500,1000", help="batch sizes (250,500,1000)")
+    add("--trained-by", type=names, default=("kfra", "kfac"), help="kfra,kfac: a training for each")
+    add("--probes", default="0,5,20,50,100,200", help="after these updates (0,5,20,50,100,200)")
+    add("--seeds", type=positive_int, default=3, help="of parameters and batches (3)")
+    options = parser.parse_args(arguments)
+    probes, sizes = _whole_numbers("--probes", options.probes), widths(options.batches)
+    for name in options.trained_by:
+        if name not in ("kfra", "kfac", "kflr"):
+            raise closest("optimizer", name, ("kfra", "kfac", "kflr"))
+    data = _load(options.data, options.data_dir, max(sizes))
+    model = Autoencoder(data.train.shape[1], options.layers)
+    loss = getattr(kfgn.losses, data.loss)
+    objective = kfgn.Objective(model.apply, loss, l2=1e-5)
+    console, rows = Console(), []
+    trainings = list(itertools.product(options.trained_by, sizes, experiment.all_seeds(options)))
+    training = functools.cache(functools.partial(_Training, objective, model, data.train))
+    what = {"data": options.data, "layers": options.layers, "probes": probes}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "alignment", len(trainings)) as ticker,
+    ):
+        for name, size, seed in trainings:
+
+            def train(name: str = name, size: int = size, seed: int = seed) -> list[Row]:
+                return list(training(name, size).rows(probes, seed))
+
+            own = {**what, "trained_by": name, "batch": size, "seed": seed}
+            rows += [Row(*row) for row in ledger.measure(own, train)]
+            ticker.step(f"{name}, batch {size}, seed {seed}")
+        settings = {**experiment.settings(options), "conjugate gradients": SOLVER, "l2": 1e-5}
+        measured = [row._asdict() for row in rows]
+        tables = [_table(rows, sizes), _by_layer(rows, max(sizes))]
+        experiment.record(options.out, "alignment", arguments, settings, measured, tables, console)
+    _plot(options.out / "alignment.png", rows, max(sizes), options.data)
+    return 0
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise BenchmarkError(f"argument {option}: expected whole numbers, found {text!r}")
+    return sorted({int(part) for part in parts})
+
+
+def _load(name: str, folder: Path | None, at_least: int) -> Any:
+    if name not in DATA:
+        raise closest("data set", name, DATA)
+    try:
+        data = datasets.load(name, data_dir=folder)
+    except datasets.DataError as error:
+        raise BenchmarkError(str(error)) from error
+    if len(data.train) < at_least:
+        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
+    return data
+
+
+class _Training:
+    """Trainings by one method with one batch size; other seeds compile nothing."""
+
+    def __init__(self, objective: kfgn.Objective, model: Any, images: Any, name: str, size: int):
+        self.model, self.images, self.name, self.size = model, images, name, size
+        first = jnp.asarray(images[:size])
+        example = initial_params(model, 0), (first, first)
+        self.optimizer = getattr(kfgn, name)(objective, *example)
+        curvature_of = kfgn.value_grad_and_curvature(objective, name)
+
+        @jax.jit
+        def step(params, state, inputs, key):
+            extra = {"key": key} if name == "kfac" else {}
+            (_, grads), curvature = curvature_of(params, (inputs, inputs), **extra)
+            updates, state = self.optimizer.update(grads, state, params, curvature=curvature)
+            return optax.apply_updates(params, updates), state
+
+        self.step = step
+        self.compare = jax.jit(_comparison(objective, kfgn.layers.find_blocks(objective, *example)))
+
+    def rows(self, probes: Sequence[int], seed: int) -> Iterator[Row]:
+        """Trains from one start, and yields the rows of every probe."""
+        params = initial_params(self.model, seed)
+        order, state = np.random.default_rng(seed), self.optimizer.init(params)
+        for update in range(probes[-1] + 1):
+            inputs = jnp.asarray(self.images[order.permutation(len(self.images))[: self.size]])
+            key = jax.random.fold_in(jax.random.key(seed), update)
+            if update in probes:
+                damping = optax.tree_utils.tree_get(state, "factor_damping")
+                found = jax.device_get(self.compare(params, (inputs, inputs), damping, key))
+                for which, cosine in found.items():
+                    own = self.name, seed, self.size, update, float(damping)
+                    yield Row._make((*own, *which, float(cosine)))
+            params, state = self.step(params, state, inputs, key)
+
+
+def _comparison(objective: kfgn.Objective, layers: kfgn.layers.LayerBlocks) -> Callable:
+    """All cosines at one point, by (method, inverse, layer or whole, reference)."""
+
+    def compare(params, batch, damping, key):
+        gradient = jax.grad(objective)(params, batch)
+        block, _ = kfgn.solvers.block_gauss_newton_direction(
+            objective, params, batch, gradient, damping, **SOLVER
+        )
+        product = kfgn.curvature.gauss_newton_vector_product(objective, l2=True)
+
+        def damped(v):
+            return jax.tree.map(lambda a, b: a + damping * b, product(params, batch, v), v)
+
+        full = kfgn.solvers.conjugate_gradient(damped, gradient, start=block, **SOLVER).x
+        found = {("block-diagonal GN", "exact", WHOLE, "full"): _cosine(block, full)}
+        for label, (method, chosen) in METHODS.items():
+            curvature_of = kfgn.value_grad_and_curvature(objective, method, **chosen)
+            extra = {"key": key} if method == "kfac" else {}
+            _, curvature = curvature_of(params, batch, **extra)
+            for inverse in ("factored", "eigen"):
+                scale = kfgn.transforms.scale_by_kronecker(
+                    layers, damping + objective.l2, decay=None, inverse=inverse
+                )
+                direction, _ = scale.update(gradient, scale.init(params), curvature=curvature)
+                found[label, inverse, WHOLE, "block"] = _cosine(direction, block)
+                found[label, inverse, WHOLE, "full"] = _cosine(direction, full)
+                for layer, ours, exact in _by_layers(direction, block):
+                    found[label, inverse, layer, "block"] = _cosine(ours, exact)
+        return found
+
+    return compare
+
+
+def _by_layers(direction: Any, exact: Any):
+    inner = direction["params"], exact["params"]
+    for layer in sorted(inner[0], key=lambda name: int(name.rsplit("_", 1)[1])):
+        yield layer, inner[0][layer], inner[1][layer]
+
+
+def _cosine(a: Any, b: Any) -> jax.Array:
+    tree = optax.tree_utils
+    return tree.tree_vdot(a, b) / (tree.tree_norm(a) * tree.tree_norm(b))
+
+
+def _mean(rows: list[Row], *, ranged: bool = False, **wanted: Any) -> str | None:
+    """Over the probes and seeds; if `ranged`, with the range of the seeds' means."""
+    chosen = [r for r in rows if all(getattr(r, k) == v for k, v in wanted.items())]
+    if not chosen:
+        return None
+    seeds = [
+        np.mean([r.cosine for r in chosen if r.seed == seed]) for seed in {r.seed for r in chosen}
+    ]
+    spread = f" ({min(seeds):.3f} to {max(seeds):.3f})" if ranged and len(seeds) > 1 else ""
+    return f"{np.mean(seeds):.3f}{spread}"
+
+
+def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
+    """Means over the probes and seeds of the whole update's cosines."""
+    columns = ["trained by", "batch", "method", "inverse", "with block GN", "with full GN"]
+    lines = []
+    for name in dict.fromkeys(r.trained_by for r in rows):
+        for size in sizes:
+            for method, inverse in dict.fromkeys((r.method, r.inverse) for r in rows):
+                wanted: dict[str, Any] = {"trained_by": name, "batch": size, "layer": WHOLE}
+                wanted |= {"method": method, "inverse": inverse}
+                cells = [
+                    _mean(rows, ranged=True, reference=reference, **wanted)
+                    for reference in ("block", "full")
+                ]
+                lines.append([name, size, method, inverse, *cells])
+    return experiment.table("Cosine with the exact direction, mean over training", columns, lines)
+
+
+def _by_layer(rows: list[Row], size: int) -> Table:
+    """Means over the probes, seeds and trainings, for the largest batch and the exact inverse."""
+    layers = [r for r in dict.fromkeys(r.layer for r in rows) if r != WHOLE]
+    lines = [
+        [label, *(_mean(rows, batch=size, method=label, inverse="eigen", layer=layer)
+                  for layer in layers)]
+        for label in METHODS
+    ]  # fmt: skip
+    title = f"Cosine with the layer's exact direction, batch {size}, exact damped inverse"
+    return experiment.table(title, ["method", *layers], lines)
+
+
+def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
+    """The whole update against both exact ones, for every training and inverse."""
+    trainings = list(dict.fromkeys(r.trained_by for r in rows))
+    figure = Figure(figsize=(11, 3.6 * len(trainings)), layout="constrained")
+    grid = figure.subplots(len(trainings), 2, sharex=True, sharey=True, squeeze=False)
+    for line, name in zip(grid, trainings, strict=True):
+        for axes, reference in zip(line, ("block", "full"), strict=True):
+            for method, inverse in dict.fromkeys((r.method, r.inverse) for r in rows):
+                chosen = [
+                    r for r in rows
+                    if (r.trained_by, r.batch, r.method, r.inverse, r.layer, r.reference)
+                    == (name, size, method, inverse, WHOLE, reference)
+                ]  # fmt: skip
+                updates = sorted({r.update for r in chosen})
+                cosines = [np.mean([r.cosine for r in chosen if r.update == u]) for u in updates]
+                if chosen:
+                    axes.plot(
+                        updates, cosines, label=f"{method}, {inverse}", marker=".",
+                        linestyle={"factored": "--"}.get(inverse, "-"),
+                        color={"kfac, 10 samples": "tab:cyan"}.get(
+                            method, COLOURS.get(method, "black")
+                        ),
+                    )  # fmt: skip
+            axes.set_title(f"trained by {name}: cosine with the {reference} GN direction")
+            axes.set_xlabel("updates")
+            axes.grid(True, alpha=0.25)
+    grid[0, 0].legend(fontsize="small")
+    grid[0, 1].legend(fontsize="small")
+    figure.suptitle(f"Autoencoder on {data}, batch {size}: means over seeds")
+    figure.savefig(path, dpi=130)

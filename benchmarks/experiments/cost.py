@@ -1,0 +1,181 @@
+"""``python -m benchmarks cost``: what the factors cost as batch, width, outputs and samples grow.
+
+Botev et al., appendix D.4, count for the pre-activation factors of a layer: KFRA two products of
+`[D, D]` matrices, whatever the batch; KFAC with S samples, and KFLR with K outputs, a backward pass
+of N S or N K rows and its second moment. Measured is a whole call that returns value, gradient and
+factors, less one that returns value and gradient, in units of the latter; exponents are fitted to
+that difference over the upper half of each sweep.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+
+import kfgn
+from benchmarks.harness import experiment
+from benchmarks.harness.arguments import positive_int
+from benchmarks.harness.timing import timed
+
+LAYERS = 4
+BASE = {"N": 1000, "D": 256, "K": 10, "S": 1}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "N": (125, 250, 500, 1000, 2000, 4000),
+    "D": (64, 128, 256, 512, 1024),
+    "K": (5, 10, 20, 40, 80, 160),
+    "S": (1, 2, 4, 8, 16, 32),
+}
+METHODS = ("kfra", "kflr", "kfac")
+# The exponent that the counts of appendix D.4 have for large values; products with N dominate
+# in Q (N D^2, for all three), so KFRA's whole cost still grows with N.
+EXPECTED = {
+    ("kfra", "N"): "0 for G, 1 for Q", ("kfra", "D"): "3 for G, 2 for Q", ("kfra", "K"): "0",
+    ("kfra", "S"): "0", ("kflr", "N"): "1", ("kflr", "D"): "2", ("kflr", "K"): "1",
+    ("kflr", "S"): "0", ("kfac", "N"): "1", ("kfac", "D"): "2", ("kfac", "K"): "0",
+    ("kfac", "S"): "1",
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """One measured call."""
+
+    swept: str
+    value: int
+    method: str
+    gradient_seconds: float
+    seconds: float  # with the factors
+
+    @property
+    def excess(self) -> float:
+        """What the factors add, in units of value and gradient."""
+        return (self.seconds - self.gradient_seconds) / self.gradient_seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Times every sweep, fits the exponents, prints the table and writes everything down."""
+    parser = experiment.options("cost", __doc__, data=False, resumable=True)
+    add = parser.add_argument
+    add("--repeats", type=positive_int, default=7, help="calls whose median counts (7)")
+    add("--largest", type=positive_int, default=10**6, help="leave out larger values of a sweep")
+    options = parser.parse_args(arguments)
+    console, rows = Console(), []
+    sweeps = {n: [v for v in values if v <= options.largest] for n, values in SWEEPS.items()}
+    given = {"repeats": options.repeats, "seed": options.seed}
+    with (
+        experiment.ledger(options) as ledger,
+        experiment.progress(console, "cost", sum(map(len, sweeps.values()))) as ticker,
+    ):
+        for swept, values in sweeps.items():
+            for value in values:
+                found = ledger.measure(
+                    {**given, "swept": swept, "value": value},
+                    functools.partial(_measure, swept, value, **given),
+                )
+                rows += [Row(*row) for row in found]
+                ticker.step(f"{swept} = {value}")
+        fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in sweeps}
+        settings = {"layers": LAYERS, "base": BASE, **given}
+        measured = {"rows": [row._asdict() for row in rows], "exponents": fits}
+        tables = [_costs(rows, sweeps), _exponents(fits)]
+        experiment.record(options.out, "cost", arguments, settings, measured, tables, console)
+    _plot(options.out / "cost.png", rows)
+    return 0
+
+
+def _measure(swept: str, value: int, repeats: int, seed: int) -> list[Row]:
+    n, d, k, s = ({**BASE, swept: value}[name] for name in "NDKS")
+    sizes = [d] * LAYERS + [k]
+    keys = jax.random.split(jax.random.key(seed), LAYERS + 1)
+    initial = jax.nn.initializers.glorot_uniform()
+    params = {f"layer_{i}": {"kernel": initial(keys[i], (a, b)), "bias": jnp.zeros(b)}
+              for i, (a, b) in enumerate(itertools.pairwise(sizes))}  # fmt: skip
+    batch = (
+        jax.random.uniform(keys[-1], (n, d)),
+        jax.random.randint(keys[-1], (n,), 0, k),
+    )
+    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
+    objective = kfgn.Objective(_model, loss)
+    gradient = timed(jax.value_and_grad(objective), params, batch, repeats=repeats).median
+    rows = []
+    for method in METHODS if swept != "S" else ("kfac",):
+        call = timed(_factors(objective, method, s), params, batch, repeats=repeats)
+        rows.append(Row(swept, value, method, gradient, call.median))
+    return rows
+
+
+def _model(params: Any, x: jax.Array) -> jax.Array:
+    for i in range(LAYERS):
+        x = x @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"]
+        x = jnp.tanh(x) if i < LAYERS - 1 else x
+    return x
+
+
+def _factors(objective: kfgn.Objective, method: str, samples: int) -> Callable:
+    curvature_of = kfgn.value_grad_and_curvature(objective, method, samples=samples)
+
+    def call(params, batch):
+        extra = {"key": jax.random.key(0)} if method == "kfac" else {}
+        (value, grads), curvature = curvature_of(params, batch, **extra)
+        return value, grads, curvature.factors
+
+    return call
+
+
+def _exponent(rows: list[Row], method: str, swept: str) -> float | None:
+    """Of the added seconds, least squares over the upper half of the sweep."""
+    chosen = [r for r in rows if (r.method, r.swept) == (method, swept)]
+    chosen = chosen[len(chosen) // 2 - 1 :] if len(chosen) > 2 else chosen
+    seconds = [r.seconds - r.gradient_seconds for r in chosen]
+    if len(chosen) < 2 or min(seconds) <= 0:
+        return None
+    values = [r.value for r in chosen]
+    return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
+
+
+def _costs(rows: list[Row], sweeps: dict[str, list[int]]) -> Any:
+    lines = []
+    for swept, values in sweeps.items():
+        for value in values:
+            found = {r.method: r for r in rows if (r.swept, r.value) == (swept, value)}
+            cells = [f"{found[m].excess:.2f}" if m in found else None for m in METHODS]
+            lines.append([f"{swept} = {value}", *cells])
+    title = "Added to value and gradient by the factors, in units of these"
+    return experiment.table(title, ["", "KFRA", "KFLR", "KFAC"], lines)
+
+
+def _exponents(fits: dict[str, float | None]) -> Any:
+    lines = []
+    for (method, swept), expected in EXPECTED.items():
+        fit = fits.get(f"{method} {swept}")
+        if swept != "S" or method == "kfac":
+            cell = "-" if fit is None else f"{fit:.2f}"
+            lines.append([f"{method}, {swept}", cell, expected])
+    return experiment.table("Exponents", ["", "fitted", "by the counts, in the limit"], lines)
+
+
+def _plot(path: Path, rows: list[Row]) -> None:
+    figure = Figure(figsize=(14, 3.8), layout="constrained")
+    colors = {"kfra": "tab:red", "kflr": "tab:purple", "kfac": "tab:blue"}
+    for axes, swept in zip(figure.subplots(1, len(SWEEPS)), SWEEPS, strict=True):
+        for method in METHODS:
+            chosen = [r for r in rows if (r.method, r.swept) == (method, swept)]
+            seconds = [r.seconds - r.gradient_seconds for r in chosen]
+            axes.plot([r.value for r in chosen], seconds, "o-", color=colors[method], label=method)
+        gradients = {r.value: r.gradient_seconds for r in rows if r.swept == swept}
+        axes.plot(list(gradients), list(gradients.values()), "k:", label="value and gradient")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel(swept)
+        axes.grid(True, which="both", alpha=0.25)
+        axes.legend(fontsize="small")
+    figure.supylabel("seconds")
+    figure.savefig(path, dpi=130)

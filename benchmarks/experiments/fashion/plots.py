@@ -1,0 +1,147 @@
+"""The figures of `fashion`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+
+from benchmarks import BenchmarkError
+from benchmarks.experiments.fashion.hessian_free import DAMPINGS, PRECONDITIONERS, method_name
+from benchmarks.experiments.fashion.training import Run
+
+COLOURS = {
+    "GD, 0.1": "silver",
+    "GD, 1": "tab:gray",
+    "gradient descent": "tab:gray",
+    "NLCG": "tab:brown",
+    "L-BFGS-B": "black",
+    "KFRA": "tab:red",
+    "KFLR": "tab:purple",
+    "KFAC": "tab:blue",
+    "HF, none": "gold",
+    "HF, diagonal": "tab:olive",
+    "HF, Kronecker": "tab:green",
+    "Adam": "tab:orange",
+}
+
+
+def plot_all(folder: Path, found: Any) -> None:
+    """Those for which there are measurements."""
+    figures = {f"{k}_hidden.png": _curves(k, runs) for k, runs in found.networks.items() if runs}
+    if found.networks:
+        figures["gaps.png"] = _gaps(found.networks)
+    if found.conditioned:
+        figures["cg_iterations.png"] = _cg_iterations(found)
+    if found.depths:
+        figures["depth.png"] = _depth(found.depths)
+    try:
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=130)
+    except OSError as error:
+        raise BenchmarkError(f"cannot write plots to {folder}: {error}") from error
+
+
+def _curves(hidden: int, runs: Sequence[Run]) -> Figure:
+    """Objective and dev accuracy, against iterations and seconds."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", sharey="row")
+    for run in runs:
+        style = {"color": COLOURS.get(run.method), "label": run.method}
+        for line, name in zip(grid, ("objective", "dev_accuracy"), strict=True):
+            for axes, across in zip(line, ("iteration", "seconds"), strict=True):
+                axes.plot(run.column(across), run.column(name), **style)
+    _log(grid[0, 0], [p for run in runs for p in run.column("objective")])
+    grid[0, 0].set_ylabel("objective on the training images")
+    grid[1, 0].set_ylabel("accuracy on the dev images")
+    grid[1, 0].set_xlabel("iterations or updates")
+    grid[1, 0].set_xscale("symlog", linthresh=10)
+    grid[1, 0].set_xlim(left=0)
+    grid[1, 1].set_xlabel("seconds of training")
+    for axes in grid.flat:
+        axes.grid(True, which="both", alpha=0.25)
+    grid[1, 1].legend(fontsize="small")
+    figure.suptitle(f"Fashion-MNIST, {hidden} hidden layer{'s' if hidden > 1 else ''}")
+    return figure
+
+
+def _gaps(networks: dict[int, list[Run]]) -> Figure:
+    figure = Figure(figsize=(6 * len(networks), 4.2), layout="constrained")
+    grid = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axes, (hidden, runs) in zip(grid, networks.items(), strict=True):
+        for run in runs:
+            gaps = [100 * point.gap for point in run.points]
+            axes.plot(run.column("seconds"), gaps, color=COLOURS.get(run.method), label=run.method)
+        axes.set_title(f"{hidden} hidden")
+        axes.set_xlabel("seconds of training")
+        axes.grid(True, alpha=0.25)
+    grid[0].set_ylabel("train less dev accuracy, points")
+    if grid[-1].lines:
+        grid[-1].legend(fontsize="small")
+    return figure
+
+
+def _cg_iterations(found: Any) -> Figure:
+    """Left: of every update of each network's runs. Right: at one place, against the damping."""
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    along, at_one_place = figure.subplots(1, 2)
+    for hidden, style in zip(found.networks, ("-", "--", ":", "-."), strict=False):
+        for run in found.networks[hidden]:
+            if run.cg_iterations:
+                label = f"{run.method}, {hidden} hidden"
+                color = COLOURS.get(run.method)
+                along.plot(run.cg_iterations, style, color=color, label=label, lw=1)
+    place, counts = next(reversed(found.conditioned.items()))
+    for name in PRECONDITIONERS:
+        color = COLOURS.get(method_name(name))
+        at_one_place.plot(DAMPINGS, counts[name], "o-", color=color, label=name)
+    at_one_place.set_xscale("log")
+    at_one_place.set_xlabel("damping λ")
+    at_one_place.set_title(place)
+    along.set_xlabel("update")
+    along.set_ylabel("CG iterations")
+    for axes in (along, at_one_place):
+        axes.grid(True, which="both", alpha=0.25)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    return figure
+
+
+def _depth(depths: Sequence[Any]) -> Figure:
+    """Gradients layer by layer at the start; accuracy after all updates; the way there."""
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    layers, accuracy, way = figure.subplots(1, 3)
+    for depth in depths:
+        layers.plot(range(1, depth.hidden + 2), depth.gradients, "o-", label=f"{depth.hidden}")
+    layers.set_yscale("log")
+    layers.set_xlabel("layer")
+    layers.set_ylabel("gradient's norm over the last layer's, at the start")
+    layers.legend(title="hidden layers")
+    hidden = [depth.hidden for depth in depths]
+    for number, run in enumerate(depths[0].runs):
+        ends = [depth.runs[number].last.dev_accuracy for depth in depths]
+        accuracy.plot(hidden, ends, "o-", color=COLOURS.get(run.method), label=run.method)
+    accuracy.set_xlabel("hidden layers")
+    accuracy.set_ylabel("accuracy on the test digits")
+    accuracy.legend()
+    for run in depths[-1].runs:
+        way.plot(run.column("iteration"), run.column("objective"), color=COLOURS.get(run.method))
+    _log(way, [p for run in depths[-1].runs for p in run.column("objective")])
+    way.set_xlabel("updates")
+    way.set_ylabel(f"training loss, {depths[-1].hidden} hidden")
+    for axes in (layers, accuracy, way):
+        axes.grid(True, which="both", alpha=0.25)
+    return figure
+
+
+def _log(axes: Axes, values: Sequence[float]) -> None:
+    # A log axis needs something above zero to show.
+    if np.any(np.asarray(values) > 0):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(LogFormatter())
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

@@ -1,0 +1,255 @@
+"""``python -m benchmarks speed``: what curvature costs, beside the FLOP floor and an SGD step.
+
+Every figure is a ratio of medians taken in one process: machines are shared, so seconds say
+little. The FLOP floor is what the products, factorizations and solves would take at the rate that
+this machine reaches in a matrix product of 1000 x 1000, measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+from rich.table import Table
+
+import kfgn
+from benchmarks.harness.experiment import environment
+from benchmarks.harness.timing import Timed, timed, timed_updates
+
+AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+CLASSIFIER = (784, 1000, 500, 250, 10)
+BATCH = 1000
+MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
+
+
+class Row(NamedTuple):
+    """One measured quantity."""
+
+    name: str
+    ratio: float  # to the yardstick
+    yardstick: str
+    floor: float | None  # the same ratio by FLOPs alone, at the measured product rate
+    goal: str
+    seconds: float
+    compile_seconds: float
+    temporary_mib: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures everything, prints the table and writes it down."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--blocks", type=int, default=5, help="blocks of 20 updates to time")
+    parser.add_argument("--only", default="", help="measure only rows whose group has this name")
+    options = parser.parse_args(arguments)
+    console = Console()
+    groups: dict[str, Callable[[Console, int], list[Row]]] = {
+        "autoencoder": autoencoder_rows,
+        "classifier": classifier_rows,
+        "wide": wide_rows,
+    }
+    rows: list[Row] = []
+    for name, measure in groups.items():
+        if options.only in ("", name):
+            rows += measure(console, options.blocks)
+    console.print(_table(rows))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m benchmarks speed", *(arguments or [])])
+    report = {"command": command, **environment(), "rows": [row._asdict() for row in rows]}
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    console.print(f"written to {options.out}")
+    return 0
+
+
+def autoencoder_rows(console: Console, blocks: int) -> list[Row]:
+    """Whole updates of the paper's MNIST autoencoder."""
+    params, model = _network(AUTOENCODER, code=4)
+    inputs = jax.random.uniform(jax.random.key(1), (BATCH, AUTOENCODER[0]))
+    batch = (inputs, inputs)
+    objective = kfgn.Objective(model, kfgn.losses.sigmoid_binary_cross_entropy, l2=1e-5)
+    rate = _product_rate()
+    sgd = _sgd_step(objective, params, batch, blocks)
+    rows = [Row("SGD step", 1.0, "itself", _gradient_flops(AUTOENCODER) / rate / sgd.median, "",
+                sgd.median, sgd.compile_seconds, sgd.temporary_bytes / 2**20)]  # fmt: skip
+    cases: list[tuple[str, str, dict[str, Any], str]] = [
+        ("KFRA update, paper's recipe, fresh inverses", "kfra",
+         {"momentum": False, "refresh_inverse_every": 1}, "5.8 (4.4)"),
+        ("KFRA update, paper's recipe, inverses every 5", "kfra",
+         {"momentum": False, "refresh_inverse_every": 5}, "4.3 (3.7)"),
+        ("KFRA update, with momentum, fresh inverses", "kfra",
+         {"momentum": True, "refresh_inverse_every": 1}, ""),
+        ("KFRA update, with momentum, inverses every 5", "kfra",
+         {"momentum": True, "refresh_inverse_every": 5}, ""),
+        ("KFAC update, with momentum, inverses every 5", "kfac",
+         {"momentum": True, "refresh_inverse_every": 5}, ""),
+    ]  # fmt: skip
+    for name, method, options, goal in cases:
+        result = _second_order(objective, method, params, batch, options, blocks)
+        floor = None
+        if method == "kfra":
+            flops = _update_flops(AUTOENCODER, **options)
+            floor = flops / rate / sgd.median
+        rows.append(_row(name, result, sgd, "SGD step", floor, goal))
+        _say(console, rows[-1])
+    return rows
+
+
+def classifier_rows(console: Console, blocks: int) -> list[Row]:
+    """Exact curvature of a 784-1000-500-250-10 classifier."""
+    params, model = _network(CLASSIFIER)
+    inputs = jax.random.uniform(jax.random.key(1), (BATCH, CLASSIFIER[0]))
+    targets = jax.random.randint(jax.random.key(2), (BATCH,), 0, CLASSIFIER[-1])
+    batch = (inputs, targets)
+    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
+    objective = kfgn.Objective(model, loss)
+    gradient = timed(jax.grad(objective), params, batch, repeats=41)
+    rate = _product_rate()
+
+    def kflr(params, batch):
+        (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+        return grads, curvature.factors
+
+    hessian = kfgn.curvature.pre_activation_hessian(objective, reduce="mean")
+    diagonal = kfgn.curvature.hessian_diagonal(objective)
+    rows = []
+    for name, function, repeats, flops, goal in [
+        ("KFLR factors and gradient", kflr, 21, None, "7"),
+        ("Hessians per example, reduced to their mean", hessian, 3,
+         BATCH * _hessian_flops(CLASSIFIER), "320"),
+        ("exact Hessian diagonal", diagonal, 3,
+         BATCH * _hessian_flops(CLASSIFIER, diagonal=True), "150"),
+    ]:  # fmt: skip
+        result = timed(function, params, batch, repeats=repeats)
+        floor = flops / rate / gradient.median if flops else None
+        rows.append(_row(name, result, gradient, "gradient", floor, goal))
+        _say(console, rows[-1])
+    return rows
+
+
+def wide_rows(console: Console, blocks: int) -> list[Row]:
+    """KFLR of the autoencoder: 784 output columns, one at a time."""
+    params, model = _network(AUTOENCODER, code=4)
+    inputs = jax.random.uniform(jax.random.key(1), (BATCH, AUTOENCODER[0]))
+    objective = kfgn.Objective(model, kfgn.losses.sigmoid_binary_cross_entropy)
+    gradient = timed(jax.grad(objective), params, (inputs, inputs), repeats=15)
+
+    def kflr(params, batch):
+        return kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)[1].factors
+
+    result = timed(kflr, params, (inputs, inputs), repeats=1)
+    row = _row("KFLR with 784 outputs", result, gradient, "gradient", None, "under 2 GiB")
+    _say(console, row)
+    return [row]
+
+
+def _network(sizes: Sequence[int], code: int | None = None) -> tuple[Any, Callable]:
+    """Parameters and model of a tanh chain; layer `code` (from 1) and the last are linear."""
+    keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
+    initial = jax.nn.initializers.glorot_uniform()
+    params = {
+        f"layer_{i}": {"kernel": initial(keys[i], (sizes[i], sizes[i + 1])),
+                       "bias": jnp.zeros(sizes[i + 1])}
+        for i in range(len(sizes) - 1)
+    }  # fmt: skip
+
+    def model(params, x):
+        for i in range(len(sizes) - 1):
+            layer = params[f"layer_{i}"]
+            x = x @ layer["kernel"] + layer["bias"]
+            if i + 1 not in (code, len(sizes) - 1):
+                x = jnp.tanh(x)
+        return x
+
+    return params, model
+
+
+def _sgd_step(objective: kfgn.Objective, params: Any, batch: Any, blocks: int) -> Timed:
+    def step(params, batch):
+        return jax.tree.map(lambda p, g: p - 1e-3 * g, params, jax.grad(objective)(params, batch))
+
+    return timed_updates(step, params, batch, blocks=blocks)
+
+
+def _second_order(
+    objective: kfgn.Objective, method: str, params: Any, batch: Any, options: Any, blocks: int
+) -> Timed:
+    optimizer = getattr(kfgn, method)(objective, params, batch, **options)
+    curvature_fn = kfgn.value_grad_and_curvature(objective, method)
+
+    def step(carry, batch):
+        params, state, key = carry
+        key, now = jax.random.split(key)
+        extra = {"key": now} if method == "kfac" else {}
+        (_, grads), curvature = curvature_fn(params, batch, **extra)
+        updates, state = optimizer.update(grads, state, params, curvature=curvature)
+        return optax.apply_updates(params, updates), state, key
+
+    carry = (params, optimizer.init(params), jax.random.key(0))
+    return timed_updates(step, carry, batch, blocks=blocks)
+
+
+# FLOPs, counted as two per multiplication; factorizations and inverses as n^3 together.
+
+
+def _gradient_flops(sizes: Sequence[int]) -> float:
+    products = [a * b for a, b in itertools.pairwise(sizes)]
+    return 2 * BATCH * (3 * sum(products) - products[0])
+
+
+def _update_flops(sizes: Sequence[int], momentum: bool, refresh_inverse_every: int) -> float:
+    pairs = list(itertools.pairwise(sizes))
+    activation = sum(2 * BATCH * (a + 1) ** 2 for a, _ in pairs)
+    slopes = sum(2 * BATCH * b**2 for _, b in pairs[:-1] if b != min(sizes))
+    recursion = sum(2 * a * b * (a + b) for a, b in pairs[1:])
+    inverses = sum((a + 1) ** 3 + b**3 for a, b in pairs) / refresh_inverse_every
+    directions = sum(2 * (a + 1) * b * (a + 1 + b) for a, b in pairs)
+    products = [a * b for a, b in pairs]
+    # Those examples that stand for the batch are run forward once more.
+    linear_pass = 2 * MODEL_EXAMPLES * (2 * sum(products) - products[0])
+    passes = (2 if momentum else 1) * linear_pass + 2 * MODEL_EXAMPLES * sum(products)
+    return _gradient_flops(sizes) + activation + slopes + recursion + inverses + directions + passes
+
+
+def _hessian_flops(sizes: Sequence[int], diagonal: bool = False) -> float:
+    pairs = list(itertools.pairwise(sizes))[1:]
+    total = sum(2 * a * b * (a + b) for a, b in pairs)
+    first, second = pairs[0]
+    return total - (2 * first * first * second if diagonal else 0)
+
+
+def _product_rate() -> float:
+    square = jax.random.normal(jax.random.key(0), (1000, 1000))
+    return 2e9 / timed(lambda a: a @ a, square, repeats=41).median
+
+
+def _row(
+    name: str, result: Timed, yardstick: Timed, called: str, floor: float | None, goal: str
+) -> Row:
+    ratio = result.median / yardstick.median
+    memory = result.temporary_bytes / 2**20
+    return Row(name, ratio, called, floor, goal, result.median, result.compile_seconds, memory)
+
+
+def _say(console: Console, row: Row) -> None:
+    console.print(f"{row.name}: {row.ratio:.2f} x {row.yardstick}", highlight=False)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(title="What curvature costs")
+    for column in ("what", "ratio", "to", "FLOP floor", "goal", "ms", "compile s", "temp MiB"):
+        table.add_column(column, justify="left" if column in ("what", "to") else "right")
+    for row in rows:
+        floor = f"{row.floor:.2f}" if row.floor is not None else ""
+        table.add_row(
+            row.name, f"{row.ratio:.2f}", row.yardstick, floor, row.goal,
+            f"{1e3 * row.seconds:.1f}", f"{row.compile_seconds:.1f}", f"{row.temporary_mib:.0f}",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,1 @@
+"""What the experiments share: arguments, data, optimizers, training, records, tables and plots."""
