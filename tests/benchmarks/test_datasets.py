@@ -19,6 +19,7 @@ sklearn_datasets = pytest.importorskip("sklearn.datasets")
 
 from scipy.interpolate import CubicSpline  # noqa: E402
 
+import kfgn  # noqa: E402
 from benchmarks import datasets  # noqa: E402
 from benchmarks.datasets import base, calibration, curves, faces, idx  # noqa: E402
 from benchmarks.datasets.cache import CacheWarning, cached  # noqa: E402

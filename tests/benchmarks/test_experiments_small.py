@@ -15,7 +15,7 @@ pytestmark = pytest.mark.loose_dtypes  # optax's line searches
 PNG = b"\x89PNG\r\n"
 PLOTS = {
     "rosenbrock": ("paths", "convergence"),
-    "logistic": ("losses_centred", "losses_shifted", "boundaries_centred", "boundaries_shifted"),
+    "logistic": ("losses_centered", "losses_shifted", "boundaries_centered", "boundaries_shifted"),
     "curvature": ("layers", "network"),
 }
 
