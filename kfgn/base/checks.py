@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kfgn.base.errors import OptionError
@@ -35,10 +35,31 @@ def check_decay(name: str, value: Any) -> None:
         _check(name, value, "in [0, 1), or None for no average", lambda x: 0 <= x < 1)
 
 
-def check_period(name: str, value: Any, least: int = 1) -> None:
-    """Raises OptionError for a period that is no whole number, or below the least."""
-    expected = f"a whole number of at least {least}"
-    _check(name, value, expected, lambda x: least <= x < math.inf and x == int(x))
+def check_whole(
+    name: str, value: Any, least: int, most: int | None = None, *, traced: bool = False
+) -> None:
+    """Raises OptionError unless the value is a whole number within bounds.
+
+    An array is refused, unless it may be `traced`.
+    """
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    within = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if within and least <= value and (most is None or value <= most):
+        return
+    found = repr(value)
+    if hasattr(value, "dtype") and not within:
+        if traced:
+            return
+        found += f', an array; under optax.inject_hyperparams give static_args="{name}"'
+    raise OptionError(f"{name} must be a whole number {bounds}, found {found}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raises OptionError unless the value is one of the choices."""
+    known = list(choices)
+    if value not in known:
+        shown = ", ".join(x if isinstance(x, str) else repr(x) for x in known)
+        raise OptionError(f"{name} must be one of {shown}, found {value!r}")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_period
+from kfgn.base.checks import check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import factor_dtype
 from kfgn.objective.objective import Objective, require_batch, require_objective
@@ -95,7 +95,7 @@ def _figures(
 ) -> Callable[[PyTree, Batch], list[Array]]:
     """`(params, batch) -> [mean loss, accuracy]`."""
     require_objective(objective)
-    check_period("chunk_size", chunk_size)
+    check_whole("chunk_size", chunk_size, 1)
     if correct is not None and not callable(correct):
         raise OptionError(
             f"correct must be callable as correct(outputs, target), found {correct!r}"

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.checks import check_flag, check_not_negative, check_period, check_positive
+from kfgn.base.checks import check_flag, check_not_negative, check_positive, check_whole
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves
@@ -221,7 +221,7 @@ def _observed(remainder, rounding, steps, expected: int, term) -> CheckResult:
 def _prepared(function, point, direction, key, step, halvings) -> tuple[PyTree, Array]:
     """The direction and the steps, with everything checked."""
     check_positive("step", step)
-    check_period("halvings", halvings)
+    check_whole("halvings", halvings, 1)
     _check_point(point)
     _check_function(function, point)
     if direction is None:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import BatchError, OptionError
 
 PyTree = Any
@@ -64,19 +65,18 @@ def batches(
       OptionError: an unknown strategy, or a number that does not fit the data.
     """
     count = _examples(data)
-    if strategy not in STRATEGIES:
-        raise OptionError(f"strategy must be one of {', '.join(STRATEGIES)}, found {strategy!r}")
+    check_choice("strategy", strategy, STRATEGIES)
     size = _batch_size(strategy, batch_size, count)
-    _check_whole("repeats", repeats, 1)
-    _check_whole("seed", seed, 0)
-    _check_whole("start", start, 0)
+    check_whole("repeats", repeats, 1)
+    check_whole("seed", seed, 0)
+    check_whole("start", start, 0)
     if strategy == "full" and repeats != 1:
         raise OptionError('repeats is for drawn batches: strategy "full" takes all data once')
     if steps is not None:
-        _check_whole("steps", steps, start)
+        check_whole("steps", steps, start)
     joined = size * repeats
     if curvature_size is not None:
-        _check_whole("curvature_size", curvature_size, 1, joined)
+        check_whole("curvature_size", curvature_size, 1, joined)
     indices = None if strategy == "full" else _draws(strategy, count, size, repeats, seed)
 
     def generate() -> Iterator[tuple[PyTree, PyTree]]:
@@ -147,13 +147,5 @@ def _batch_size(strategy: str, batch_size: int | None, count: int) -> int:
         return count
     if batch_size is None:
         raise OptionError(f"strategy {strategy!r} needs a batch_size")
-    _check_whole("batch_size", batch_size, 1, count)
+    check_whole("batch_size", batch_size, 1, count)
     return batch_size
-
-
-def _check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
-    """Raises OptionError unless the value is a whole number within bounds."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise OptionError(f"{name} must be a whole number {bounds}, found {value!r}")

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_not_negative, check_positive
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.curvature.batch import Curvature
 
@@ -154,14 +153,7 @@ def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
         check_not_negative("tolerance", tolerance)
     if progress is not None:
         check_positive("progress", progress)
-    whole = isinstance(max_iterations, int) and not isinstance(max_iterations, bool)
-    if not whole or max_iterations < 1:
-        remedy = ""
-        if hasattr(max_iterations, "dtype"):  # it is the size of an array, so no value of a state
-            remedy = ', an array; under optax.inject_hyperparams give static_args="max_iterations"'
-        raise OptionError(
-            f"max_iterations must be a whole number of at least 1, found {max_iterations!r}{remedy}"
-        )
+    check_whole("max_iterations", max_iterations, 1)  # the size of an array
 
 
 def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from kfgn.base.checks import (
     check_fraction,
     check_not_negative,
-    check_period,
     check_positive,
+    check_whole,
     in_order,
 )
 from kfgn.base.errors import OptionError
@@ -72,7 +72,7 @@ def check_damping(name: str, damping: Any) -> None:
     check_not_negative(f"{name}: initial", initial)
     check_not_negative(f"{name}: minimum", minimum)
     check_positive(f"{name}: maximum", maximum)
-    check_period(f"{name}: period", period, least=0)
+    check_whole(f"{name}: period", period, 0, traced=True)
     check_fraction(f"{name}: decay", decay)
     if not in_order(minimum, initial, maximum):
         raise OptionError(

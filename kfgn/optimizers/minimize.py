@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from kfgn.base.checks import check_not_negative, check_period
+from kfgn.base.checks import check_not_negative, check_whole
 from kfgn.base.errors import OptionError, ParameterError
 
 PyTree = Any
@@ -70,7 +70,7 @@ def minimize(
         raise OptionError(f"method must be one of {', '.join(MINIMIZERS)}, found {method!r}")
     if not callable(objective):
         raise OptionError(f"objective must be callable, found a {type(objective).__name__}")
-    check_period("max_iterations", max_iterations)
+    check_whole("max_iterations", max_iterations, 1)
     check_not_negative("tolerance", tolerance)
     params = jax.tree.map(jnp.asarray, params)
     value, gradient = jax.jit(jax.value_and_grad(objective))(params, batch)

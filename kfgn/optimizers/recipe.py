@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfgn.base.checks import check_decay, check_flag, check_not_negative, check_pair, check_period
+from kfgn.base.checks import check_decay, check_flag, check_not_negative, check_pair, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.curvature.batch import Curvature
@@ -83,7 +83,7 @@ def scale_by_curvature(
     if isinstance(least, (int, float)) and least <= 0:
         raise OptionError(f"{of} needs a positive minimum: factors may be singular; found {least}")
     check_decay("decay", decay)
-    check_period("refresh_inverse_every", refresh_inverse_every)
+    check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     check_flag("momentum", momentum)
     check_not_negative("l2", l2)
     low, high = check_pair("thresholds", thresholds)

@@ -18,8 +18,8 @@ from kfgn.base.checks import (
     check_decay,
     check_flag,
     check_not_negative,
-    check_period,
     check_positive,
+    check_whole,
 )
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
@@ -61,7 +61,7 @@ def scale_by_kronecker(
     """
     check_positive("damping", damping)
     check_decay("decay", decay)
-    check_period("refresh_inverse_every", refresh_inverse_every)
+    check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     preconditioner = Preconditioner(layers, inverse)
 
     def init(params):

@@ -68,7 +68,7 @@ def test_own_notion_of_correct():
     """`correct=` of the function, or of the loss, where the loss has none of its own."""
     params, batch = make_params(), one_hot(make_batch(count=30))
     expected = share(network(params, batch[0]), np.argmax(batch[1], axis=1))
-    squared = kfgn.Objective(network, LOSSES.squared_error)
+    squared = kfgn.Objective(network, LOSSES.half_squared_error)
     with pytest.raises(kfgn.errors.LossError, match=r"squared_error.*correct="):
         kfgn.diagnostics.accuracy(squared)(params, batch)
 
