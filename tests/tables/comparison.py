@@ -114,7 +114,7 @@ def _everything(objective, whole, params, batch, vector, matrices):
     # A matrix-vector product transposes the whole model: one layer of each is enough.
     name = next(iter(matrices))
     for kind in ("block_hessian", "block_gauss_newton"):
-        matvecs = getattr(kfgn, kind)(objective, as_matvec=True)(params, batch)
+        matvecs = getattr(kfgn.curvature, kind)(objective, as_matvec=True)(params, batch)
         result[f"{kind}_matvec"] = {name: matvecs[name](matrices[name])}
     return result
 
