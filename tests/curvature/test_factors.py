@@ -69,6 +69,72 @@ def test_kfra_is_the_recursion_of_the_paper(model):
     close(found["first"].pre_activation, last, "first")
 
 
+@float64
+@pytest.mark.parametrize("branch", [jax.nn.softmax, normalize], ids=["softmax", "layer_norm"])
+def test_kfra_behind_a_branch_that_mixes_units(branch):
+    """The frontier written out: `E[J'MJ]` on the branch, `E[J']M` between it and the skip."""
+    case, _, (inputs, targets) = setting("residual", "one_hot")
+
+    def model(p, x):
+        h = dense(p["first"], x)
+        return dense(p["out"], branch(h)) + dense(p["skip"], h)
+
+    params = {name: case.params[name] for name in ("first", "out")}
+    params["skip"] = jax.tree.map(lambda a: jnp.cos(3 * a), params["out"])
+    objective = kfgn.Objective(model, LOSSES["one_hot"].loss)
+    found = factors_of(objective, "kfra", params, (inputs, targets))
+
+    jacobians = np.asarray(jax.vmap(jax.jacobian(branch))(dense(params["first"], inputs)))
+    outputs = jax.vmap(jax.hessian(LOSSES["one_hot"].reference))(model(params, inputs), targets)
+    out = np.mean(outputs, axis=0)
+    w, skip = (np.asarray(params[name]["w"]) for name in ("out", "skip"))
+    between = np.mean(jacobians, axis=0).T @ w @ out @ skip.T
+    expected = expected_by_hand(jacobians, w @ out @ w.T) + between + between.T
+    close(found["first"].pre_activation, expected + skip @ out @ skip.T)
+    # The examples differ, so that none of the expectations could be left out.
+    alone = expected_by_hand(jacobians[:1], w @ out @ w.T)
+    assert np.max(np.abs(alone - expected_by_hand(jacobians, w @ out @ w.T))) > 1e-3
+
+
+# A kernel used as it is and transposed.
+
+
+@float64
+@pytest.mark.parametrize("method", ["kflr", "empirical"])
+def test_tied_and_transposed_kernel(method):
+    """`Q ⊗ G` of the one use and `G ⊗ Q` of the other become one product with their trace."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(3, 2)))
+    inputs, targets = (jnp.asarray(rng.normal(size=(5, 3))) for _ in range(2))
+
+    def model(p, x):
+        return jnp.tanh(x @ p["w"]) @ p["w"].T
+
+    objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    q, g = factors_of(objective, method, {"w": kernel}, (inputs, targets))["w"]
+
+    hidden = np.tanh(inputs @ kernel)
+    errors = hidden @ kernel.T - targets
+    slopes = (1 - hidden**2)[:, :, None] * np.asarray(kernel).T  # of the outputs, `[N, 2, 3]`
+    rows, last = slopes, np.eye(3)[None].repeat(5, axis=0)
+    if method == "empirical":
+        rows, last = slopes @ errors[:, :, None], errors[:, :, None]
+
+    def moment(x):
+        return np.einsum("nik,njk->ij", x, x) / 5
+
+    parts = [  # of h = x W, and of y = t W' as a product for W: its gradients stand on the left
+        (moment(np.asarray(inputs)[:, :, None]), moment(rows)),
+        (moment(last), moment(hidden[:, :, None])),
+    ]
+    traces = [(np.trace(a), np.trace(b)) for a, b in parts]
+    whole = sum(np.kron(a, b) for a, b in parts)
+    close(np.trace(np.kron(q, g)), np.trace(whole))
+    for k, merged in enumerate((q, g)):
+        weighted = sum(part[k] * trace[1 - k] for part, trace in zip(parts, traces, strict=True))
+        close(merged / np.trace(merged), weighted / np.trace(weighted))
+
+
 # KFAC.
 
 
