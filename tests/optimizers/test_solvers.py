@@ -540,16 +540,16 @@ def test_block_direction_of_stacks_and_of_parameters_in_no_layer(x64):
     grads = gradient_of(objective, params, batch)
     solve = functools.partial(kfgn.solvers.block_gauss_newton_direction, objective, tolerance=1e-12)
     direction, _ = jit(lambda p, b, g: solve(p, b, g, 0.1))(params, batch, grads)
-    blocks = jit(kfgn.curvature.block_gauss_newton(objective))(params, batch)
     for name in ("stack", "scale"):
-        g = np.asarray(grads[name])
-        rows = g.reshape((2, 9) if name == "stack" else (1, 3))
-        matrices = np.asarray(blocks[name]).reshape(len(rows), rows.shape[1], rows.shape[1])
+        # With squared error the Gauss-Newton matrix is J'J, here of one parameter.
+        pushed = jax.jacobian(lambda x, name=name: model({**params, name: x}, batch[0]))
+        rows = np.asarray(grads[name]).reshape((2, 9) if name == "stack" else (1, 3))
+        jacobians = np.asarray(jit(pushed)(params[name])).reshape(10 * 3, *rows.shape)
         expected = [
-            np.linalg.solve(m + 0.1 * np.eye(len(r)), r)
-            for m, r in zip(matrices, rows, strict=True)
+            np.linalg.solve(j.T @ j / 10 + 0.1 * np.eye(len(r)), r)
+            for j, r in zip(jacobians.swapaxes(0, 1), rows, strict=True)
         ]
-        assert_close(direction[name], np.stack(expected).reshape(g.shape), 1e-9)
+        assert_close(direction[name], np.stack(expected).reshape(grads[name].shape), 1e-9)
 
 
 # Newton.
