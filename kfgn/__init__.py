@@ -1,7 +1,14 @@
 """kfgn: curvature of neural networks and second-order optimization for JAX."""
 
 from kfgn import diagnostics, errors, layers, losses, solvers, transforms
-from kfgn.curvature import Curvature, average_curvature, value_grad_and_curvature
+from kfgn.curvature import (
+    Curvature,
+    average_curvature,
+    empirical_fisher,
+    gauss_newton,
+    hessian,
+    value_grad_and_curvature,
+)
 from kfgn.diagnostics import inspect
 from kfgn.objective.objective import Objective
 from kfgn.optimizers import kfac, kflr, kfra
@@ -11,7 +18,10 @@ __all__ = [
     "Objective",
     "average_curvature",
     "diagnostics",
+    "empirical_fisher",
     "errors",
+    "gauss_newton",
+    "hessian",
     "inspect",
     "kfac",
     "kflr",

@@ -164,7 +164,7 @@ def _comparison(objective: kfgn.Objective, layers: kfgn.layers.LayerBlocks) -> C
         block, _ = kfgn.solvers.block_gauss_newton_direction(
             objective, params, batch, gradient, damping, **SOLVER
         )
-        product = kfgn.curvature.gauss_newton_vector_product(objective, l2=True)
+        product = functools.partial(kfgn.gauss_newton(objective).matvec, with_l2=True)
 
         def damped(v):
             return jax.tree.map(lambda a, b: a + damping * b, product(params, batch, v), v)

@@ -149,7 +149,7 @@ def _with_examples(name: str, count: int, hidden: Sequence[int], seed: int) -> l
     inputs, targets = _batch(count, outputs)
     if name == "squared error":
         targets = jax.nn.one_hot(targets, 10, dtype=jnp.float64)
-    rank = int(jax.jit(kfgn.curvature.gauss_newton_rank(objective))(params, (inputs, targets)))
+    rank = int(jax.jit(kfgn.gauss_newton(objective).rank)(params, (inputs, targets)))
     rows = [Row(name, count, 0, rank, min(count * output_rank, size))]
     for samples in (1, 3):
         rank = _fisher_rank(objective, params, inputs, samples, seed)
@@ -191,14 +191,14 @@ def _with_depth(name: str, depth: int, steps: int, seed: int) -> Dead:
     objective = kfgn.Objective(_model(activation), loss)
     batch = _batch(64, 10)
     params = _trained(objective, _network([64] + [32] * depth + [10], seed), batch, steps)
-    blocks = jax.jit(kfgn.curvature.pre_activation_gauss_newton(objective, reduce="mean"))(
+    blocks = jax.jit(functools.partial(kfgn.gauss_newton(objective).pre_activation, reduce="mean"))(
         params, batch
     )
     x, dead = batch[0], []
     for layer in params[:-1]:
         x = activation(x @ layer["kernel"] + layer["bias"])
         dead.append(np.all(np.asarray(x) <= 0, axis=0) if name == "relu" else np.zeros(1))
-    rank = int(jax.jit(kfgn.curvature.gauss_newton_rank(objective))(params, batch))
+    rank = int(jax.jit(kfgn.gauss_newton(objective).rank)(params, batch))
     first = int(np.linalg.matrix_rank(np.asarray(blocks["0"]), hermitian=True))
     return Dead(name, depth, steps, float(np.mean(dead)), first, rank)
 

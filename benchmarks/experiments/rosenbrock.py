@@ -135,7 +135,7 @@ def _gauss_newton(objective: kfgn.Objective) -> optax.GradientTransformationExtr
     """The gradient, solved with the Gauss-Newton matrix."""
 
     def update(updates, state, params=None, *, batch, **_):
-        matrix = kfgn.curvature.dense_gauss_newton(objective)(params, batch)
+        matrix = kfgn.gauss_newton(objective).dense(params, batch)
         return jnp.linalg.solve(matrix, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)

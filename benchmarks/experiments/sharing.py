@@ -118,7 +118,7 @@ def measure(name: str, module: nn.Module, steps: int) -> list[Row]:
     rows = []
     for examples in (1, 64):
         batch = images[:examples], labels[:examples]
-        exact = jax.jit(kfgn.curvature.block_gauss_newton(objective))(params, batch)
+        exact = jax.jit(kfgn.gauss_newton(objective).blocks)(params, batch)
         layers = kfgn.layers.find_blocks(objective, params, batch).layers
         for label, chosen in METHODS.items():
             function = kfgn.value_grad_and_curvature(objective, **chosen)

@@ -117,8 +117,10 @@ def classifier_rows(console: Console, blocks: int) -> list[Row]:
         (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
         return grads, curvature.factors
 
-    hessian = kfgn.curvature.pre_activation_hessian(objective, reduce="mean")
-    diagonal = kfgn.curvature.hessian_diagonal(objective)
+    def hessian(params, batch):
+        return kfgn.hessian(objective).pre_activation(params, batch, reduce="mean")
+
+    diagonal = kfgn.hessian(objective).diagonal
     rows = []
     for name, function, repeats, flops, goal in [
         ("KFLR factors and gradient", kflr, 21, None, "7"),

@@ -11,7 +11,11 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from kfgn.base.errors import OptionError
+import numpy as np
+
+from kfgn.base.errors import KfgnError, OptionError
+
+DENSE_BYTES = 2**31  # the most that a single dense array may hold
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -84,6 +88,31 @@ def in_order(*values: Any) -> bool:
 def is_zero(value: Any) -> bool:
     """Whether the value is a number that is zero, for all that is known."""
     return isinstance(value, numbers.Real) and value == 0
+
+
+def check_chunk_size(value: Any) -> None:
+    """Raises OptionError unless examples can be worked on so many at once; None is all at once."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and not whole:
+        raise OptionError(f"chunk_size must be None or an integer of at least 1, found {value!r}")
+
+
+def check_size(
+    what: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    remedy: str,
+    *,
+    most: int = DENSE_BYTES,
+    error: type[KfgnError] = OptionError,
+) -> None:
+    """Raises an error where an array that is to be formed would hold more than so many bytes."""
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    if needed > most:
+        raise error(
+            f"{what} would have {' x '.join(map(str, shape))} entries ({needed / 2**30:.1f} GiB); "
+            f"the most that is formed is {most / 2**30:.0f} GiB. {remedy}"
+        )
 
 
 def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:

@@ -78,18 +78,64 @@ def congruence_diagonal(w: Array, matrix: Array) -> Array:
 
 
 def sum_over_examples(
-    function: Callable[[list[Array]], Array], arguments: list[Array], bytes_each: int
-) -> Array:
-    """`function(arguments)`, a sum over their leading axis, taken a chunk of examples at a time."""
-    count = arguments[0].shape[0]
-    chunk = max(1, min(count, _CHUNK_BYTES // max(bytes_each, 1)))
+    function: Callable[[Any], Any], arguments: Any, bytes_each: int = 0, *, chunk_size: Any = None
+) -> Any:
+    """`function(arguments)`, a sum over their leading axis, taken a chunk of examples at a time.
+
+    Args:
+      function: of a pytree of arrays `[n, ...]`, for any n; a sum over n, as a pytree.
+      arguments: the pytree of all examples, `[N, ...]`.
+      bytes_each: what the work on one example holds; chunks stay below 64 MiB.
+      chunk_size: instead, the number of examples in a chunk.
+    """
+    count = count_of(arguments)
+    chunk = max(1, min(count, chunk_size or _CHUNK_BYTES // max(bytes_each, 1)))
     whole, left = divmod(count, chunk)
     if whole == 1 and not left:
         return function(arguments)
-    head = [a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]) for a in arguments]
-    shape = jax.eval_shape(function, [a[0] for a in head])
-    start = jnp.zeros(shape.shape, shape.dtype)
-    result, _ = jax.lax.scan(lambda acc, x: (acc + function(x), None), start, head)
+    head = jax.tree.map(lambda a: a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]), arguments)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], head))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    result, _ = jax.lax.scan(add, start, head)
     if left:
-        result = result + function([a[whole * chunk :] for a in arguments])
+        result, _ = add(result, jax.tree.map(lambda a: a[whole * chunk :], arguments))
     return result
+
+
+def sum_of_examples(
+    function: Callable[[Any], Any], arguments: Any, chunk_size: int | None = 1
+) -> Any:
+    """The sum of a function of one example, worked on so many at once; None for all at once."""
+    count = count_of(arguments)
+
+    def summed(chunk: Any) -> Any:
+        if chunk_size == 1:  # which keeps every product two-dimensional
+            return function(jax.tree.map(lambda a: a[0], chunk))
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(chunk))
+
+    return sum_over_examples(summed, arguments, chunk_size=chunk_size or count)
+
+
+def mean_of_examples(
+    function: Callable[[Any], Any], arguments: Any, chunk_size: int | None = 1
+) -> Any:
+    """The mean of a function of one example, in chunks as in `sum_of_examples`."""
+    count = count_of(arguments)
+    return jax.tree.map(lambda x: x / count, sum_of_examples(function, arguments, chunk_size))
+
+
+def map_examples(function: Callable[[Any], Any], arguments: Any, chunk_size: int | None = 1) -> Any:
+    """A function of one example for all of them, `[N, ...]`, in chunks as in `sum_of_examples`."""
+    if chunk_size is None:
+        return jax.vmap(function)(arguments)
+    size = min(chunk_size, count_of(arguments))
+    return jax.lax.map(function, arguments, batch_size=None if size == 1 else size)
+
+
+def count_of(arguments: Any) -> int:
+    """The length N of the leading axis of all leaves."""
+    return jax.tree.leaves(arguments)[0].shape[0]

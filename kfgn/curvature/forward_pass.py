@@ -98,6 +98,12 @@ def as_outputs(flat: Array, outputs: PyTree) -> PyTree:
     return jax.tree.unflatten(tree, parts)
 
 
+def curved_product(push: Callable[[Any], Array], v: Any, curve: Callable[[Array], Array]) -> Any:
+    """`J'BJ v`, eq. (13), of a linear pass `push: v -> Jv`, `[N, K]`, and `curve: u -> Bu`."""
+    pushed, pull = jax.vjp(push, v)
+    return pull(curve(pushed).astype(pushed.dtype))[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class _LinearPass:
     shapes: tuple

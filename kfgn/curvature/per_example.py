@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.errors import OptionError
-from kfgn.base.linalg import PRECISION, factor_dtype, matmul
+from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import named_leaves
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
@@ -31,7 +30,7 @@ class Prepared(NamedTuple):
 
     graph: Graph
     walk_one: Callable[[Any], Walked]
-    arguments: list[Any]  # of `walk_one`, for all examples
+    arguments: Any  # of `walk_one`, for all examples: kept values, inputs, outputs, targets
     place: dict[Any, int]  # of each kept value among an example's values
     dtype: Any
 
@@ -45,10 +44,21 @@ def prepare(
     objective: Objective,
     params: PyTree,
     batch: Batch,
-    hessian: bool,
+    matrix: Callable[[PyTree, PyTree], Array] | None,
+    second_order: bool = False,
     diagonal: bool = False,
     exact: bool = True,
 ) -> Prepared:
+    """The forward pass of a batch, and the walk that starts from a matrix in the outputs.
+
+    Args:
+      objective, params, batch: as everywhere.
+      matrix: `(outputs, target) -> B`, `[K, K]`, of one example; None stands for
+        `gg'` of its gradient g, whose walk is one backward pass.
+      second_order: whether the nodes' own curvature is added, for the Hessian.
+      diagonal: as in `walk_back`.
+      exact: as in `build_graph`.
+    """
     inputs, targets = check_batch(batch)
     graph = build_graph(objective, params, inputs, exact)
     leaves, keep, loss = named_leaves(params), needed_values(graph), objective.loss
@@ -58,15 +68,74 @@ def prepare(
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((leaves, outputs))))
 
     def one(arguments):
-        values, output, target = arguments
+        values, _, output, target = arguments
         walk = Walk(graph, shared, {v: x[None] for v, x in zip(keep, values, strict=True)})
         one_of = jax.tree.map(lambda a: a[None], (output, target))
-        gradient = loss.gradients(*one_of).astype(dtype) if hessian else None
-        matrix = loss.hessian if hessian else loss.gauss_newton_hessian
+        gradient = loss.gradients(*one_of).astype(dtype) if second_order else None
+        assert matrix is not None
         return walk_back(walk, matrix(output, target).astype(dtype), gradient, diagonal)
 
+    def outer(arguments):
+        _, example, _, target = jax.tree.map(lambda a: a[None], arguments)
+
+        def value(own, probes):
+            outputs, _ = graph.forward({**leaves, **own}, example, probes)
+            return jnp.sum(jax.vmap(loss)(outputs, target))
+
+        own = {name: jnp.asarray(leaves[name]) for name in graph.free}
+        found = jax.grad(value, (0, 1))(own, graph.probes(1))
+        free, uses = jax.tree.map(lambda g: g.reshape(-1).astype(dtype), found)
+        return Walked(
+            {name: g[:, None] * g for name, g in uses.items()},
+            {(p, q): free[p][:, None] * free[q] for p in free for q in free},
+        )
+
     place = {v: k for k, v in enumerate(keep)}
-    return Prepared(graph, one, [kept, outputs, targets], place, dtype)
+    arguments = (kept, inputs, outputs, targets)
+    return Prepared(graph, outer if matrix is None else one, arguments, place, dtype)
+
+
+def example_blocks(prepared: Prepared, params: PyTree) -> Callable[[Any], dict[str, Array]]:
+    """The blocks of one example, as a function of its part of `prepared.arguments`."""
+    graph = prepared.graph
+
+    def blocks(example):
+        walked = prepared.walk_one(example)
+        result = free_matrices(graph, walked, params)
+        for name, layer in graph.layers.items():
+            if name not in result:
+                slots = [
+                    use_block(use, prepared.activations(use, example), walked.uses[key])
+                    for key, use in layer.uses.items()
+                ]
+                result[name] = slots[0] if len(slots) == 1 else jnp.stack(slots)
+        return result
+
+    return blocks
+
+
+def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -> dict[str, Array]:
+    """The diagonals of the mean blocks, by layer in the shape of its matrix."""
+    graph, arguments = prepared.graph, prepared.arguments
+
+    def one(example):
+        walked = prepared.walk_one(example)
+        whole, rows = free_matrices(graph, walked, params), {}
+        result = {name: jnp.diagonal(block, axis1=-2, axis2=-1) for name, block in whole.items()}
+        for name, use in graph.kept_uses.items():
+            if use.form.positions == 1:
+                rows[name] = walked.uses[name]
+            else:
+                a = prepared.activations(use, example)
+                result[name] = shared_diagonal(use, a, walked.uses[name])
+        return rows, result
+
+    rows, found = map_examples(one, arguments, chunk_size)
+    found = {name: jnp.mean(x, axis=0) for name, x in found.items()}
+    for name, row in rows.items():
+        use = graph.kept_uses[name]
+        found[name] = single_diagonal(use, arguments[0][prepared.place[use.input]], row)
+    return in_shape(graph, params, found)
 
 
 def single_diagonal(use: Use, values: Array, rows: Array) -> Array:
@@ -137,38 +206,3 @@ def free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Arr
             block = jnp.stack([split[k, :, k] for k in range(slots)])
         result[layer_name] = block
     return result
-
-
-def batch_size_of(arguments: Any, chunk_size: int) -> int | None:
-    """lax.map's chunk: None for one at a time, which keeps every product two-dimensional."""
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise OptionError(f"chunk_size must be an integer of at least 1, found {chunk_size!r}")
-    count = jax.tree.leaves(arguments)[0].shape[0]
-    return None if chunk_size == 1 else min(chunk_size, count)
-
-
-def mean_over(function: Callable, arguments: Any, chunk_size: int) -> Any:
-    """The mean over examples of a function of one, a chunk at a time."""
-    count = jax.tree.leaves(arguments)[0].shape[0]
-    size = batch_size_of(arguments, chunk_size) or 1
-    whole = count // size
-
-    def total(chunk):
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(chunk))
-
-    if size == 1:
-
-        def total(chunk):
-            return function(jax.tree.map(lambda a: a[0], chunk))
-
-    head = jax.tree.map(lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), arguments)
-    shapes = jax.eval_shape(total, jax.tree.map(lambda a: a[0], head))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    result, _ = jax.lax.scan(
-        lambda acc, chunk: (jax.tree.map(jnp.add, acc, total(chunk)), None), start, head
-    )
-    if count > whole * size:
-        tail = jax.tree.map(lambda a: a[whole * size :], arguments)
-        rest = jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(tail))
-        result = jax.tree.map(jnp.add, result, rest)
-    return jax.tree.map(lambda x: x / count, result)

@@ -14,13 +14,11 @@ import jax.numpy as jnp
 
 from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import factor_dtype
-from kfgn.curvature.exact import block_gauss_newton, block_hessian
-from kfgn.curvature.parameter_blocks import refuse_large_blocks
+from kfgn.base.linalg import count_of, map_examples
+from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
 from kfgn.diagnostics.second_order_terms import example_terms
-from kfgn.model.graph import build_graph
-from kfgn.objective.objective import Objective, check_batch, require_objective
+from kfgn.objective.objective import Objective, require_objective
 
 Array = jax.Array
 PyTree = Any
@@ -49,7 +47,7 @@ class NegativeCurvature(NamedTuple):
 
 
 def negative_curvature(
-    objective: Objective, *, of: str = "pre_activation", tol: float | None = None
+    objective: Objective, *, of: str = "pre_activation", tolerance: float | None = None
 ) -> Callable[[PyTree, Batch], dict[str, NegativeCurvature]]:
     """A detector of saddle points and of non-convexity, layer by layer (appendix C of Veitch).
 
@@ -64,12 +62,12 @@ def negative_curvature(
         share among all eigenvalues, the mean trace, the root of the mean squared
         norms, and the same of the layer's own terms. "block" looks at the mean
         Hessian in the layer's parameters, for small layers.
-      tol: eigenvalues below `-tol` times the largest magnitude of the same matrix
-        are negative; None stands for ten rounding units times its size.
+      tolerance: eigenvalues below `-tolerance` times the largest magnitude of the same
+        matrix are negative; None stands for ten rounding units times its size.
 
     Returns:
-      `(params, batch) -> {name: NegativeCurvature}`, by the names of
-      `pre_activation_hessian` or `block_hessian`.
+      `(params, batch) -> {name: NegativeCurvature}`, by the names of the
+      `pre_activation` matrices or `blocks` of `kfgn.hessian`.
 
     Raises:
       OptionError: an option has a wrong value, or a block would hold over 2 GiB.
@@ -77,42 +75,41 @@ def negative_curvature(
     require_objective(objective)
     if of not in ("pre_activation", "block"):
         raise OptionError(f'of must be "pre_activation" or "block", found {of!r}')
-    if tol is not None:
-        check_not_negative("tol", tol)
+    if tolerance is not None:
+        check_not_negative("tolerance", tolerance)
 
     def of_blocks(params, batch):
-        inputs, _ = check_batch(batch)
-        dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves(params)))
-        refuse_large_blocks(build_graph(objective, params, inputs), params, dtype, 1)
-        exact = block_hessian(objective)(params, batch)
-        positive = block_gauss_newton(objective)(params, batch)
-        return {n: _gathered(_measured(h, positive[n], tol), 1) for n, h in exact.items()}
+        exact = hessian(objective).blocks(params, batch)
+        positive = gauss_newton(objective).blocks(params, batch)
+        return {n: _gathered(_measured(h, positive[n], tolerance), 1) for n, h in exact.items()}
 
     def of_pre_activations(params, batch):
-        exact, positive = (prepare(objective, params, batch, h, exact=False) for h in (True, False))
+        loss = objective.loss
+        exact = prepare(objective, params, batch, loss.hessian, second_order=True, exact=False)
+        positive = prepare(objective, params, batch, loss.gauss_newton_hessian, exact=False)
         own_terms = example_terms(objective, exact.graph, params)
 
         def one(arguments):
             h, g = exact.walk_one(arguments[0]).uses, positive.walk_one(arguments[1]).uses
             t = own_terms(arguments[2])
-            return {name: _measured(h[name], g[name], tol, t[name]) for name in h}
+            return {name: _measured(h[name], g[name], tolerance, t[name]) for name in h}
 
-        found = jax.lax.map(one, (exact.arguments, positive.arguments, tuple(batch)))
-        count = jax.tree.leaves(exact.arguments)[0].shape[0]
+        found = map_examples(one, (exact.arguments, positive.arguments, tuple(batch)))
+        count = count_of(exact.arguments)
         return {name: _gathered(measured, count) for name, measured in found.items()}
 
     return of_blocks if of == "block" else of_pre_activations
 
 
 def _measured(
-    hessian: Array, positive: Array, tol: float | None, term: Array | None = None
+    hessian: Array, positive: Array, tolerance: float | None, term: Array | None = None
 ) -> NegativeCurvature:
     """The measures of matrices `[..., D, D]`, with squared norms."""
     values, beyond = jnp.linalg.eigvalsh(hessian), hessian - positive
     measured = NegativeCurvature(
         values[..., 0],
         values[..., -1],
-        _negative_share(values, tol),
+        _negative_share(values, tolerance),
         jnp.trace(beyond, axis1=-2, axis2=-1),
         jnp.sum(beyond**2, axis=(-2, -1)),
         jnp.sum(positive**2, axis=(-2, -1)),
@@ -120,12 +117,14 @@ def _measured(
     if term is None:
         return measured
     own = jnp.linalg.eigvalsh(term)
-    shares = _negative_share(own, tol), _negative_share(-own, tol)
+    shares = _negative_share(own, tolerance), _negative_share(-own, tolerance)
     return NegativeCurvature(*measured[:6], *shares, jnp.trace(term), jnp.sum(term**2))
 
 
-def _negative_share(values: Array, tol: float | None) -> Array:
-    relative = 10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tol is None else tol
+def _negative_share(values: Array, tolerance: float | None) -> Array:
+    relative = (
+        10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tolerance is None else tolerance
+    )
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     return jnp.mean((values < -relative * largest).astype(values.dtype), axis=-1)
 

@@ -118,7 +118,7 @@ def curvature_check(
       function: `point -> scalar`, smooth near the point.
       point: a pytree of floating-point arrays.
       product: `(point, vector) -> H vector` at the point, as in
-        `lambda p, v: kfgn.curvature.hessian_vector_product(objective, l2=True)(p, batch, v)`
+        `lambda p, v: kfgn.hessian(objective).matvec(p, batch, v, with_l2=True)`
         for the function `lambda p: objective(p, batch)`.
       direction, key, gradient, step, halvings: as in `gradient_check`.
 
@@ -138,25 +138,25 @@ def curvature_check(
         return _observed(remainder, rounding, h, 3, np.abs(terms[0]))
 
 
-def iterations_to_tolerance(losses: Any, eps: float) -> int | None:
-    """The first k with `|f(x_k) - f(x_{k-1})| <= eps`, eq. (29) of Veitch; None if there is none.
+def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
+    """The first k with `|f(x_k) - f(x_{k-1})| <= tolerance`, eq. (29) of Veitch, or None.
 
     Args:
       losses: the values `[f(x_0), f(x_1), ...]`; a change that is not finite
         never counts.
-      eps: the tolerance, at least 0.
+      tolerance: ε, at least 0.
 
     Raises:
-      OptionError: there are no losses, or not in one axis, or eps is negative.
+      OptionError: there are no losses, or not in one axis, or tolerance is negative.
     """
-    check_not_negative("eps", eps)
+    check_not_negative("tolerance", tolerance)
     values = np.asarray(losses, np.float64)
     if values.ndim != 1 or not values.size:
         raise OptionError(
             f"losses must be a sequence of at least one number, found shape {values.shape}"
         )
     with np.errstate(invalid="ignore"):
-        within = np.abs(np.diff(values)) <= eps
+        within = np.abs(np.diff(values)) <= tolerance
     return int(np.argmax(within)) + 1 if within.any() else None
 
 

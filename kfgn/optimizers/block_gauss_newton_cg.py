@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_not_negative
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.curvature.forward_pass import linearize
+from kfgn.curvature.forward_pass import curved_product, linearize
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import Objective, check_batch
 from kfgn.optimizers.conjugate_gradient import conjugate_gradient
@@ -34,7 +34,7 @@ def block_gauss_newton_direction(
     """`(G_b + (damping + l2) I)^-1 g_b` for the exact Gauss-Newton block of every layer b.
 
     The direction that Botev et al. compare their approximations with (appendix
-    G.2). LayerBlocks are those of `kfgn.curvature.block_gauss_newton`, cross terms of tied
+    G.2). LayerBlocks are those of `kfgn.gauss_newton(objective).blocks`, cross terms of tied
     uses included; a parameter in no layer is a block of its own.
 
     Args:
@@ -81,12 +81,11 @@ def _product(model: Any, inputs: PyTree) -> Callable[[Named], Named]:
     """`v -> J'HJ v` for a direction by parameter name, of the mean loss."""
     push = model.quadratic(inputs, None)[0]  # of every example
 
-    def product(vector: Named) -> Named:
-        pushed, pull = jax.vjp(push, vector)
-        curved = jax.vmap(model.loss.gauss_newton_product)(model.outputs, model.targets, pushed)
-        return pull(curved.astype(pushed.dtype) / model.examples)[0]
+    def curve(pushed: Array) -> Array:
+        product = jax.vmap(model.loss.gauss_newton_product)
+        return product(model.outputs, model.targets, pushed) / model.examples
 
-    return product
+    return lambda vector: curved_product(push, vector, curve)
 
 
 def _slot_product(product, layer, name, shape, k: int, slots: int, shift: Any) -> Callable:

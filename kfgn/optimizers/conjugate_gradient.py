@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.curvature.batch import Curvature
+from kfgn.curvature.forward_pass import curved_product
 
 Array = jax.Array
 PyTree = Any
@@ -158,9 +159,11 @@ def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
 
 def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
     """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
-    pushed, pull = jax.vjp(curvature.linearized, vector)
-    weighted = jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
-    return pull(weighted)[0]
+
+    def curve(pushed: Array) -> Array:
+        return jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
+
+    return curved_product(curvature.linearized, vector, curve)
 
 
 def wide(x: Any) -> Any:

@@ -8,6 +8,7 @@ of negative curvature too, where Newton's own would climb to the saddle point.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +18,8 @@ from jax.flatten_util import ravel_pytree
 
 from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import OptionError, ParameterError
-from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.curvature.exact import block_hessian
+from kfgn.curvature.operators import hessian
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import Objective, check_batch
 from kfgn.optimizers.layer_blocks import LayerBlocks
@@ -62,8 +62,8 @@ def newton_direction(
       gradient: g, a pytree like params; what `optax.masked` left out of it
         stays fixed, and has no part in the Hessian.
       damping: τ.
-      structure: "full": one matrix `[P, P]` by `jax.hessian`. "block": one for
-        every layer, by `kfgn.curvature.block_hessian`, and for every parameter in none.
+      structure: "full": one matrix `[P, P]`. "block": one for
+        every layer, by `kfgn.hessian(objective).blocks`, and for every parameter in none.
 
     Raises:
       OptionError: an unknown structure, or a negative damping.
@@ -77,17 +77,15 @@ def newton_direction(
 
 
 def _solve_full(objective, params, batch, gradient, damping) -> Solved:
-    leaves, own = named_leaves(gradient), named_leaves(params)
-    dtypes = {n: jnp.result_type(own[n]) for n in leaves}
-    wide = factor_dtype(*dtypes.values())  # eigenvalues need at least float32
-    flat, unravel = ravel_pytree({n: jnp.asarray(own[n], wide) for n in leaves})
-
-    def moved(x: Array) -> Array:
-        narrow = {n: leaf.astype(dtypes[n]) for n, leaf in unravel(x).items()}
-        return objective(with_leaves(params, narrow), batch)
-
-    vector = ravel_pytree({n: jnp.asarray(g, wide) for n, g in leaves.items()})[0]
-    solution, smallest, negative = _solve(jax.hessian(moved)(flat), vector, damping)
+    leaves, every = named_leaves(gradient), named_leaves(params)
+    own = {n: every[n] for n in leaves}
+    of_own = dataclasses.replace(
+        objective, model=lambda p, x: objective.model(with_leaves(params, p), x)
+    )
+    matrix = hessian(of_own).dense(own, batch, with_l2=True)
+    wide = {n: jnp.asarray(g, matrix.dtype) for n, g in leaves.items()}
+    vector, unravel = ravel_pytree(wide)
+    solution, smallest, negative = _solve(matrix, vector, damping)
     found = {n: x.astype(leaves[n].dtype) for n, x in unravel(solution).items()}
     return Solved(with_leaves(gradient, found), smallest, negative)
 
@@ -97,7 +95,7 @@ def _solve_blocks(objective, params, batch, gradient, damping) -> Solved:
     leaves, found, parts = named_leaves(gradient), {}, []
     shapes = {n: jnp.shape(x) for n, x in named_leaves(params).items()}
     present = LayerBlocks(graph.layers, tuple(graph.reasons), shapes).present(leaves)
-    for name, block in block_hessian(objective)(params, batch).items():
+    for name, block in hessian(objective).blocks(params, batch).items():
         if name not in present and name not in leaves:
             continue  # masked out
         layer = present.get(name)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfgn
-from tests.tables.comparison import L2, by_path, close, compare, setting
+from tests.tables.comparison import L2, OPERATORS, by_path, close, compare, setting
 from tests.tables.dense import quick_jit, submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.models import MODELS, dense
@@ -28,6 +28,7 @@ ROWS += [
 every_row = pytest.mark.parametrize(
     ("model", "loss"), ROWS, ids=[f"{model}-{loss}" for model, loss in ROWS]
 )
+every_operator = pytest.mark.parametrize("kind", OPERATORS)
 every_model = pytest.mark.parametrize("model", MODELS)
 
 
@@ -46,7 +47,7 @@ def eigenvalues(blocks):
 
 
 @every_row
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@every_operator
 def test_pre_activation_matrices(model, loss, kind):
     """Eqs. (8) and (22), for every example."""
     _, _, truth, index, _, _, ours = compare(model, loss)
@@ -58,7 +59,7 @@ def test_pre_activation_matrices(model, loss, kind):
 
 
 @every_model
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@every_operator
 def test_blocks(model, kind):
     """Blocks, their diagonals and products, on the row-major vec of kernel and bias."""
     _, _, truth, index, _, direction, ours = compare(model)
@@ -75,7 +76,7 @@ def test_blocks(model, kind):
 
 
 @every_model
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@every_operator
 def test_full_products(model, kind):
     """The R-operator with the whole matrix, eq. (13)."""
     case, _, truth, _, own, direction, ours = compare(model)
@@ -224,32 +225,35 @@ def test_smooth_networks_have_negative_curvature():
 
 # Ways to compute the same.
 
-EXACT = (
-    kfgn.curvature.pre_activation_hessian,
-    kfgn.curvature.pre_activation_gauss_newton,
-    kfgn.curvature.hessian_diagonal,
-    kfgn.curvature.gauss_newton_diagonal,
-)
+VERBS = ("pre_activation", "diagonal")
 THREE = pytest.mark.parametrize("model", ["tanh", "several_depths", "gated"])
+
+
+def name_of(kind, verb):
+    """What `compare` calls it."""
+    return f"pre_activation_{kind}" if verb == "pre_activation" else f"{kind}_diagonal"
 
 
 @THREE
 def test_chunks_change_nothing(model):
-    """One example at a time, chunks that do not divide the batch, larger ones than it."""
+    """One example at a time, chunks that do not divide the batch, larger ones, all at once."""
     case, objective, batch = setting(model)
     expected = compare(model).ours
 
     @quick_jit
     def variants(params, batch):
         return {
-            (function.__name__, chunk): function(objective, chunk_size=chunk)(params, batch)
-            for function in EXACT
-            for chunk in (3, 10)
+            (name_of(kind, verb), chunk): getattr(make(objective), verb)(
+                params, batch, chunk_size=None if chunk == "all" else int(chunk)
+            )
+            for kind, make in OPERATORS.items()
+            for verb in VERBS
+            for chunk in ("3", "10", "all")
         }
 
-    for (function, chunk), found in variants(case.params, batch).items():
-        for name, matrix in found.items():
-            close(matrix, expected[function][name], f"{function}, chunks of {chunk}, {name}")
+    for (name, chunk), found in variants(case.params, batch).items():
+        for layer, matrix in found.items():
+            close(matrix, expected[name][layer], f"{name}, chunks of {chunk}, {layer}")
 
 
 @THREE
@@ -261,27 +265,27 @@ def test_reduced_to_the_mean(model):
     @quick_jit
     def means(params, batch):
         return {
-            (function.__name__, chunk): function(objective, reduce="mean", chunk_size=chunk)(
-                params, batch
+            (kind, chunk): make(objective).pre_activation(
+                params, batch, reduce="mean", chunk_size=int(chunk)
             )
-            for function in EXACT[:2]
-            for chunk in (1, 2, 3)
+            for kind, make in OPERATORS.items()
+            for chunk in "123"
         }
 
-    for (function, chunk), found in means(case.params, batch).items():
+    for (kind, chunk), found in means(case.params, batch).items():
         for name, matrix in found.items():
-            mean = np.mean(expected[function][name], axis=0)
-            close(matrix, mean, f"{function}, chunks of {chunk}, {name}")
+            mean = np.mean(expected[f"pre_activation_{kind}"][name], axis=0)
+            close(matrix, mean, f"{kind}, chunks of {chunk}, {name}")
 
 
 def test_without_jit():
     """Called as they are, the functions give what they give under jit."""
     case, objective, batch = setting("residual")
     expected = compare("residual").ours
-    for function in EXACT:
-        found = function(objective)(case.params, batch)
-        for name, matrix in found.items():
-            close(matrix, expected[function.__name__][name], f"{function.__name__} {name}")
+    for kind, make in OPERATORS.items():
+        for verb in VERBS:
+            for name, matrix in getattr(make(objective), verb)(case.params, batch).items():
+                close(matrix, expected[name_of(kind, verb)][name], f"{kind} {verb} {name}")
     for method in ("kfra", "kflr"):
         _, curvature = kfgn.value_grad_and_curvature(objective, method)(case.params, batch)
         for name, factors in curvature.factors.items():

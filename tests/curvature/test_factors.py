@@ -222,7 +222,7 @@ def test_float32():
     """Single precision is kept, and good to its own roundoff."""
     case, objective, batch = setting("residual", dtype=jnp.float32)
     truth = dense_truth(case, LOSSES["one_hot"], batch[1])
-    hessian = quick_jit(kfgn.curvature.pre_activation_hessian(objective))(case.params, batch)
+    hessian = quick_jit(kfgn.hessian(objective).pre_activation)(case.params, batch)
     factors = factors_of(objective, "kflr", case.params, batch)
     for name, place in indices(case).items():
         assert hessian[name].dtype == factors[name].pre_activation.dtype == np.float32
@@ -300,7 +300,7 @@ def step(params, state, batch):
         results[method] = value, grads, curvature.factors
         if method == "kfra":
             updates, state = optimizer.update(grads, state, params, curvature=curvature)
-    hessian = kfgn.curvature.pre_activation_hessian(objective, reduce="mean")(params, batch)
+    hessian = kfgn.hessian(objective).pre_activation(params, batch, reduce="mean")
     return results, hessian, optax.apply_updates(params, updates), state
 
 

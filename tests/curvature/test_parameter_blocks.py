@@ -12,7 +12,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from tests.tables.comparison import close, setting
+from tests.tables.comparison import OPERATORS, close, setting
 from tests.tables.dense import quick_jit
 from tests.tables.losses import LOSSES
 from tests.tables.models import chain
@@ -30,6 +30,11 @@ ACTIVATIONS = {
 }
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_loss = pytest.mark.parametrize("loss", ["one_hot", "squared_error", "sigmoid"])
+
+
+def split(verb):
+    """The verb with weights and biases apart."""
+    return functools.partial(verb, split_bias=True)
 
 
 class Setup(NamedTuple):
@@ -77,9 +82,9 @@ def found(activation: str, loss: str) -> dict[str, Any]:
 
     def everything(params, batch):
         return {
-            "mean": kfgn.curvature.parameter_hessian(case.objective)(params, batch),
-            "each": kfgn.curvature.parameter_hessian(case.objective, per_example=True)(
-                params, batch
+            "mean": kfgn.hessian(case.objective).blocks(params, batch, split_bias=True),
+            "each": kfgn.hessian(case.objective).blocks(
+                params, batch, per_example=True, split_bias=True
             ),
             "negative": kfgn.diagnostics.negative_curvature(case.objective)(params, batch),
         }
@@ -118,10 +123,9 @@ def test_products(per_example):
 
     @quick_jit
     def everything(params, batch, vectors):
-        function = kfgn.curvature.parameter_hessian(
-            case.objective, as_matvec=True, per_example=per_example
+        matvecs = kfgn.hessian(case.objective).block_matvecs(
+            params, batch, per_example=per_example, split_bias=True
         )
-        matvecs = function(params, batch)
         return {
             name: {
                 "ww": matvecs[name].weight_weight(own["w"]),
@@ -142,9 +146,9 @@ def test_products(per_example):
 def test_layers_without_bias():
     """Their one block is the layer's whole block."""
     case, objective, batch = setting("tanh_without_bias")
-    ours = quick_jit(kfgn.curvature.parameter_hessian(objective))(case.params, batch)
-    blocks = quick_jit(kfgn.curvature.block_hessian(objective))(case.params, batch)
-    matvecs = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(case.params, batch)
+    ours = quick_jit(split(kfgn.hessian(objective).blocks))(case.params, batch)
+    blocks = quick_jit(kfgn.hessian(objective).blocks)(case.params, batch)
+    matvecs = split(kfgn.hessian(objective).block_matvecs)(case.params, batch)
     for name, block in blocks.items():
         assert ours[name].weight_bias is ours[name].bias_bias is None
         assert matvecs[name].weight_bias is matvecs[name].bias_weight is None
@@ -188,7 +192,7 @@ def test_other_layers():
         row, column = (np.asarray(i).astype(int).ravel() for i in (row, column))
         return truth[row[:, None], column]
 
-    dense = quick_jit(kfgn.curvature.parameter_hessian(objective))(params, batch)
+    dense = quick_jit(split(kfgn.hessian(objective).blocks))(params, batch)
     norm, stack = index["norm"], index["stack"]
     close(dense["norm"].weight_weight, at(norm["scale"], norm["scale"]))
     close(dense["norm"].weight_bias, at(norm["scale"], norm["shift"]))
@@ -201,7 +205,7 @@ def test_other_layers():
 
     @quick_jit
     def products(params, batch):
-        matvecs = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(params, batch)
+        matvecs = split(kfgn.hessian(objective).block_matvecs)(params, batch)
         scale = jnp.ones((3, 1, 1))
         return (
             matvecs["norm"].bias_weight(scale),
@@ -242,12 +246,8 @@ def test_second_order_terms(activation, loss):
 def test_pre_activation_diagnosis():
     """Beside the eigenvalues of the matrices themselves."""
     case, ours = setup("tanh", "one_hot"), found("tanh", "one_hot")["negative"]
-    exact = quick_jit(kfgn.curvature.pre_activation_hessian(case.objective))(
-        case.params, case.batch
-    )
-    positive = quick_jit(kfgn.curvature.pre_activation_gauss_newton(case.objective))(
-        case.params, case.batch
-    )
+    exact = quick_jit(kfgn.hessian(case.objective).pre_activation)(case.params, case.batch)
+    positive = quick_jit(kfgn.gauss_newton(case.objective).pre_activation)(case.params, case.batch)
     assert any(own.negative_share > 0 for own in ours.values())
     for name, own in ours.items():
         compare(own, exact[name], positive[name], COUNT)
@@ -258,7 +258,7 @@ def test_block_diagnosis():
     case = setup("tanh", "one_hot")
     function = quick_jit(kfgn.diagnostics.negative_curvature(case.objective, of="block"))
     ours = function(case.params, case.batch)
-    positive = quick_jit(kfgn.curvature.block_gauss_newton(case.objective))(case.params, case.batch)
+    positive = quick_jit(kfgn.gauss_newton(case.objective).blocks)(case.params, case.batch)
     mean = np.mean(case.hessian, axis=0)
     assert ours["first"].negative_share > 0
     for name, own in ours.items():
@@ -359,7 +359,7 @@ def test_losses_that_are_not_convex():
     own = quick_jit(kfgn.diagnostics.negative_curvature(objective))(case.params, batch)["out"]
     assert own.least < 0 < own.negative_share
     assert own.second_order_norm > 0
-    everything = quick_jit(kfgn.diagnostics.negative_curvature(objective, tol=1.0))(
+    everything = quick_jit(kfgn.diagnostics.negative_curvature(objective, tolerance=1.0))(
         case.params, batch
     )["out"]
     assert everything.negative_share == 0
@@ -368,37 +368,36 @@ def test_losses_that_are_not_convex():
 # Bad input.
 
 
-@pytest.mark.parametrize(
-    "function", [kfgn.curvature.parameter_hessian, kfgn.diagnostics.negative_curvature]
-)
+@pytest.mark.parametrize("function", [*OPERATORS.values(), kfgn.diagnostics.negative_curvature])
 def test_not_an_objective(function):
     with pytest.raises(kfgn.errors.OptionError, match="Objective, found"):
         function(jnp.tanh)
 
 
+@pytest.mark.parametrize("verb", ["blocks", "block_matvecs"])
+@pytest.mark.parametrize("option", ["per_example", "split_bias"])
+def test_flags_are_checked(verb, option):
+    case = setup("tanh", "one_hot")
+    verb = getattr(kfgn.hessian(case.objective), verb)
+    with pytest.raises(kfgn.errors.OptionError, match=f"{option} must be True or False"):
+        verb(case.params, case.batch, **{option: 1})
+
+
 @pytest.mark.parametrize(
-    ("function", "options", "message"),
+    ("options", "message"),
     [
-        (kfgn.curvature.parameter_hessian, {"per_example": 1}, "per_example must be True or False"),
-        (kfgn.curvature.parameter_hessian, {"as_matvec": None}, "as_matvec must be True or False"),
-        (
-            kfgn.diagnostics.negative_curvature,
-            {"of": "layer"},
-            'of must be "pre_activation" or "block"',
-        ),
-        (kfgn.diagnostics.negative_curvature, {"tol": -1.0}, "tol must be finite and at least 0"),
+        ({"of": "layer"}, 'of must be "pre_activation" or "block"'),
+        ({"tolerance": -1.0}, "tolerance must be finite and at least 0"),
     ],
 )
-def test_options_are_checked(function, options, message):
+def test_options_are_checked(options, message):
     with pytest.raises(kfgn.errors.OptionError, match=message):
-        function(setup("tanh", "one_hot").objective, **options)
+        kfgn.diagnostics.negative_curvature(setup("tanh", "one_hot").objective, **options)
 
 
 def test_shapes_of_vectors_are_checked():
     case = setup("tanh", "one_hot")
-    matvecs = kfgn.curvature.parameter_hessian(case.objective, as_matvec=True)(
-        case.params, case.batch
-    )
+    matvecs = split(kfgn.hessian(case.objective).block_matvecs)(case.params, case.batch)
     with pytest.raises(kfgn.errors.ParameterError, match=r"'first' .* \(3, 4\), found .* \(4, 4\)"):
         matvecs["first"].weight_weight(jnp.ones((4, 4)))
     with pytest.raises(
@@ -411,14 +410,12 @@ def test_large_blocks_are_refused():
     """The error names the layer, the size and the remedy; the matvec works."""
     objective = kfgn.Objective(lambda p, x: x @ p["w"], kfgn.losses.half_squared_error)
     params, batch = {"w": jnp.zeros((150, 120))}, (jnp.ones((2, 150)), jnp.zeros((2, 120)))
-    message = r"block of 'w' would have 1 x 18000 x 18000 entries \(2.4 GiB\).* as_matvec=True"
+    message = r"block of 'w' would have 1 x 18000 x 18000 entries \(2.4 GiB\).* block_matvecs"
     for function in (
-        kfgn.curvature.parameter_hessian(objective),
+        kfgn.hessian(objective).blocks,
         kfgn.diagnostics.negative_curvature(objective, of="block"),
     ):
         with pytest.raises(kfgn.errors.OptionError, match=message):
             function(params, batch)
-    product = kfgn.curvature.parameter_hessian(objective, as_matvec=True)(params, batch)[
-        "w"
-    ].weight_weight
+    product = split(kfgn.hessian(objective).block_matvecs)(params, batch)["w"].weight_weight
     close(product(jnp.ones((150, 120))), np.full((150, 120), 150.0))

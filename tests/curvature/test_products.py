@@ -12,14 +12,15 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from tests.tables.comparison import L2, close, setting
+from tests.tables.comparison import L2, OPERATORS, close, setting
 from tests.tables.dense import quick_jit
 from tests.tables.losses import LOSSES
 
 COUNT = 5
 CASES = [("tanh", "one_hot"), ("tanh", "mixture"), ("tree_outputs", "gaussian")]
 cases = pytest.mark.parametrize(("model", "loss"), CASES)
-penalty = pytest.mark.parametrize("l2", [False, True])
+penalty = pytest.mark.parametrize("with_l2", [False, True])
+every_operator = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
 
 
 class Truth(NamedTuple):
@@ -34,12 +35,19 @@ class Truth(NamedTuple):
     jacobian: np.ndarray  # `[N, K, P]`
     outputs: np.ndarray  # the loss's Hessian in the outputs, `[N, K, K]`
     projected: np.ndarray  # the same without negative eigenvalues
+    output_gradients: np.ndarray  # of each example's loss in its outputs, `[N, K]`
 
     @property
     def gauss_newton(self) -> np.ndarray:
         """The mean of `J'BJ`, `[P, P]`."""
         parts = (self.jacobian, self.projected, self.jacobian)
         return np.einsum("nkp,nkl,nlq->pq", *parts) / COUNT
+
+    @property
+    def empirical_fisher(self) -> np.ndarray:
+        """The mean outer product of the gradients, `[P, P]`."""
+        rows = np.einsum("nkp,nk->np", self.jacobian, self.output_gradients)
+        return rows.T @ rows / COUNT
 
     @property
     def penalty(self) -> np.ndarray:
@@ -64,32 +72,38 @@ def truth_of(model: str, loss: str) -> Truth:
         def curvature(x, y):
             outputs = case.model(unravel(flat), jax.tree.map(lambda a: a[None], x))
             o, as_outputs = ravel_pytree(jax.tree.map(lambda a: a[0], outputs))
-            return jax.hessian(lambda o: reference(as_outputs(o), y))(o)
+
+            def of_outputs(o):
+                return reference(as_outputs(o), y)
+
+            return jax.hessian(of_outputs)(o), jax.grad(of_outputs)(o)
 
         jacobian = jax.vmap(lambda x: jax.jacobian(lambda p: outputs_of(p, x))(flat))(inputs)
-        return jax.hessian(mean_loss)(flat), jacobian, jax.vmap(curvature)(inputs, targets)
+        return jax.hessian(mean_loss)(flat), jacobian, *jax.vmap(curvature)(inputs, targets)
 
-    hessian, jacobian, outputs = map(np.asarray, everything(start, *batch))
+    hessian, jacobian, outputs, gradients = map(np.asarray, everything(start, *batch))
     values, vectors = np.linalg.eigh(outputs)
     projected = (vectors * np.maximum(values, 0)[:, None]) @ vectors.swapaxes(1, 2)
     flat = np.random.default_rng(1).normal(size=start.shape)
     vector = unravel(jnp.asarray(flat))
-    rest = (hessian, jacobian, outputs, projected)
+    rest = (hessian, jacobian, outputs, projected, gradients)
     return Truth(objective, case.params, batch, vector, flat, *rest)
+
+
+def matrices(truth):
+    """By operator, the mean matrix of the truth."""
+    return {name: (make(truth.objective), getattr(truth, name)) for name, make in OPERATORS.items()}
 
 
 @pytest.mark.usefixtures("x64")
 @cases
 @penalty
-def test_dense_matrices(model, loss, l2):
-    """The whole Hessian and Gauss-Newton matrix, with and without the penalty."""
+def test_dense_matrices(model, loss, with_l2):
+    """The whole matrices, with and without the penalty."""
     truth = truth_of(model, loss)
-    for function, expected in (
-        (kfgn.curvature.dense_hessian, truth.hessian),
-        (kfgn.curvature.dense_gauss_newton, truth.gauss_newton),
-    ):
-        found = quick_jit(function(truth.objective, l2=l2))(truth.params, truth.batch)
-        close(found, expected + l2 * truth.penalty, function.__name__)
+    for name, (operator, expected) in matrices(truth).items():
+        dense = quick_jit(functools.partial(operator.dense, with_l2=with_l2))
+        close(dense(truth.params, truth.batch), expected + with_l2 * truth.penalty, name)
 
 
 @pytest.mark.usefixtures("x64")
@@ -97,14 +111,17 @@ def test_dense_matrices(model, loss, l2):
 def test_outputs(model, loss):
     """J of every example in the order of the named leaves, and B with and without projection."""
     truth = truth_of(model, loss)
-    objective = truth.objective
     close(
-        quick_jit(kfgn.curvature.output_jacobian(objective))(truth.params, truth.batch),
+        quick_jit(kfgn.gauss_newton(truth.objective).jacobian)(truth.params, truth.batch),
         truth.jacobian,
     )
-    for gauss_newton, expected in ((False, truth.outputs), (True, truth.projected)):
-        function = kfgn.curvature.output_hessian(objective, gauss_newton=gauss_newton)
-        close(quick_jit(function)(truth.params, truth.batch), expected)
+    gradients = truth.output_gradients
+    for make, expected in (
+        (kfgn.hessian, truth.outputs),
+        (kfgn.gauss_newton, truth.projected),
+        (kfgn.empirical_fisher, np.einsum("nk,nl->nkl", gradients, gradients)),
+    ):
+        close(quick_jit(make(truth.objective).output)(truth.params, truth.batch), expected)
     convex = LOSSES[loss].convex
     assert convex == np.allclose(truth.outputs, truth.projected, atol=1e-12)
 
@@ -114,23 +131,30 @@ def test_outputs(model, loss):
 def test_products_in_chunks(model, loss):
     """The matrices times a vector: all at once, one by one, with a remainder, above the count."""
     truth = truth_of(model, loss)
-    for function, matrix in (
-        (kfgn.curvature.hessian_vector_product, truth.hessian),
-        (kfgn.curvature.gauss_newton_vector_product, truth.gauss_newton),
-    ):
+    for name, (operator, matrix) in matrices(truth).items():
         for chunk_size in (None, 1, 2, COUNT, 7):
-            product = quick_jit(function(truth.objective, l2=True, chunk_size=chunk_size))
-            found = product(truth.params, truth.batch, truth.vector)
+            product = functools.partial(operator.matvec, with_l2=True, chunk_size=chunk_size)
+            found = quick_jit(product)(truth.params, truth.batch, truth.vector)
             assert jax.tree.structure(found) == jax.tree.structure(truth.params)
-            close(ravel_pytree(found)[0], (matrix + truth.penalty) @ truth.flat, str(chunk_size))
+            expected = (matrix + truth.penalty) @ truth.flat
+            close(ravel_pytree(found)[0], expected, f"{name} {chunk_size}")
+
+
+@pytest.mark.usefixtures("x64")
+@cases
+def test_diagonals_by_parameter(model, loss):
+    """The diagonal as a pytree like params."""
+    truth = truth_of(model, loss)
+    for name, (operator, matrix) in matrices(truth).items():
+        found = quick_jit(operator.diagonal_by_parameter)(truth.params, truth.batch)
+        assert jax.tree.structure(found) == jax.tree.structure(truth.params)
+        close(ravel_pytree(found)[0], np.diag(matrix), name)
 
 
 @pytest.mark.usefixtures("x64")
 def test_defaults_leave_the_penalty_out():
     truth = truth_of("tanh", "one_hot")
-    found = kfgn.curvature.hessian_vector_product(truth.objective)(
-        truth.params, truth.batch, truth.vector
-    )
+    found = kfgn.hessian(truth.objective).matvec(truth.params, truth.batch, truth.vector)
     close(ravel_pytree(found)[0], truth.hessian @ truth.flat)
 
 
@@ -146,15 +170,13 @@ def wide(count: int) -> tuple[kfgn.Objective, Any, Any]:
     return kfgn.Objective(model, kfgn.losses.half_squared_error), params, (inputs, inputs)
 
 
-@pytest.mark.parametrize(
-    "function", [kfgn.curvature.hessian_vector_product, kfgn.curvature.gauss_newton_vector_product]
-)
-def test_memory_does_not_grow_with_the_batch(function):
+@every_operator
+def test_memory_does_not_grow_with_the_batch(make):
     """Sixteen times the examples in chunks of the same size take about the same memory."""
 
     def temporary(count, chunk_size):
         objective, params, batch = wide(count)
-        product = quick_jit(function(objective, chunk_size=chunk_size))
+        product = quick_jit(functools.partial(make(objective).matvec, chunk_size=chunk_size))
         compiled = product.lower(params, batch, params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -163,21 +185,18 @@ def test_memory_does_not_grow_with_the_batch(function):
     assert temporary(4096, None) > 5 * many
 
 
-def test_half_precision_parameters():
+@every_operator
+def test_half_precision_parameters(make):
     """Chunks are summed in float32, and the product has the dtype of the parameters."""
     objective, params, batch = wide(6)
     params, (inputs, _) = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, batch))
-    for function in (
-        kfgn.curvature.hessian_vector_product,
-        kfgn.curvature.gauss_newton_vector_product,
-    ):
-        arguments = (params, (inputs, inputs), params)
-        whole = jax.jit(function(objective, l2=True))(*arguments)
-        parts = jax.jit(function(objective, l2=True, chunk_size=4))(*arguments)
-        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
-            assert a.dtype == b.dtype == jnp.bfloat16
-            a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
-            assert np.max(np.abs(a - b)) <= 0.05 * np.max(np.abs(a))
+    arguments = (params, (inputs, inputs), params)
+    product = functools.partial(make(objective).matvec, with_l2=True)
+    whole, parts = jax.jit(product)(*arguments), product(*arguments, chunk_size=4)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        assert np.max(np.abs(a - b)) <= 0.05 * np.max(np.abs(a))
 
 
 # The rank.
@@ -192,9 +211,9 @@ def test_rank(loss):
     @quick_jit
     def everything(params, batch):
         return (
-            kfgn.curvature.gauss_newton_rank(objective)(params, batch),
-            kfgn.curvature.dense_gauss_newton(objective)(params, batch),
-            kfgn.curvature.output_hessian(objective, gauss_newton=True)(params, batch),
+            kfgn.gauss_newton(objective).rank(params, batch),
+            kfgn.gauss_newton(objective).dense(params, batch),
+            kfgn.gauss_newton(objective).output(params, batch),
         )
 
     rank, dense, output = map(np.asarray, everything(case.params, batch))
@@ -208,55 +227,54 @@ def test_rank(loss):
 def test_rank_of_repeated_examples_and_tolerance():
     """The same examples again add nothing; a tolerance of 1 leaves nothing above it."""
     case, objective, batch = setting("tanh", count=3)
-    rank = quick_jit(kfgn.curvature.gauss_newton_rank(objective))
+    rank = quick_jit(kfgn.gauss_newton(objective).rank)
     twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
     assert rank(case.params, twice) == rank(case.params, batch)
-    assert rank(case.params, batch, 1.0) == 0
-    assert 0 < rank(case.params, batch, 0.3) < rank(case.params, batch)
+    assert rank(case.params, batch, tolerance=1.0) == 0
+    assert 0 < rank(case.params, batch, tolerance=0.3) < rank(case.params, batch)
 
 
 def test_rank_is_at_most_the_number_of_parameters():
     """Many examples, few parameters."""
     objective = kfgn.Objective(lambda p, x: x @ p["w"], kfgn.losses.half_squared_error)
     inputs = jax.random.normal(jax.random.key(0), (20, 2))
-    rank = kfgn.curvature.gauss_newton_rank(objective)(
-        {"w": jnp.ones((2, 3))}, (inputs, jnp.ones((20, 3)))
-    )
+    rank = kfgn.gauss_newton(objective).rank({"w": jnp.ones((2, 3))}, (inputs, jnp.ones((20, 3))))
     assert rank == 6
 
 
 # Bad input.
 
-MATRICES = (kfgn.curvature.dense_hessian, kfgn.curvature.dense_gauss_newton)
-PRODUCTS = (kfgn.curvature.hessian_vector_product, kfgn.curvature.gauss_newton_vector_product)
 
-
-@pytest.mark.parametrize(
-    "function",
-    [*MATRICES, *PRODUCTS, kfgn.curvature.output_jacobian, kfgn.curvature.output_hessian],
-)
-def test_not_an_objective(function):
+@every_operator
+def test_not_an_objective(make):
     with pytest.raises(kfgn.errors.OptionError, match="Objective, found a function"):
-        function(lambda p, x: x)
+        make(lambda p, x: x)
 
 
-@pytest.mark.parametrize("function", [*MATRICES, *PRODUCTS])
-def test_flags_are_checked(function):
-    with pytest.raises(kfgn.errors.OptionError, match="l2 must be True or False"):
-        function(wide(2)[0], l2=0.1)
-
-
-@pytest.mark.parametrize("function", PRODUCTS)
-@pytest.mark.parametrize("chunk_size", [0, -1, 2.0, True, "4"])
-def test_chunk_sizes_are_checked(function, chunk_size):
-    with pytest.raises(kfgn.errors.OptionError, match="chunk_size must be None or an integer"):
-        function(wide(2)[0], chunk_size=chunk_size)
-
-
-@pytest.mark.parametrize("function", PRODUCTS)
-def test_vectors_are_checked(function):
+@every_operator
+def test_options_are_checked(make):
     objective, params, batch = wide(2)
-    product = function(objective)
+    operator = make(objective)
+    for options in ({"with_l2": 0.1}, {"with_l2": None}):
+        for verb, rest in ((operator.matvec, (params,)), (operator.dense, ())):
+            with pytest.raises(kfgn.errors.OptionError, match="with_l2 must be True or False"):
+                verb(params, batch, *rest, **options)
+    for size in (0, -1, 2.0, True, "4"):
+        for verb in (
+            functools.partial(operator.matvec, v=params),
+            operator.diagonal,
+            operator.pre_activation,
+        ):
+            with pytest.raises(kfgn.errors.OptionError, match="chunk_size must be None or an int"):
+                verb(params, batch, chunk_size=size)
+    with pytest.raises(kfgn.errors.OptionError, match='reduce must be None or "mean"'):
+        operator.pre_activation(params, batch, reduce="sum")
+
+
+@every_operator
+def test_vectors_are_checked(make):
+    objective, params, batch = wide(2)
+    product = make(objective).matvec
     for vector, message in (
         ({"a": params["a"]}, "must be a pytree like params"),
         ({**params, "c": params["c"].T}, r"'c' must have shape \(256, 2\)"),
@@ -270,16 +288,17 @@ def test_large_matrices_are_refused():
     """The error names the size."""
     objective = kfgn.Objective(lambda p, x: x @ p["w"], kfgn.losses.half_squared_error)
     params, batch = {"w": jnp.zeros((300, 300))}, (jnp.zeros((40, 300)), jnp.zeros((40, 300)))
-    for function in MATRICES:
+    for make in OPERATORS.values():
         with pytest.raises(kfgn.errors.OptionError, match=r"90000 x 90000 entries \(30.2 GiB\)"):
-            function(objective)(params, batch)
-    for function in (kfgn.curvature.output_jacobian, kfgn.curvature.gauss_newton_rank):
+            make(objective).dense(params, batch)
+    operator = kfgn.gauss_newton(objective)
+    for verb in (operator.jacobian, operator.rank):
         with pytest.raises(kfgn.errors.OptionError, match=r"40 x 300 x 90000 entries \(4.0 GiB\)"):
-            function(objective)(params, batch)
+            verb(params, batch)
     one = {"w": jnp.zeros((1, 300))}
     many = (jnp.zeros((6000, 1)), jnp.zeros((6000, 300)))
     with pytest.raises(kfgn.errors.OptionError, match="6000 x 300 x 300 entries"):
-        kfgn.curvature.output_hessian(objective)(one, many)
+        kfgn.hessian(objective).output(one, many)
 
 
 def test_targets_are_checked_in_chunks():
@@ -287,7 +306,7 @@ def test_targets_are_checked_in_chunks():
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
     objective = kfgn.Objective(lambda p, x: x @ p["w"], loss)
     params, inputs = {"w": jnp.zeros((2, 3))}, jnp.ones((4, 2))
-    product = kfgn.curvature.hessian_vector_product(objective, chunk_size=2)
+    product = functools.partial(kfgn.hessian(objective).matvec, chunk_size=2)
     for call in (product, lambda *a: jax.jit(lambda v: product(*a[:2], v))(a[2])):
         with pytest.raises(kfgn.errors.LossError, match="class indices"):
             call(params, (inputs, jnp.full(4, 3)), params)
@@ -297,5 +316,5 @@ def test_targets_are_checked_in_chunks():
 
 def test_tolerance_is_checked():
     objective, params, batch = wide(2)
-    with pytest.raises(kfgn.errors.OptionError, match="tol must be finite and at least 0"):
-        kfgn.curvature.gauss_newton_rank(objective)(params, batch, -1.0)
+    with pytest.raises(kfgn.errors.OptionError, match="tolerance must be finite and at least 0"):
+        kfgn.gauss_newton(objective).rank(params, batch, tolerance=-1.0)

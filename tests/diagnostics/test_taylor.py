@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +28,7 @@ def rosenbrock_point(dtype):
 def network(dtype):
     """The objective of a small network, its parameters, and its Hessian's product."""
     batch = make_batch(dtype, count=8)
-    product = kfgn.curvature.hessian_vector_product(OBJECTIVE, l2=True)
+    product = functools.partial(kfgn.hessian(OBJECTIVE).matvec, with_l2=True)
     return lambda p: OBJECTIVE(p, batch), make_params(dtype), lambda p, v: product(p, batch, v)
 
 
@@ -168,7 +170,7 @@ def test_wrong_curvature(dtype):
     """The Gauss-Newton matrix is not the Hessian; nor is a Hessian without its penalty."""
     function, point, _ = network(dtype)
     batch = make_batch(dtype, count=8)
-    gauss_newton = kfgn.curvature.gauss_newton_vector_product(OBJECTIVE, l2=True)
+    gauss_newton = functools.partial(kfgn.gauss_newton(OBJECTIVE).matvec, with_l2=True)
     found = kfgn.diagnostics.curvature_check(
         function, point, lambda p, v: gauss_newton(p, batch, v)
     )
@@ -179,7 +181,7 @@ def test_wrong_curvature(dtype):
 
 
 @pytest.mark.parametrize(
-    ("losses", "eps", "expected"),
+    ("losses", "tolerance", "expected"),
     [
         ([3.0, 2.0, 1.5, 1.49, 1.2], 0.1, 3),
         ([3.0, 2.0, 1.5], 1.0, 1),
@@ -190,11 +192,11 @@ def test_wrong_curvature(dtype):
         ([np.inf, np.inf, 1.0, np.nan, np.nan, 2.0, 2.0], 0.5, 6),
     ],
 )
-def test_iterations_to_tolerance(losses, eps, expected):
+def test_iterations_to_tolerance(losses, tolerance, expected):
     """Eq. (29) of Veitch: the first change that is small enough."""
-    found = kfgn.diagnostics.iterations_to_tolerance(losses, eps)
+    found = kfgn.diagnostics.iterations_to_tolerance(losses, tolerance)
     assert found == expected and type(found) is type(expected)
-    assert kfgn.diagnostics.iterations_to_tolerance(np.asarray(losses), eps) == expected
+    assert kfgn.diagnostics.iterations_to_tolerance(np.asarray(losses), tolerance) == expected
 
 
 # Bad input.
@@ -290,7 +292,7 @@ def square(x):
         (
             lambda p: kfgn.diagnostics.iterations_to_tolerance([1.0], -0.1),
             kfgn.errors.OptionError,
-            "eps must be",
+            "tolerance must be",
         ),
     ],
 )

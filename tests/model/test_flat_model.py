@@ -528,7 +528,7 @@ def test_curvature_with_a_rule():
 
         objective = kfgn.Objective(model, loss)
         value, curvature = kfgn.value_grad_and_curvature(objective)(params, batch)
-        return value, curvature.factors, kfgn.curvature.hessian_diagonal(objective)(params, batch)
+        return value, curvature.factors, kfgn.hessian(objective).diagonal(params, batch)
 
     close(network(softplus), network(jax.nn.softplus))
 

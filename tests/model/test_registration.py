@@ -118,10 +118,7 @@ def assert_exact(model: Callable, params: Any, inputs: Any) -> None:
 
     @quick_jit
     def both(params, batch):
-        found = [
-            f(objective)(params, batch)
-            for f in (kfgn.curvature.block_hessian, kfgn.curvature.block_gauss_newton)
-        ]
+        found = [f(objective)(params, batch) for f in (kfgn.hessian, kfgn.gauss_newton)]
         return found, jax.vmap(truth, (None, 0, 0))(flat, *batch)
 
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="gradient").layers
@@ -366,7 +363,7 @@ def test_forms_that_do_not_fit(changes, message):
     with pytest.raises(
         kfgn.errors.OptionError, match=f"registered for 'scaled_product_w'.*{message}"
     ):
-        quick_jit(kfgn.curvature.block_hessian(objective_of(model)))(params, make_batch(inputs))
+        quick_jit(kfgn.hessian(objective_of(model)).blocks)(params, make_batch(inputs))
 
 
 def test_reader_that_returns_no_form():
@@ -601,7 +598,7 @@ def test_no_derivative(name):
     for function in (
         kfgn.layers.find_blocks,
         lambda o, p, b: kfgn.value_grad_and_curvature(o, "kfra")(p, b),
-        lambda o, p, b: kfgn.curvature.block_hessian(o)(p, b),
+        lambda o, p, b: kfgn.hessian(o).blocks(p, b),
     ):
         with pytest.raises(kfgn.errors.ModelError, match=message) as caught:
             function(objective_of(model), network_params(), batch)

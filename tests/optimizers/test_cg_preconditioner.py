@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from kfgn.optimizers.cg_preconditioner import diagonal_solve, gauss_newton_diagonal_by_leaf
+from kfgn.optimizers.cg_preconditioner import diagonal_solve
 from tests.tables.dense import quick_jit as jit
 from tests.tables.small import L2, OBJECTIVE, assert_close, make_batch, make_params
 
@@ -66,7 +66,7 @@ def stacked_problem() -> tuple:
 @pytest.mark.parametrize("make", [network_problem, stacked_problem])
 def test_gauss_newton_diagonal_is_the_dense_one(make, x64):
     objective, params, batch = make()
-    found = jit(gauss_newton_diagonal_by_leaf(objective))(params, batch)
+    found = jit(kfgn.gauss_newton(objective).diagonal_by_parameter)(params, batch)
     assert_close(found, dense_diagonal(objective, params, batch), 1e-10)
 
 
@@ -153,9 +153,7 @@ def test_empirical_fisher_where_kernels_are_shared():
     params = jax.tree.map(jnp.asarray, params)
     batch = jnp.asarray(rng.normal(size=(6, 4, 2))), jnp.asarray(rng.normal(size=(6, 3)))
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error, l2=0.1)
-    found = jax.jit(kfgn.optimizers.empirical_fisher_diagonal(objective, chunk_size=4))(
-        params, batch
-    )
+    found = jax.jit(kfgn.empirical_fisher(objective).diagonal_by_parameter)(params, batch)
 
     def one(x, y):
         return jax.grad(lambda p: objective.mean_loss(p, (x[None], y[None])))(params)

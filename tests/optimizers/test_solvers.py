@@ -270,7 +270,7 @@ def test_curvature_of_other_examples_and_of_micro_batches(x64):
 
 def test_empirical_fisher_diagonal(x64):
     params, batch = make_params(jnp.float64), make_batch(jnp.float64)
-    found = jit(kfgn.optimizers.empirical_fisher_diagonal(OBJECTIVE, chunk_size=5))(params, batch)
+    found = jit(kfgn.empirical_fisher(OBJECTIVE).diagonal_by_parameter)(params, batch)
 
     def one(x, y):
         return jax.grad(lambda p: OBJECTIVE.mean_loss(p, (x[None], y[None])))(params)

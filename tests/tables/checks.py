@@ -118,10 +118,10 @@ def _ours(objective, params, batch):
     gradient, kflr = factors("kflr", batch)
     return {
         "gradient": ravel_pytree(gradient)[0],
-        "block_hessian": kfgn.curvature.block_hessian(objective)(params, batch),
-        "block_gauss_newton": kfgn.curvature.block_gauss_newton(objective)(params, batch),
-        "hessian_diagonal": kfgn.curvature.hessian_diagonal(objective)(params, batch),
-        "pre_activation": kfgn.curvature.pre_activation_gauss_newton(objective)(params, batch),
+        "block_hessian": kfgn.hessian(objective).blocks(params, batch),
+        "block_gauss_newton": kfgn.gauss_newton(objective).blocks(params, batch),
+        "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
+        "pre_activation": kfgn.gauss_newton(objective).pre_activation(params, batch),
         "kflr": kflr,
         "kflr_reduce": factors("kflr", batch, sharing="reduce")[1],
         "kfra_first": factors("kfra", first)[1],

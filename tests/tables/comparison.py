@@ -18,6 +18,12 @@ from tests.tables.models import MODELS, Case
 # of any matrix, which a value that is not zero tests.
 L2 = 0.1
 
+OPERATORS = {
+    "hessian": kfgn.hessian,
+    "gauss_newton": kfgn.gauss_newton,
+    "empirical_fisher": kfgn.empirical_fisher,
+}
+
 
 class Comparison(NamedTuple):
     """What was computed for one model with one loss."""
@@ -76,11 +82,12 @@ def compare(model: str, loss: str | None = None) -> Comparison:
 
 def _everything(objective, whole, params, batch, vector, matrices):
     first = jax.tree.map(lambda a: a[:1], batch)
+    operators = {kind: make(objective) for kind, make in OPERATORS.items()}
     result = {
-        "pre_activation_hessian": kfgn.curvature.pre_activation_hessian(objective)(params, batch),
-        "pre_activation_gauss_newton": kfgn.curvature.pre_activation_gauss_newton(objective)(
-            params, batch
-        ),
+        f"pre_activation_{kind}": operator.pre_activation(params, batch)
+        for kind, operator in operators.items()
+    }
+    result |= {
         "one_example": {
             method: kfgn.value_grad_and_curvature(objective, method)(params, first)[1].factors
             for method in ("kfra", "kflr")
@@ -101,21 +108,15 @@ def _everything(objective, whole, params, batch, vector, matrices):
     }
     if not whole:
         return result
-    result |= {
-        "block_hessian": kfgn.curvature.block_hessian(objective)(params, batch),
-        "block_gauss_newton": kfgn.curvature.block_gauss_newton(objective)(params, batch),
-        "hessian_diagonal": kfgn.curvature.hessian_diagonal(objective)(params, batch),
-        "gauss_newton_diagonal": kfgn.curvature.gauss_newton_diagonal(objective)(params, batch),
-        "hessian_product": kfgn.curvature.hessian_vector_product(objective)(params, batch, vector),
-        "gauss_newton_product": kfgn.curvature.gauss_newton_vector_product(objective)(
-            params, batch, vector
-        ),
-    }
+    for kind, operator in operators.items():
+        result[f"block_{kind}"] = operator.blocks(params, batch)
+        result[f"{kind}_diagonal"] = operator.diagonal(params, batch)
+        result[f"{kind}_product"] = operator.matvec(params, batch, vector)
     # A matrix-vector product transposes the whole model: one layer of each is enough.
     name = next(iter(matrices))
-    for kind in ("block_hessian", "block_gauss_newton"):
-        matvecs = getattr(kfgn.curvature, kind)(objective, as_matvec=True)(params, batch)
-        result[f"{kind}_matvec"] = {name: matvecs[name](matrices[name])}
+    for kind, operator in operators.items():
+        matvecs = operator.block_matvecs(params, batch)
+        result[f"block_{kind}_matvec"] = {name: matvecs[name](matrices[name])}
     return result
 
 

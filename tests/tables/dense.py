@@ -62,6 +62,11 @@ class Truth(NamedTuple):
         """`J'HJ` of each example, `[N, P, P]`."""
         return np.einsum("nkp,nkl,nlq->npq", self.jacobian, self.output_hessian, self.jacobian)
 
+    @property
+    def empirical_fisher(self) -> np.ndarray:
+        """The outer product of each example's gradient, `[N, P, P]`."""
+        return np.einsum("np,nq->npq", self.gradients, self.gradients)
+
 
 class Index(NamedTuple):
     """Where a layer is in the vector of all parameters."""

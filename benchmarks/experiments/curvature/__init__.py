@@ -149,7 +149,7 @@ def _train(name: str, data: Any, given: Any, at: Sequence[int], ticker: Ticker) 
 
 
 def _looker(objective: kfgn.Objective) -> Callable[[Any, Any], dict[str, Any]]:
-    whole = kfgn.curvature.dense_hessian(objective)
+    whole = kfgn.hessian(objective).dense
 
     @jax.jit
     def look(params, batch):
@@ -160,9 +160,9 @@ def _looker(objective: kfgn.Objective) -> Callable[[Any, Any], dict[str, Any]]:
             "gradient_norm": optax.tree.norm(gradient),
             "eigenvalues": jnp.linalg.eigvalsh(whole(params, batch)),
             "units": kfgn.diagnostics.negative_curvature(objective)(params, batch),
-            "blocks": kfgn.diagnostics.negative_curvature(objective, of="block", tol=ROUNDING)(
-                params, batch
-            ),
+            "blocks": kfgn.diagnostics.negative_curvature(
+                objective, of="block", tolerance=ROUNDING
+            )(params, batch),
         }
 
     return look
