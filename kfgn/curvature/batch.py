@@ -12,22 +12,17 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import inner
+from kfgn.base.linalg import inner, sum_of_examples
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.curvature.channels import summed_over_positions, walk_channels
 from kfgn.curvature.factors import (
     Diagonal,
     Factors,
-    Moments,
     activation_moments,
     assemble,
     check_sharing,
-    gradient_moments,
-    over_places,
-    walked_moments,
 )
 from kfgn.curvature.forward_pass import Linearized, as_outputs, linearize
-from kfgn.curvature.recursion import Walk, walk_back
+from kfgn.curvature.methods import METHODS, Method, Request, method_of
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
@@ -36,9 +31,6 @@ from kfgn.objective.objective import Objective, check_batch, mean_of, require_ob
 Array = jax.Array
 PyTree = Any
 
-METHODS = ("kfra", "kflr", "kfac", "empirical")
-# What the recursion of "kfra" carries where a value has positions.
-SPATIAL = ("joint", "homogeneous")
 # What may be done with parameters in no layer.
 UNASSIGNED = ("raise", "diagonal", "gradient")
 
@@ -119,9 +111,9 @@ def value_grad_and_curvature(
       LayerError: a parameter belongs to no layer.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
     """
-    check_method(method, samples)
+    chosen = check_method(method, samples)
     check_sharing(sharing)
-    _check_spatial(spatial, method)
+    _check_spatial(spatial, chosen)
     _check_examples(model_examples)
     check_unassigned(unassigned)
     require_objective(objective)
@@ -129,18 +121,18 @@ def value_grad_and_curvature(
     settings = CurvatureSettings(method, samples, sharing, spatial, model_examples, unassigned, l2)
 
     def curvature_fn(params, batch, *, key=None):
-        _check_key(method, key)
+        chosen.check_key(key)
         inputs, targets = check_batch(batch)
         graph = build_graph(objective, params, inputs)
         if unassigned == "raise":
             require_blocks(graph.reasons)
-        model = linearize(graph, objective, params, inputs, targets, method != "kfra")
-        gradients = _pre_activation_moments(model, method, samples, sharing, spatial, key)
+        model = linearize(graph, objective, params, inputs, targets, chosen.probes)
+        moments = chosen.moments(Request(model, samples, sharing, spatial, key))
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
             values = {n: model.values[use.input] for n, use in layer.uses.items()}
             activation = activation_moments(layer, values, sharing, model.dtype)
-            factors[name] = assemble(layer, activation, gradients[name])
+            factors[name] = assemble(layer, activation, moments[name])
         if unassigned == "diagonal" and graph.reasons:
             factors.update(_diagonals(model, inputs))
         value, gradient = _value_and_gradient(model, objective, params)
@@ -159,12 +151,12 @@ def value_grad_and_curvature(
     return curvature_fn
 
 
-def check_method(method: str, samples: int = 1) -> None:
-    """Raises OptionError for an unknown method or a number of samples below 1."""
-    if method not in METHODS:
-        raise OptionError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+def check_method(method: str, samples: int = 1) -> Method:
+    """The method; raises OptionError for an unknown one or a number of samples below 1."""
+    chosen = method_of(method)
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise OptionError(f"samples must be an integer of at least 1, found {samples!r}")
+    return chosen
 
 
 def check_unassigned(unassigned: str) -> None:
@@ -175,11 +167,13 @@ def check_unassigned(unassigned: str) -> None:
         )
 
 
-def _check_spatial(spatial: str, method: str) -> None:
-    if spatial not in SPATIAL:
-        raise OptionError(f"spatial must be one of {', '.join(SPATIAL)}, found {spatial!r}")
-    if spatial != "joint" and method != "kfra":
-        raise OptionError(f'spatial is an option of method "kfra", not of {method!r}')
+def _check_spatial(spatial: str, method: Method) -> None:
+    every = dict.fromkeys(s for known in METHODS.values() for s in known.spatial)
+    if spatial not in every:
+        raise OptionError(f"spatial must be one of {', '.join(every)}, found {spatial!r}")
+    if spatial not in method.spatial:
+        able = ", ".join(f'"{m.name}"' for m in METHODS.values() if spatial in m.spatial)
+        raise OptionError(f"spatial is an option of method {able}, not of {method.name!r}")
 
 
 def _check_examples(examples: Any) -> None:
@@ -188,16 +182,6 @@ def _check_examples(examples: Any) -> None:
         raise OptionError(
             f"model_examples must be None or an integer of at least 1, found {examples!r}"
         )
-
-
-def _check_key(method: str, key: Any) -> None:
-    if method == "kfac" and key is None:
-        raise OptionError(
-            'method "kfac" samples targets and needs a random key: call it as '
-            "curvature_fn(params, batch, key=jax.random.key(0)), a new key for each batch."
-        )
-    if method != "kfac" and key is not None:
-        raise OptionError(f"method {method!r} draws nothing: call it without key=")
 
 
 def _value_and_gradient(
@@ -211,48 +195,6 @@ def _value_and_gradient(
         name: g + jnp.asarray(objective.l2, g.dtype) * model.params[name]
         for name, g in gradient.items()
     }
-
-
-def _pre_activation_moments(
-    model: Linearized, method: str, samples: int, sharing: str, spatial: str, key: Array | None
-) -> dict[str, Moments]:
-    """G of every layer."""
-    loss, outputs, targets, layers = model.loss, model.outputs, model.targets, model.graph.layers
-    if method == "kfra":
-        sums = _recursion(model, sharing, spatial)
-        return {name: walked_moments(layer, sums, sharing) for name, layer in layers.items()}
-
-    def moments(column: Array) -> dict[str, Moments]:
-        _, cotangents = model.pull(column)
-        return {
-            name: gradient_moments(
-                layer, {n: cotangents[n] for n in layer.uses}, sharing, model.dtype
-            )
-            for name, layer in layers.items()
-        }
-
-    if method == "kflr":
-        count, column = loss.sqrt_columns(outputs, targets)
-        return _summed(lambda k: moments(column(k)), jnp.arange(count))
-    if method == "kfac":
-        assert key is not None  # checked on entry
-        keys = jax.random.split(key, samples)
-        total = _summed(lambda k: moments(loss.sampled_gradients(k, outputs)), keys)
-        return jax.tree.map(lambda x: x / samples, total)
-    return moments(loss.gradients(outputs, targets))
-
-
-def _recursion(model: Linearized, sharing: str, spatial: str) -> dict[str, Array]:
-    """What the mean matrix leaves at every use, summed over its places."""
-    graph = model.graph
-    hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
-    walk = Walk(graph, graph.shared_values(model.params), model.values)
-    layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
-    if spatial == "homogeneous":
-        found = walk_channels(walk, hessian)
-        return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}
-    matrices = walk_back(walk, hessian).uses
-    return {n: over_places(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
 
 
 def _diagonals(model: Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:
@@ -281,20 +223,7 @@ def _diagonals(model: Linearized, inputs: PyTree) -> dict[str, Factors | Diagona
             for name, g in gradients.items()
         }
 
-    return dict(_summed(squares, jnp.arange(count)))
-
-
-def _summed(function: Callable[[Array], Any], items: Array) -> Any:
-    """The sum of a function's results, one item at a time."""
-    if items.shape[0] == 1:
-        return function(items[0])
-    shapes = jax.eval_shape(function, jax.ShapeDtypeStruct(items.shape[1:], items.dtype))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-    def add(total, item):
-        return jax.tree.map(jnp.add, total, function(item)), None
-
-    return jax.lax.scan(add, start, items)[0]
+    return dict(sum_of_examples(squares, jnp.arange(count)))
 
 
 # Callables with static data only: they compare equal when their data does, as

@@ -1,0 +1,26 @@
+"""KFAC: gradients at targets sampled from the model, eq. (59)."""
+
+from __future__ import annotations
+
+import jax
+
+from kfgn.base.linalg import sum_of_examples
+from kfgn.curvature.methods.method import Method
+
+
+class KFAC(Method):
+    """`G = E[gg']` of gradients g at the pre-activations, of losses at sampled targets."""
+
+    name = "kfac"
+    draws = True
+
+    def moments(self, request):
+        loss, outputs = request.model.loss, request.model.outputs
+        keys = jax.random.split(request.key, request.samples)
+        total = sum_of_examples(
+            lambda key: request.column_moments(loss.sampled_gradients(key, outputs)), keys
+        )
+        return jax.tree.map(lambda x: x / request.samples, total)
+
+    def flops(self, use):
+        return use.activation + use.column

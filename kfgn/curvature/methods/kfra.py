@@ -1,0 +1,41 @@
+"""KFRA: the mean matrix walks backwards through the model, eq. (26)."""
+
+from __future__ import annotations
+
+from kfgn.curvature.channels import summed_over_positions, walk_channels
+from kfgn.curvature.factors import over_places, walked_moments
+from kfgn.curvature.methods.method import Method
+from kfgn.curvature.recursion import Walk, walk_back
+
+
+class KFRA(Method):
+    """`G_i = E[J' G_o J]` from node to node, with one matrix for all examples."""
+
+    name = "kfra"
+    probes = False
+    spatial = ("joint", "homogeneous")
+
+    def moments(self, request):
+        sums = _recursion(request)
+        layers = request.model.graph.layers
+        return {n: walked_moments(layer, sums, request.sharing) for n, layer in layers.items()}
+
+    def flops(self, use):
+        return use.activation + use.congruence
+
+    def flops_between(self, walk):
+        return walk()
+
+
+def _recursion(request):
+    """What the mean matrix leaves at every use, summed over its positions."""
+    model, sharing = request.model, request.sharing
+    graph = model.graph
+    hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
+    walk = Walk(graph, graph.shared_values(model.params), model.values)
+    if request.spatial == "homogeneous":
+        found = walk_channels(walk, hessian)
+        return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}
+    layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
+    matrices = walk_back(walk, hessian).uses
+    return {n: over_places(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}

@@ -1,0 +1,74 @@
+"""What a curvature method is: how its pre-activation factors are made, and at what cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+
+from kfgn.base.errors import OptionError
+from kfgn.curvature.factors import Moments, gradient_moments
+from kfgn.curvature.forward_pass import Linearized
+
+Array = jax.Array
+
+
+class Request(NamedTuple):
+    """A forward pass, and the options of `value_grad_and_curvature` that methods read."""
+
+    model: Linearized
+    samples: int
+    sharing: str
+    spatial: str
+    key: Array | None
+
+    def column_moments(self, column: Array) -> dict[str, Moments]:
+        """The second moments of a cotangent `[N, K]` at every layer's pre-activations."""
+        _, cotangents = self.model.pull(column)
+        return {
+            name: gradient_moments(
+                layer, {n: cotangents[n] for n in layer.uses}, self.sharing, self.model.dtype
+            )
+            for name, layer in self.model.graph.layers.items()
+        }
+
+
+class UseCost(NamedTuple):
+    """FLOPs of one use of a kernel, as `kfgn.inspect` explains them."""
+
+    activation: int  # its part of the activation factor
+    column: int  # one cotangent's moment, and its way back to the use's input
+    congruence: int  # of the mean matrix on its way back to the use's input
+    columns: int  # of the output Hessian's root
+
+
+class Method:
+    """How pre-activation factors are made; one object for each, registered by its name."""
+
+    name: ClassVar[str]
+    draws: ClassVar[bool] = False  # whether it needs a key, and a loss that has `sample`
+    probes: ClassVar[bool] = True  # whether it needs gradients at pre-activations
+    spatial: ClassVar[tuple[str, ...]] = ("joint",)  # the values of `spatial` it knows
+
+    def moments(self, request: Request) -> dict[str, Moments]:
+        """G of every layer, eq. (25) or what stands for it."""
+        raise NotImplementedError
+
+    def flops(self, use: UseCost) -> int:
+        """Of both factors, for one use of a kernel and one sample."""
+        raise NotImplementedError
+
+    def flops_between(self, walk: Callable[[], int]) -> int:
+        """Between the layers, given what a walk through the nodes there takes."""
+        return 0
+
+    def check_key(self, key: Array | None) -> None:
+        """Raises OptionError where a key is missing, or given and not used."""
+        if self.draws and key is None:
+            raise OptionError(
+                f'method "{self.name}" samples targets and needs a random key: call it as '
+                "curvature_fn(params, batch, key=jax.random.key(0)), a new key for each batch."
+            )
+        if not self.draws and key is not None:
+            raise OptionError(f"method {self.name!r} draws nothing: call it without key=")
