@@ -10,15 +10,16 @@ from typing import Any, NamedTuple, TextIO
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.linalg import factor_dtype
+from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.curvature import recursion
+from kfgn.curvature.methods import METHODS, UseCost
 from kfgn.model.flat_model import Equation, size
 from kfgn.model.graph import Graph, Node, build_graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_path import keeps_order
 from kfgn.model.parameter_use import Use
-from kfgn.objective.objective import Objective, check_batch, check_outputs, is_concrete
+from kfgn.objective.objective import Objective, check_batch, require_batch
 
 PyTree = Any
 Shape = tuple[int, ...]
@@ -32,15 +33,13 @@ class Row(NamedTuple):
     kind: str  # "dense", "conv", "embedding", "scale", "shift", or a registered kind
     activation: Shape  # of Q; with a leading axis of slots and groups where there are several
     pre_activation: Shape  # of G, likewise
-    positions: int  # places where a kernel is used in one example, by all of its uses
+    positions: int  # of one example at which a kernel is applied, by all of its uses
     uses: int  # equations that a kernel is used in: more than one where it is tied
     slots: int  # kernels that are stacked in one parameter
     groups: int  # parts of a kernel that do not mix
     transposed: bool  # whether some uses see the kernel transposed
     bytes: int  # of both factors
-    kfra: int  # FLOPs of the factors of a batch
-    kflr: int
-    kfac: int  # with one sample
+    flops: dict[str, int]  # by method, of the factors of a batch, with one sample
     inversion: int  # FLOPs of inverting the factors once
 
 
@@ -49,10 +48,8 @@ class Totals(NamedTuple):
 
     parameters: int  # numbers in all parameters
     bytes: int
-    between: int  # FLOPs of "kfra" between the layers, which are no block's
-    kfra: int  # with those
-    kflr: int
-    kfac: int
+    between: dict[str, int]  # FLOPs by method between the layers, which are no block's
+    flops: dict[str, int]  # with those
     inversion: int
     columns: int  # of the output Hessian's root: backward passes that "kflr" makes
     largest: int  # entries per example of the largest value that "kfra" goes through
@@ -89,16 +86,16 @@ def inspect(
 
         activation factor:  2 N S T d_a^2, or N T where it is a diagonal
         one column:         2 N S T d_out^2, its moment, and N P, the way back to the input
-        kfac, one sample:   activation factor + one column
-        kflr:               activation factor + K columns, those of the output Hessian's root
-        kfra:               activation factor + P (D_in + D_out), the congruence of the
-                            mean matrix on its way back to the input
+        congruence:         P (D_in + D_out), of the mean matrix on its way back to the input
         inversion:          d^3 for each matrix in both factors (by Cholesky), d for a diagonal
 
-    The way back ends, and costs nothing, where the input is data. The places of
-    a single row that is added everywhere are summed first, so that T is 1.
+    "kfac" (with one sample) and "empirical" take the activation factor and one column,
+    "kflr" as many columns as the output Hessian's root has, "kfra" the congruence.
 
-    What lies between the layers is little for "kfac" and "kflr", and left out.
+    The way back ends, and costs nothing, where the input is data. The positions
+    of a single row that is added everywhere are summed first, so that T is 1.
+
+    What lies between the layers is little for most methods, and left out.
     For "kfra", where it may be most of the cost, it has a line of its own:
     2 N D D' for an elementwise function from D to D' entries, and D + D'
     backward passes for any other, for each example unless it is linear.
@@ -115,15 +112,12 @@ def inspect(
     """
     inputs, targets = check_batch(batch)
     graph = build_graph(objective, params, inputs)
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, inputs))
-    outputs, loss = jax.eval_shape(objective.model, *shapes), objective.loss
-    check_outputs(loss, outputs, inputs, targets)
-    if all(map(is_concrete, jax.tree.leaves(targets))):
-        loss.check_targets(outputs, targets)
-    root = jax.eval_shape(lambda o, t: jnp.zeros(loss.sqrt_columns(o, t)[0]), outputs, targets)
+    _, _, outputs = require_batch(objective, params, batch)
+    columns = objective.loss.sqrt_columns
+    root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
     leaves = named_leaves(params)
     dtype = factor_dtype(*(x.dtype for x in (*jax.tree.leaves(outputs), *leaves.values())))
-    setting = _Setting(graph, jax.tree.leaves(inputs)[0].shape[0], root.shape[0], dtype.itemsize)
+    setting = _Setting(graph, count_of(inputs), root.shape[0], dtype.itemsize)
     rows = tuple(_row(setting, layer) for layer in graph.layers.values())
     sizes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     found = Inspection(rows, dict(graph.reasons), sizes, _totals(setting, rows, sizes))
@@ -142,8 +136,7 @@ class _Setting(NamedTuple):
 
 def _row(at: _Setting, layer: Layer) -> Row:
     shapes = (layer.activation_shape, layer.pre_activation_shape)
-    activation = sum(_activation_cost(at, layer, use) for use in layer.uses.values())
-    column = sum(_column_cost(at, layer, use) for use in layer.uses.values())
+    uses = [_use_cost(at, layer, use) for use in layer.uses.values()]
     size_q, size_g = layer.activation_size, layer.d_out
     return Row(
         layer.name,
@@ -156,23 +149,20 @@ def _row(at: _Setting, layer: Layer) -> Row:
         groups=layer.first.form.groups,
         transposed=bool(layer.flipped),
         bytes=sum(map(math.prod, shapes)) * at.itemsize,
-        kfra=activation + sum(_congruence_cost(at.graph, use) for use in layer.uses.values()),
-        kflr=activation + at.columns * column,
-        kfac=activation + column,
+        flops={name: sum(map(method.flops, uses)) for name, method in METHODS.items()},
         inversion=layer.stack * ((size_q if layer.indexed else size_q**3) + size_g**3),
     )
 
 
 def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
     largest = max((size(v) for n in at.graph.nodes for v in (*n.outputs, *n.inputs)), default=0)
-    between = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
+    walk = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
+    between = {name: method.flops_between(walk) for name, method in METHODS.items()}
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
         bytes=sum(row.bytes for row in rows),
         between=between,
-        kfra=sum(row.kfra for row in rows) + between,
-        kflr=sum(row.kflr for row in rows),
-        kfac=sum(row.kfac for row in rows),
+        flops={name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS},
         inversion=sum(row.inversion for row in rows),
         columns=at.columns,
         largest=largest,
@@ -181,21 +171,17 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
     )
 
 
-def _activation_cost(at: _Setting, layer: Layer, use: Use) -> int:
-    places = use.form.groups * use.form.positions
-    return at.examples * places * (1 if layer.indexed else 2 * use.width**2)
-
-
-def _column_cost(at: _Setting, layer: Layer, use: Use) -> int:
-    form = use.form
+def _use_cost(at: _Setting, layer: Layer, use: Use) -> UseCost:
+    form, product = use.form, _product_cost(at.graph, use)
     summed = layer.indexed and layer.activation_size == 1 == len(layer.uses)
     moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
-    return at.examples * (moment + _product_cost(at.graph, use))
-
-
-def _congruence_cost(graph: Graph, use: Use) -> int:
-    ends = sum(size(v) for v in (use.input, use.output) if v is not None)
-    return _product_cost(graph, use) * ends
+    square = 1 if layer.indexed else 2 * use.width**2
+    return UseCost(
+        activation=at.examples * form.groups * form.positions * square,
+        column=at.examples * (moment + product),
+        congruence=product * sum(size(v) for v in (use.input, use.output) if v is not None),
+        columns=at.columns,
+    )
 
 
 def _product_cost(graph: Graph, use: Use) -> int:
@@ -224,15 +210,23 @@ def _equation_cost(equation: Equation) -> int:
     return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
 
 
-_COSTS = ("kfra", "kflr", "kfac", "inversion")
-_HEADER = ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *_COSTS]
+_HEADER = ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *METHODS, "inversion"]
 
 
 def _block_lines(found: Inspection) -> list[str]:
     total, empty = found.totals, [""] * 5
-    between = ["(between layers)", *empty, "", _flops(total.between), "", "", ""]
-    last = ["total", *empty, _bytes(total.bytes), *(_flops(getattr(total, k)) for k in _COSTS)]
-    return _aligned([_HEADER, *map(_cells, found.rows), between, last], right=5)
+    between = [_flops(n) if n else "" for n in total.between.values()]
+    rows = [
+        _HEADER,
+        *map(_cells, found.rows),
+        ["(between layers)", *empty, "", *between, ""],
+        ["total", *empty, _bytes(total.bytes), *_costs(total)],
+    ]
+    return _aligned(rows, right=2 + len(METHODS))
+
+
+def _costs(of: Row | Totals) -> list[str]:
+    return [_flops(n) for n in (*of.flops.values(), of.inversion)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -244,7 +238,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         "x".join(map(str, row.pre_activation)),
         _sharing(row),
         _bytes(row.bytes),
-        *(_flops(getattr(row, k)) for k in _COSTS),
+        *_costs(row),
     )
 
 

@@ -24,7 +24,7 @@ class KFRA(Method):
         return use.activation + use.congruence
 
     def flops_between(self, walk):
-        return walk()
+        return walk
 
 
 def _recursion(request):

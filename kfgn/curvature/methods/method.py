@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -59,8 +58,8 @@ class Method:
         """Of both factors, for one use of a kernel and one sample."""
         raise NotImplementedError
 
-    def flops_between(self, walk: Callable[[], int]) -> int:
-        """Between the layers, given what a walk through the nodes there takes."""
+    def flops_between(self, walk: int) -> int:
+        """Between the layers, where a walk of the mean matrix through all nodes takes so many."""
         return 0
 
     def check_key(self, key: Array | None) -> None:
