@@ -91,10 +91,9 @@ def is_zero(value: Any) -> bool:
 
 
 def check_chunk_size(value: Any) -> None:
-    """Raises OptionError unless examples can be worked on so many at once; None is all at once."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is not None and not whole:
-        raise OptionError(f"chunk_size must be None or an integer of at least 1, found {value!r}")
+    """Raises OptionError unless so many examples can be worked on at once; None is all."""
+    if value is not None:
+        check_whole("chunk_size", value, 1)
 
 
 def check_size(

@@ -265,7 +265,7 @@ def test_options_are_checked(make):
             operator.diagonal,
             operator.pre_activation,
         ):
-            with pytest.raises(kfgn.errors.OptionError, match="chunk_size must be None or an int"):
+            with pytest.raises(kfgn.errors.OptionError, match="chunk_size must be a whole number"):
                 verb(params, batch, chunk_size=size)
     with pytest.raises(kfgn.errors.OptionError, match='reduce must be None or "mean"'):
         operator.pre_activation(params, batch, reduce="sum")
