@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Array = jax.Array
+from kfgn.base.types import Array
 
 PRECISION = jax.lax.Precision.HIGHEST
 # What work that is done for many examples at once may hold.

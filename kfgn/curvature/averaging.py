@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from kfgn.base.errors import OptionError
+from kfgn.base.types import Array
 from kfgn.curvature.batch import Curvature
-
-Array = jax.Array
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:

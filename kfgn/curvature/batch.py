@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner, sum_of_examples
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, PyTree
 from kfgn.curvature.factors import (
     Diagonal,
     Factors,
@@ -27,9 +28,6 @@ from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, check_batch, mean_of, require_objective
-
-Array = jax.Array
-PyTree = Any
 
 # What may be done with parameters in no layer.
 UNASSIGNED = ("raise", "diagonal", "gradient")

@@ -21,10 +21,9 @@ import numpy as np
 
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import PRECISION, second_moment, sum_over_examples, total
+from kfgn.base.types import Array
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
-
-Array = jax.Array
 
 SHARINGS = ("expand", "reduce")
 

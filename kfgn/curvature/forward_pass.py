@@ -12,13 +12,11 @@ from jax.tree_util import Partial
 
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, PyTree
 from kfgn.curvature.recursion import needed_values
 from kfgn.model.graph import Graph
 from kfgn.objective.loss import Loss, flatten_batch
 from kfgn.objective.objective import Objective, check_outputs
-
-Array = jax.Array
-PyTree = Any
 
 
 class Linearized(NamedTuple):

@@ -36,6 +36,7 @@ from kfgn.base.linalg import (
     sum_over_examples,
 )
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
 from kfgn.curvature.parameter_blocks import refuse_large_blocks, split_block, split_matvec
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
@@ -50,10 +51,6 @@ from kfgn.objective.objective import (
     require_batch,
     require_objective,
 )
-
-Array = jax.Array
-PyTree = Any
-Batch = tuple[PyTree, PyTree]
 
 _REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
 

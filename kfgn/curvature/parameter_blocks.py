@@ -16,18 +16,16 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.checks import check_size
 from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, PyTree
 from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer
 
-Array = jax.Array
-PyTree = Any
 Matvec = Callable[[Array], Array]
 
 

@@ -15,14 +15,11 @@ import numpy as np
 
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.parameter_use import Use
 from kfgn.objective.objective import Objective, check_batch, check_outputs
-
-Array = jax.Array
-PyTree = Any
-Batch = tuple[PyTree, PyTree]
 
 
 class Prepared(NamedTuple):

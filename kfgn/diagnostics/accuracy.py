@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import factor_dtype
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.objective.objective import Objective, require_batch, require_objective
 
-Array = jax.Array
-PyTree = Any
-Batch = tuple[PyTree, PyTree]
 Correct = Callable[[Any, Any], Array]
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS, UseCost
 from kfgn.model.flat_model import Equation, size
@@ -20,9 +21,6 @@ from kfgn.model.layer import Layer
 from kfgn.model.parameter_path import keeps_order
 from kfgn.model.parameter_use import Use
 from kfgn.objective.objective import Objective, check_batch, require_batch
-
-PyTree = Any
-Shape = tuple[int, ...]
 
 
 class Row(NamedTuple):

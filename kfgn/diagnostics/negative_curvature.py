@@ -7,22 +7,18 @@ which need not be (appendix C of Veitch, whose equations have numbers with a V).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import count_of, map_examples
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
 from kfgn.diagnostics.second_order_terms import example_terms
 from kfgn.objective.objective import Objective, require_objective
-
-Array = jax.Array
-PyTree = Any
-Batch = tuple[PyTree, PyTree]
 
 
 class NegativeCurvature(NamedTuple):

@@ -19,12 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, PyTree
 from kfgn.model.flat_model import Var, evaluate, read, size
 from kfgn.model.graph import Graph
 from kfgn.objective.objective import Objective
 
-Array = jax.Array
-PyTree = Any
 Values = dict[Var, Array]
 
 

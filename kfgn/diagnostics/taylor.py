@@ -25,10 +25,9 @@ from kfgn.base.checks import check_flag, check_not_negative, check_positive, che
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, PyTree
 from kfgn.objective.objective import check_vector
 
-Array = jax.Array
-PyTree = Any
 Function = Callable[[PyTree], Array]
 
 _ROUNDINGS = 10  # rounding errors of f that a remainder must exceed to be looked at

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import BatchError, OptionError
-
-PyTree = Any
+from kfgn.base.types import PyTree
 
 STRATEGIES = ("fixed", "reshuffled", "repeated", "full")
 # What separates the draws of curvature examples from those of batches.

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from kfgn.base.errors import LossError
+from kfgn.base.types import Array
 
-Array = jax.Array
 Outputs = Any  # an array, or a pytree of arrays
 Columns = Callable[[Array], Array]
 

@@ -16,11 +16,8 @@ from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves, path_name
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.objective.loss import Loss, from_function
-
-Array = jax.Array
-PyTree = Any
-Batch = tuple[PyTree, PyTree]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

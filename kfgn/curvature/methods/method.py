@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
-import jax
-
 from kfgn.base.errors import OptionError
+from kfgn.base.types import Array
 from kfgn.curvature.factors import Moments, gradient_moments
 from kfgn.curvature.forward_pass import Linearized
-
-Array = jax.Array
 
 
 class Request(NamedTuple):
