@@ -1,7 +1,11 @@
 """Second derivatives: forward pass, Jacobians, the recursion, factors, methods, operators."""
 
-from kfgn.curvature.averaging import average_curvature
-from kfgn.curvature.batch import Curvature, CurvatureSettings, value_grad_and_curvature
+from kfgn.curvature.batch import (
+    Curvature,
+    CurvatureSettings,
+    average_curvature,
+    value_grad_and_curvature,
+)
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operators import Operator, empirical_fisher, gauss_newton, hessian
 from kfgn.curvature.parameter_blocks import ParameterBlocks, ParameterMatvecs

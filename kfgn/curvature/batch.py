@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import inner, sum_of_examples
+from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.factors import (
@@ -21,16 +22,14 @@ from kfgn.curvature.factors import (
     activation_moments,
     assemble,
     check_sharing,
+    diagonal_factors,
 )
-from kfgn.curvature.forward_pass import Linearized, as_outputs, linearize
-from kfgn.curvature.methods import METHODS, Method, Request, method_of
+from kfgn.curvature.forward_pass import Linearized, linearize
+from kfgn.curvature.methods import METHODS, Request, method_of
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, check_batch, mean_of, require_objective
-
-# What may be done with parameters in no layer.
-UNASSIGNED = ("raise", "diagonal", "gradient")
 
 
 @jax.tree_util.register_static
@@ -48,6 +47,29 @@ class CurvatureSettings:
     model_examples: int | None
     unassigned: str
     l2: float | None  # the objective's; None where it is an array, whose value may be unknown
+
+    def __post_init__(self) -> None:
+        method = method_of(self.method)
+        check_whole("samples", self.samples, 1)
+        check_sharing(self.sharing)
+        check_choice("spatial", self.spatial, {s: 0 for m in METHODS.values() for s in m.spatial})
+        if self.spatial not in method.spatial:
+            able = ", ".join(f'"{n}"' for n, m in METHODS.items() if self.spatial in m.spatial)
+            raise OptionError(f"spatial is an option of method {able}, not of {self.method!r}")
+        if self.model_examples is not None:
+            check_whole("model_examples", self.model_examples, 1)
+        check_unassigned(self.unassigned)
+
+    def require_equal(self, other: CurvatureSettings, what: str) -> None:
+        """Raises OptionError where other settings differ, with the fields that do."""
+        mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
+        differing = [n for n in mine if mine[n] != others[n]]
+        if differing:
+            found = ", ".join(f"{n}={mine[n]!r} and {n}={others[n]!r}" for n in differing)
+            raise OptionError(
+                f"{what} must have the same settings, found {found}; make all of them with one "
+                "function of kfgn.value_grad_and_curvature."
+            )
 
 
 class Curvature(NamedTuple):
@@ -78,7 +100,14 @@ def value_grad_and_curvature(
     model_examples: int | None = 256,
     unassigned: str = "raise",
 ) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
-    """A function `(params, batch) -> ((value, grads), curvature)`.
+    """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: jnp.tanh(x @ p), kfgn.losses.half_squared_error)
+    >>> params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> (value, grads), curvature = kfgn.value_grad_and_curvature(objective)(params, batch)
+    >>> {name: factors.activation.shape for name, factors in curvature.factors.items()}
+    {'': (3, 3)}
 
     Args:
       objective: the objective; its l2 term enters value and gradient, and never
@@ -90,8 +119,8 @@ def value_grad_and_curvature(
         function then takes `key=`. "empirical": gradients at the batch's own
         targets.
       samples: for "kfac", the number of targets drawn per example.
-      sharing: what stands for the block of a kernel that is used in several
-        places of one example (Eschenhagen et al. 2023). "expand": the places
+      sharing: what stands for the block of a kernel that is applied at several
+        positions of one example (Eschenhagen et al. 2023). "expand": the positions
         are like examples of their own; "reduce": the block of their sums.
       spatial: for "kfra", "joint" to carry one matrix over all entries of a
         value, or "homogeneous" to let all positions share the matrix of the
@@ -109,14 +138,10 @@ def value_grad_and_curvature(
       LayerError: a parameter belongs to no layer.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
     """
-    chosen = check_method(method, samples)
-    check_sharing(sharing)
-    _check_spatial(spatial, chosen)
-    _check_examples(model_examples)
-    check_unassigned(unassigned)
     require_objective(objective)
     l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
     settings = CurvatureSettings(method, samples, sharing, spatial, model_examples, unassigned, l2)
+    chosen = method_of(method)
 
     def curvature_fn(params, batch, *, key=None):
         chosen.check_key(key)
@@ -132,7 +157,7 @@ def value_grad_and_curvature(
             activation = activation_moments(layer, values, sharing, model.dtype)
             factors[name] = assemble(layer, activation, moments[name])
         if unassigned == "diagonal" and graph.reasons:
-            factors.update(_diagonals(model, inputs))
+            factors.update(diagonal_factors(model, inputs))
         value, gradient = _value_and_gradient(model, objective, params)
         push, *pushed = model.quadratic(inputs, model_examples)
         curvature = Curvature(
@@ -149,37 +174,9 @@ def value_grad_and_curvature(
     return curvature_fn
 
 
-def check_method(method: str, samples: int = 1) -> Method:
-    """The method; raises OptionError for an unknown one or a number of samples below 1."""
-    chosen = method_of(method)
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise OptionError(f"samples must be an integer of at least 1, found {samples!r}")
-    return chosen
-
-
 def check_unassigned(unassigned: str) -> None:
     """Raises OptionError unless it is a known treatment of parameters without a block."""
-    if unassigned not in UNASSIGNED:
-        raise OptionError(
-            f"unassigned must be one of {', '.join(UNASSIGNED)}, found {unassigned!r}"
-        )
-
-
-def _check_spatial(spatial: str, method: Method) -> None:
-    every = dict.fromkeys(s for known in METHODS.values() for s in known.spatial)
-    if spatial not in every:
-        raise OptionError(f"spatial must be one of {', '.join(every)}, found {spatial!r}")
-    if spatial not in method.spatial:
-        able = ", ".join(f'"{m.name}"' for m in METHODS.values() if spatial in m.spatial)
-        raise OptionError(f"spatial is an option of method {able}, not of {method.name!r}")
-
-
-def _check_examples(examples: Any) -> None:
-    whole = isinstance(examples, int) and not isinstance(examples, bool) and examples >= 1
-    if examples is not None and not whole:
-        raise OptionError(
-            f"model_examples must be None or an integer of at least 1, found {examples!r}"
-        )
+    check_choice("unassigned", unassigned, ("raise", "diagonal", "gradient"))
 
 
 def _value_and_gradient(
@@ -195,33 +192,42 @@ def _value_and_gradient(
     }
 
 
-def _diagonals(model: Linearized, inputs: PyTree) -> dict[str, Factors | Diagonal]:
-    """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
+def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
+    """The mean of the curvatures of micro-batches of one size, at the same params.
 
-    `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
-    example sees a copy of the parameters, whose gradients are so its own.
+    Value, gradient, quadratic model and objective are those of the whole
+    batch; so are the factors of "kflr", "kfac" and "empirical". Those of
+    "kfra" are the mean of what each micro-batch's own recursion gives.
+
+        curvatures.append(curvature)              # for each micro-batch
+        optimizer.update(mean_grads, state, params, curvature=kfgn.average_curvature(curvatures))
+
+    Raises:
+      OptionError: there is nothing to average, or not only curvatures, or they
+        were made with different settings.
     """
+    curvatures = list(curvatures)
+    if not curvatures or not all(isinstance(c, Curvature) for c in curvatures):
+        found = ", ".join(type(c).__name__ for c in curvatures) or "nothing"
+        raise OptionError(f"expected one kfgn.Curvature or more to average, found {found}")
+    first, count = curvatures[0].settings, len(curvatures)
+    for other in curvatures[1:]:
+        first.require_equal(other.settings, "curvatures of one average")
 
-    def outputs_of(own, example):
-        batch = jax.tree.map(lambda a: a[None], example)
-        outputs, _ = model.graph.forward({**model.params, **own}, batch)
-        return jax.tree.map(lambda a: a[0], outputs)
+    def mean(*leaves: Array) -> Array:
+        return sum(leaves[1:], start=leaves[0]) / count
 
-    copies = {
-        name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))
-        for name in model.graph.reasons
-    }
-    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, inputs), copies)
-    count, column = model.loss.sqrt_columns(model.outputs, model.targets)
-
-    def squares(index):
-        (gradients,) = pull(as_outputs(column(index), model.outputs))
-        return {
-            name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
-            for name, g in gradients.items()
-        }
-
-    return dict(sum_of_examples(squares, jnp.arange(count)))
+    numbers = [(c.factors, c.value, c.gradient) for c in curvatures]
+    factors, value, gradient = jax.tree.map(mean, *numbers)
+    return Curvature(
+        factors=factors,
+        value=value,
+        gradient=gradient,
+        linearized=Partial(_Each(), [c.linearized for c in curvatures]),
+        output_product=Partial(_MeanProduct(), [c.output_product for c in curvatures]),
+        displaced=Partial(_Mean(), [c.displaced for c in curvatures]),
+        settings=first,
+    )
 
 
 # Callables with static data only: they compare equal when their data does, as
@@ -248,3 +254,25 @@ class _Displaced:
             if name in direction
         }
         return self.objective(with_leaves(params, moved), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Each:
+    def __call__(self, parts: list[Partial], direction: Any) -> Array:
+        """The outputs' changes of all micro-batches, one after another."""
+        return jnp.concatenate([part(direction) for part in parts])
+
+
+@dataclasses.dataclass(frozen=True)
+class _MeanProduct:
+    def __call__(self, parts: list[Partial], u: Array, v: Array) -> Array:
+        pairs = zip(jnp.split(u, len(parts)), jnp.split(v, len(parts)), strict=True)
+        products = [part(a, b) for part, (a, b) in zip(parts, pairs, strict=True)]
+        return sum(products[1:], start=products[0]) / len(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mean:
+    def __call__(self, parts: list[Partial], direction: Any) -> Array:
+        values = [part(direction) for part in parts]
+        return sum(values[1:], start=values[0]) / len(parts)

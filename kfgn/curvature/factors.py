@@ -19,13 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.errors import OptionError
-from kfgn.base.linalg import PRECISION, second_moment, sum_over_examples, total
-from kfgn.base.types import Array
+from kfgn.base.checks import check_choice
+from kfgn.base.linalg import (
+    PRECISION,
+    second_moment,
+    sum_of_examples,
+    sum_over_examples,
+    total,
+)
+from kfgn.base.types import Array, PyTree
+from kfgn.curvature.forward_pass import Linearized, as_outputs
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
-
-SHARINGS = ("expand", "reduce")
 
 
 class Factors(NamedTuple):
@@ -53,8 +58,7 @@ class Moments(NamedTuple):
 
 def check_sharing(sharing: str) -> None:
     """Raises OptionError for an unknown approximation of weight sharing."""
-    if sharing not in SHARINGS:
-        raise OptionError(f"sharing must be one of {', '.join(SHARINGS)}, found {sharing!r}")
+    check_choice("sharing", sharing, ("expand", "reduce"))
 
 
 def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dtype: Any) -> Moments:
@@ -142,6 +146,35 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
         total(part.activation * g for part, (_, g) in pairs) / norm,
         total(part.pre_activation * q for part, (q, _) in pairs) / norm,
     )
+
+
+def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
+    """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
+
+    `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
+    example sees a copy of the parameters, whose gradients are so its own.
+    """
+
+    def outputs_of(own, example):
+        batch = jax.tree.map(lambda a: a[None], example)
+        outputs, _ = model.graph.forward({**model.params, **own}, batch)
+        return jax.tree.map(lambda a: a[0], outputs)
+
+    copies = {
+        name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))
+        for name in model.graph.reasons
+    }
+    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, inputs), copies)
+    count, column = model.loss.sqrt_columns(model.outputs, model.targets)
+
+    def squares(index):
+        (gradients,) = pull(as_outputs(column(index), model.outputs))
+        return {
+            name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
+            for name, g in gradients.items()
+        }
+
+    return dict(sum_of_examples(squares, jnp.arange(count)))
 
 
 def _sharing(layer: Layer, sharing: str) -> str:

@@ -446,7 +446,7 @@ CASES = {
     "no examples for the quadratic model": Bad(
         lambda: kfgn.value_grad_and_curvature(OBJECTIVE, model_examples=0),
         OptionError,
-        "model_examples must be None or an integer of at least 1, found 0",
+        "model_examples must be a whole number of at least 1, found 0",
     ),
     "spatial for another method": Bad(
         lambda: kfgn.value_grad_and_curvature(OBJECTIVE, "kflr", spatial="homogeneous"),
