@@ -118,7 +118,7 @@ def assert_exact(model: Callable, params: Any, inputs: Any) -> None:
 
     @quick_jit
     def both(params, batch):
-        found = [f(objective)(params, batch) for f in (kfgn.hessian, kfgn.gauss_newton)]
+        found = [f(objective).blocks(params, batch) for f in (kfgn.hessian, kfgn.gauss_newton)]
         return found, jax.vmap(truth, (None, 0, 0))(flat, *batch)
 
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="gradient").layers
