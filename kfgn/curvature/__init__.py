@@ -7,7 +7,8 @@ from kfgn.curvature.batch import (
     value_grad_and_curvature,
 )
 from kfgn.curvature.factors import Diagonal, Factors
-from kfgn.curvature.operators import Operator, empirical_fisher, gauss_newton, hessian
+from kfgn.curvature.operator import Operator
+from kfgn.curvature.operators import empirical_fisher, gauss_newton, hessian
 from kfgn.curvature.parameter_blocks import ParameterBlocks, ParameterMatvecs
 
 __all__ = [

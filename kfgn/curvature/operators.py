@@ -15,17 +15,13 @@ All are of the mean per-example loss, without the penalty unless `with_l2` asks 
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from kfgn.base.checks import check_chunk_size, check_flag, check_not_negative, check_size
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_chunk_size, check_not_negative, check_size
 from kfgn.base.linalg import (
     PRECISION,
     count_of,
@@ -33,13 +29,12 @@ from kfgn.base.linalg import (
     map_examples,
     matmul,
     mean_of_examples,
-    sum_over_examples,
 )
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
-from kfgn.curvature.parameter_blocks import refuse_large_blocks, split_block, split_matvec
-from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
+from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, width_of
+from kfgn.curvature.per_example import prepare
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer
 from kfgn.objective.loss import flatten_batch
@@ -47,224 +42,10 @@ from kfgn.objective.objective import (
     Objective,
     check_batch,
     check_outputs,
-    check_vector,
     require_batch,
-    require_objective,
 )
 
-_REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
-
-
-@dataclasses.dataclass(frozen=True)
-class Operator:
-    """One of the exact matrices of an objective; every verb takes `(params, batch, ...)`.
-
-    Layers, with the parameters in none, have the names of `kfgn.layers.find_blocks`; a
-    layer's block acts on the row-major vec of `[d_in + 1, d_out]`, kernel, then bias.
-    `chunk_size` is the number of examples that are worked on at once; None is all.
-
-    Raises:
-      OptionError: no objective; in the verbs, an option with a wrong value, or an
-        array of more than 2 GiB.
-      BatchError, ModelError, LossError, ParameterError: in the verbs, the input does not fit.
-    """
-
-    objective: Objective
-    of: ClassVar[str]  # what errors call it
-
-    def __post_init__(self) -> None:
-        require_objective(self.objective)
-
-    def matvec(
-        self,
-        params: PyTree,
-        batch: Batch,
-        v: PyTree,
-        *,
-        with_l2: bool = False,
-        chunk_size: int | None = None,
-    ) -> PyTree:
-        """`A v` for a pytree v like params, by the R-operator, eq. (13); no matrix is formed.
-
-        Args:
-          params, batch, v: as everywhere; v has the shapes and dtypes of params.
-          with_l2: whether the penalty's `l2 I` is added.
-          chunk_size: a number takes the mean over chunks of so many examples, in memory
-            that does not grow with the batch.
-        """
-        check_flag("with_l2", with_l2)
-        check_chunk_size(chunk_size)
-        check_vector(params, v)
-        if chunk_size is None:
-            result = self._linear(params, batch)(v)
-        else:
-            inputs, targets, _ = require_batch(self.objective, params, batch)
-
-            def summed(chunk: Batch) -> PyTree:
-                part, count = self._linear(params, chunk)(v), count_of(chunk)
-                return jax.tree.map(lambda x: x.astype(factor_dtype(x.dtype)) * count, part)
-
-            whole = sum_over_examples(summed, (inputs, targets), chunk_size=chunk_size)
-            count = count_of(inputs)
-            result = jax.tree.map(lambda x, a: (x / count).astype(a.dtype), whole, v)
-        if not with_l2:
-            return result
-        weight = jnp.asarray(self.objective.l2)
-        return jax.tree.map(lambda r, x: r + weight.astype(r.dtype) * x, result, v)
-
-    def dense(self, params: PyTree, batch: Batch, *, with_l2: bool = False) -> Array:
-        """A, `[P, P]`, with the leaves of params in flattening order, each raveled."""
-        check_flag("with_l2", with_l2)
-        _, _, outputs = require_batch(self.objective, params, batch)
-        size, dtype = _size(params), _dtype(params, outputs)
-        check_size(f"the dense {self.of}", (size, size), dtype, _REMEDY)
-        matrix = self._dense(params, batch, dtype)
-        if not with_l2:
-            return matrix
-        return matrix + jnp.asarray(self.objective.l2).astype(dtype) * jnp.eye(size, dtype=dtype)
-
-    def blocks(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        per_example: bool = False,
-        split_bias: bool = False,
-    ) -> dict[str, Any]:
-        """The block of every layer, `mean_n a_n a_n' ⊗ M_n`, eqs. (7)-(8), (16), (22).
-
-        Args:
-          params, batch: as everywhere.
-          per_example: whether to give every example's, with a leading `[N]`, not the mean.
-          split_bias: whether to give `ParameterBlocks`, by weights and biases.
-
-        Returns:
-          By layer, `[D, D]` with `D = (d_in + 1) d_out`; with a leading axis of slots
-          for a parameter that stacks several kernels.
-        """
-        check_flag("per_example", per_example)
-        check_flag("split_bias", split_bias)
-        prepared = self._prepare(params, batch)
-        graph, arguments = prepared.graph, prepared.arguments
-        refuse_large_blocks(
-            graph, params, prepared.dtype, count_of(arguments) if per_example else 1
-        )
-        of_all = map_examples if per_example else mean_of_examples
-        found = of_all(example_blocks(prepared, params), arguments)
-        if not split_bias:
-            return found
-        return {name: split_block(block, graph.layers.get(name)) for name, block in found.items()}
-
-    def block_matvecs(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        per_example: bool = False,
-        split_bias: bool = False,
-    ) -> dict[str, Any]:
-        """The products with the same blocks, which form no matrix.
-
-        Args:
-          params, batch: as everywhere.
-          per_example: whether a function gives every example's product, with a leading `[N]`.
-          split_bias: whether to give `ParameterMatvecs`, by weights and biases.
-
-        Returns:
-          By layer, a function of `[d_in + 1, d_out]`; by parameter in no layer, of its array.
-        """
-        check_flag("per_example", per_example)
-        check_flag("split_bias", split_bias)
-        inputs, _, _ = require_batch(self.objective, params, batch)
-        graph, leaves = build_graph(self.objective, params, inputs), named_leaves(params)
-        blocks = {**graph.layers, **dict.fromkeys(graph.reasons)}
-
-        def matvec_of(name: str, layer: Layer | None) -> Callable[[Array], Array]:
-            def each(matrix: Array) -> Array:
-                def one(example: Batch) -> Array:
-                    alone = jax.tree.map(lambda a: a[None], example)
-                    return _in_block(self._linear(params, alone), params, name, layer, matrix)
-
-                return map_examples(one, tuple(batch))
-
-            def mean(matrix: Array) -> Array:
-                return _in_block(self._linear(params, batch), params, name, layer, matrix)
-
-            return each if per_example else mean
-
-        found = {name: matvec_of(name, layer) for name, layer in blocks.items()}
-        if not split_bias:
-            return found
-        return {name: split_matvec(name, f, blocks[name], leaves) for name, f in found.items()}
-
-    def diagonal(
-        self, params: PyTree, batch: Batch, *, chunk_size: int | None = 1
-    ) -> dict[str, Array]:
-        """The exact diagonal, `[d_in + 1, d_out]` per layer, `mean_n a_n^2 ⊗ diag(M_n)`.
-
-        What lies above the first layers is formed as a diagonal only, so the
-        recursion's largest product falls away.
-        """
-        check_chunk_size(chunk_size)
-        return mean_diagonals(self._prepare(params, batch, diagonal=True), params, chunk_size)
-
-    def diagonal_by_parameter(self, params: PyTree, batch: Batch) -> PyTree:
-        """The same as a pytree like params, in at least float32."""
-        graph = build_graph(self.objective, params, check_batch(batch)[0])
-        found: dict[str, Array] = {}
-        for name, values in self.diagonal(params, batch).items():
-            layer = graph.layers.get(name)
-            found.update({name: values} if layer is None else layer.from_matrix(values))
-        return with_leaves(params, {n: x.astype(factor_dtype(x.dtype)) for n, x in found.items()})
-
-    def pre_activation(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        reduce: str | None = None,
-        chunk_size: int | None = 1,
-    ) -> dict[str, Array]:
-        """Each example's matrix in every layer's pre-activation, eqs. (8), (22).
-
-        Args:
-          params, batch: as everywhere.
-          reduce: None gives `[N, D, D]` per use of a kernel; "mean" the mean over the
-            batch, `[D, D]`, in memory that does not grow with N.
-          chunk_size: as everywhere.
-        """
-        if reduce not in (None, "mean"):
-            raise OptionError(f'reduce must be None or "mean", found {reduce!r}')
-        check_chunk_size(chunk_size)
-        prepared = self._prepare(params, batch, exact=False)
-        of_all = map_examples if reduce is None else mean_of_examples
-        return of_all(lambda one: prepared.walk_one(one).uses, prepared.arguments, chunk_size)
-
-    def output(self, params: PyTree, batch: Batch) -> Array:
-        """B, `[N, K, K]`: the matrix in each example's outputs."""
-        inputs, targets = check_batch(batch)
-        outputs = self.objective.model(params, inputs)
-        check_outputs(self.objective.loss, outputs, inputs, targets)
-        width, dtype = _width(outputs), _dtype((), outputs)
-        shape = (count_of(inputs), width, width)
-        check_size(f"the {self.of} of the outputs", shape, dtype, _REMEDY)
-        return jax.vmap(self._matrix)(outputs, targets).astype(dtype)
-
-    # What the three differ in; of one example, except for the last two.
-
-    def _matrix(self, outputs: PyTree, target: PyTree) -> Array:
-        """B, `[K, K]`."""
-        raise NotImplementedError
-
-    def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
-        return prepare(self.objective, params, batch, self._matrix, **options)
-
-    def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
-        """`v -> A v`."""
-        raise NotImplementedError
-
-    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Array:
-        raise NotImplementedError
+_ROWS = 16  # rows of a dense Hessian that are worked on at once
 
 
 class Hessian(Operator):
@@ -301,9 +82,9 @@ class GaussNewton(Operator):
     def jacobian(self, params: PyTree, batch: Batch) -> Array:
         """J, `[N, K, P]`: each example's outputs in all parameters, an example at a time."""
         inputs, _, outputs = require_batch(self.objective, params, batch)
-        dtype = _dtype(params, outputs)
-        shape = (count_of(inputs), _width(outputs), _size(params))
-        check_size("the Jacobian of the outputs", shape, dtype, _REMEDY)
+        dtype = dtype_of(params, outputs)
+        shape = (count_of(inputs), width_of(outputs), size_of(params))
+        check_size("the Jacobian of the outputs", shape, dtype, REMEDY)
         return map_examples(lambda x: self._jacobian(params, x, dtype)[1], inputs)
 
     def rank(self, params: PyTree, batch: Batch, *, tolerance: float | None = None) -> Array:
@@ -318,8 +99,8 @@ class GaussNewton(Operator):
         if tolerance is not None:
             check_not_negative("tolerance", tolerance)
         inputs, targets, outputs = require_batch(self.objective, params, batch)
-        dtype, size = _dtype(params, outputs), _size(params)
-        check_size("the rows", (count_of(inputs), _width(outputs), size), dtype, _REMEDY)
+        dtype, size = dtype_of(params, outputs), size_of(params)
+        check_size("the rows", (count_of(inputs), width_of(outputs), size), dtype, REMEDY)
 
         def one(example: Batch) -> Array:
             output, jacobian = self._jacobian(params, example[0], dtype)
@@ -368,7 +149,7 @@ class GaussNewton(Operator):
             (found,) = pull(as_outputs(cotangent[None], outputs))
             return ravel_pytree(_astype(found, dtype))[0]
 
-        rows = jax.vmap(row)(jnp.eye(_width(outputs), dtype=dtype))
+        rows = jax.vmap(row)(jnp.eye(width_of(outputs), dtype=dtype))
         return jax.tree.map(lambda a: a[0], outputs), rows
 
 
@@ -484,33 +265,6 @@ def empirical_fisher(objective: Objective) -> EmpiricalFisher:
     return EmpiricalFisher(objective)
 
 
-_ROWS = 16  # rows of a dense Hessian that are worked on at once
-
-
-def _in_block(
-    product: Callable[[PyTree], PyTree],
-    params: PyTree,
-    name: str,
-    layer: Layer | None,
-    matrix: Array,
-) -> Array:
-    """The whole product with a direction in one block, read in the same block."""
-
-    def along(leaves: dict[str, Array]) -> dict[str, Array]:
-        direction = with_leaves(jax.tree.map(jnp.zeros_like, params), leaves)
-        return named_leaves(product(direction))
-
-    if layer is None:
-        return along({name: matrix})[name]
-    slots = matrix.reshape(len(layer.slots), -1)
-    parts = []
-    for k in range(len(slots)):
-        alone = jnp.zeros_like(slots).at[k].set(slots[k]).reshape(layer.matrix_shape)
-        moved = layer.to_matrix(along(layer.from_matrix(alone)))
-        parts.append(moved.reshape(slots.shape)[k])
-    return jnp.stack(parts).reshape(layer.matrix_shape)
-
-
 def _used_once(layer: Layer) -> bool:
     """Whether every example meets the layer's kernel at one position."""
     return len(layer.uses) == 1 and layer.first.form.positions == 1 and not layer.indexed
@@ -518,18 +272,3 @@ def _used_once(layer: Layer) -> bool:
 
 def _astype(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda a: jnp.asarray(a, dtype), tree)
-
-
-def _size(params: PyTree) -> int:
-    """The number P of parameters."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-
-
-def _width(outputs: PyTree) -> int:
-    """The number K of outputs of one example."""
-    return sum(math.prod(leaf.shape[1:]) for leaf in jax.tree.leaves(outputs))
-
-
-def _dtype(params: PyTree, outputs: PyTree) -> Any:
-    own = [jnp.result_type(x) for x in jax.tree.leaves(params)]
-    return factor_dtype(*own, *(x.dtype for x in jax.tree.leaves(outputs)))

@@ -2,23 +2,36 @@
 
 The Hessian of a layer is its Gauss-Newton matrix, which is, and second-order terms,
 which need not be (appendix C of Veitch, whose equations have numbers with a V).
+
+In the recursion down to a layer's pre-activation z, eq. (8), what the layers above found is
+brought down by congruences, which keep it positive semi-definite, and one term is added: with
+functions z_v of z that lead to the next layers' pre-activations
+
+    T = sum_v sum_k  dE/dz_vk  d²z_vk/dz².
+
+Where a transfer function σ follows and then the next layer, with inputs x = σ(z), T is the
+diagonal matrix of `σ''(z_j) dE/dx_j`, whose signs (V87) asks for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_not_negative
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_choice, check_not_negative
 from kfgn.base.linalg import count_of, map_examples
+from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
-from kfgn.diagnostics.second_order_terms import example_terms
+from kfgn.model.flat_model import Var, evaluate, read, size
+from kfgn.model.graph import Graph
 from kfgn.objective.objective import Objective, require_objective
+
+Values = dict[Var, Array]
 
 
 class NegativeCurvature(NamedTuple):
@@ -69,8 +82,7 @@ def negative_curvature(
       OptionError: an option has a wrong value, or a block would hold over 2 GiB.
     """
     require_objective(objective)
-    if of not in ("pre_activation", "block"):
-        raise OptionError(f'of must be "pre_activation" or "block", found {of!r}')
+    check_choice("of", of, ("pre_activation", "block"))
     if tolerance is not None:
         check_not_negative("tolerance", tolerance)
 
@@ -83,14 +95,15 @@ def negative_curvature(
         loss = objective.loss
         exact = prepare(objective, params, batch, loss.hessian, second_order=True, exact=False)
         positive = prepare(objective, params, batch, loss.gauss_newton_hessian, exact=False)
-        own_terms = example_terms(objective, exact.graph, params)
+        own_terms = _example_terms(objective, exact.graph, params)
 
         def one(arguments):
-            h, g = exact.walk_one(arguments[0]).uses, positive.walk_one(arguments[1]).uses
-            t = own_terms(arguments[2])
+            h, g = exact.walk_one(arguments).uses, positive.walk_one(arguments).uses
+            _, example, _, target = arguments
+            t = own_terms((example, target))
             return {name: _measured(h[name], g[name], tolerance, t[name]) for name in h}
 
-        found = map_examples(one, (exact.arguments, positive.arguments, tuple(batch)))
+        found = map_examples(one, exact.arguments)
         count = count_of(exact.arguments)
         return {name: _gathered(measured, count) for name, measured in found.items()}
 
@@ -136,3 +149,59 @@ def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
 
     found = {f: gather(f, x) for f, x in measured._asdict().items() if x is not None}
     return NegativeCurvature(**found)
+
+
+def _example_terms(
+    objective: Objective, graph: Graph, params: PyTree
+) -> Callable[[Any], dict[str, Array]]:
+    """`(input, target) -> {use: T}` of one example, `[D, D]` in all entries of a use's output."""
+    leaves, loss = named_leaves(params), objective.loss
+    shared = graph.shared_values(leaves)
+    variables = {name: use.output for name, use in graph.uses.items()}
+
+    def terms(example):
+        inputs, target = jax.tree.map(lambda a: a[None], example)
+
+        def value(probes):
+            outputs, _ = graph.forward(leaves, inputs, probes)
+            return jnp.sum(jax.vmap(loss)(outputs, target)), outputs
+
+        # Gradients at all pre-activations and at the outputs: where the sum over k ends.
+        behind, outputs = jax.grad(value, has_aux=True)(graph.probes(1))
+        ends = {variables[name]: gradient for name, gradient in behind.items()}
+        last = loss.gradients(outputs, target)
+        data = jax.tree.leaves(example[0])
+        values = {**shared, **dict(zip(graph.model.inputs, data, strict=True))}
+
+        def of(output: Var) -> Array:
+            def total(change):
+                return _against_gradients(graph, values, ends, last, output, change)
+
+            return jax.hessian(total)(jnp.zeros(size(output), output.aval.dtype))
+
+        return {name: of(output) for name, output in variables.items()}
+
+    return terms
+
+
+def _against_gradients(
+    graph: Graph, values: Values, ends: Values, last: Array, own: Var, change: Array
+) -> Array:
+    """The next pre-activations times their gradients, where one of them changes."""
+    env, total = dict(values), jnp.zeros((), change.dtype)
+    for equation in graph.model.jaxpr.eqns:
+        if all(v in values for v in equation.outvars):
+            continue
+        evaluate([equation], env)
+        for v in equation.outvars:
+            if v is own:
+                env[v] = env[v] + change.reshape(env[v].shape)
+            elif v in ends:  # the next layer: what lies behind it is not this term's
+                total = total + _inner(ends[v], env[v], change.dtype)
+                env[v] = jax.lax.stop_gradient(env[v])
+    outputs = [read(env, v).reshape(-1).astype(change.dtype) for v in graph.model.outputs]
+    return total + _inner(last, jnp.concatenate(outputs), change.dtype)
+
+
+def _inner(a: Array, b: Array, dtype: Any) -> Array:
+    return jnp.sum(a.reshape(-1).astype(dtype) * b.reshape(-1).astype(dtype))

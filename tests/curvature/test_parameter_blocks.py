@@ -386,7 +386,7 @@ def test_flags_are_checked(verb, option):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"of": "layer"}, 'of must be "pre_activation" or "block"'),
+        ({"of": "layer"}, "of must be one of pre_activation, block"),
         ({"tolerance": -1.0}, "tolerance must be finite and at least 0"),
     ],
 )
