@@ -103,11 +103,12 @@ def value_grad_and_curvature(
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
 
     >>> import jax.numpy as jnp, kfgn
-    >>> objective = kfgn.Objective(lambda p, x: jnp.tanh(x @ p), kfgn.losses.half_squared_error)
-    >>> params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> model = lambda p, x: jnp.tanh(x @ p["w"])
+    >>> objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    >>> params, batch = {"w": jnp.ones((3, 2))}, (jnp.ones((4, 3)), jnp.zeros((4, 2)))
     >>> (value, grads), curvature = kfgn.value_grad_and_curvature(objective)(params, batch)
     >>> {name: factors.activation.shape for name, factors in curvature.factors.items()}
-    {'': (3, 3)}
+    {'w': (3, 3)}
 
     Args:
       objective: the objective; its l2 term enters value and gradient, and never
@@ -205,6 +206,13 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     Raises:
       OptionError: there is nothing to average, or not only curvatures, or they
         were made with different settings.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: jnp.tanh(x @ p), kfgn.losses.half_squared_error)
+    >>> params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> _, curvature = kfgn.value_grad_and_curvature(objective)(params, batch)
+    >>> bool(kfgn.average_curvature([curvature, curvature]).value == curvature.value)
+    True
     """
     curvatures = list(curvatures)
     if not curvatures or not all(isinstance(c, Curvature) for c in curvatures):

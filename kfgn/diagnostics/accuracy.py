@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_whole
+from kfgn.base.checks import check_chunk_size
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import factor_dtype
+from kfgn.base.linalg import count_of, factor_dtype, sum_over_examples
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.objective.objective import Objective, require_batch, require_objective
 
@@ -44,7 +44,7 @@ class BiasVariance(NamedTuple):
 
 
 def accuracy(
-    objective: Objective, *, correct: Correct | None = None, chunk_size: int = 1000
+    objective: Objective, *, correct: Correct | None = None, chunk_size: int | None = 1000
 ) -> Callable[[PyTree, Batch], Array]:
     """`(params, batch) -> scalar` in [0, 1]: the share of examples predicted correctly, eq. (30).
 
@@ -56,18 +56,24 @@ def accuracy(
       correct: `(outputs, target) -> scalar` of one example, True or a share; None
         takes the loss's own: the largest logit for the softmax losses, the sign
         of each logit for sigmoid cross-entropy.
-      chunk_size: examples that go through the model at once.
+      chunk_size: examples that go through the model at once; None for all.
 
     Raises:
       LossError: the loss predicts no classes, and `correct` is not given.
       OptionError: an option has a wrong value.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: x @ p, kfgn.losses.softmax_cross_entropy)
+    >>> batch = (jnp.eye(2), jnp.array([[1.0, 0.0], [1.0, 0.0]]))
+    >>> float(kfgn.diagnostics.accuracy(objective)(jnp.eye(2), batch))
+    0.5
     """
     figures = _figures(objective, correct, chunk_size)
     return lambda params, batch: figures(params, batch)[1]
 
 
 def bias_variance(
-    objective: Objective, *, correct: Correct | None = None, chunk_size: int = 1000
+    objective: Objective, *, correct: Correct | None = None, chunk_size: int | None = 1000
 ) -> Callable[[PyTree, Batch, Batch], BiasVariance]:
     """`(params, train, dev) -> BiasVariance`: losses and accuracies on two sets of examples.
 
@@ -79,6 +85,13 @@ def bias_variance(
 
     Raises:
       LossError, OptionError: as in `accuracy`.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: x @ p, kfgn.losses.softmax_cross_entropy)
+    >>> train, dev = (jnp.eye(2), jnp.eye(2)), (jnp.eye(2), jnp.eye(2)[::-1])
+    >>> found = kfgn.diagnostics.bias_variance(objective)(jnp.eye(2), train, dev)
+    >>> float(found.bias), float(found.variance)
+    (0.0, 1.0)
     """
     figures = _figures(objective, correct, chunk_size)
 
@@ -89,39 +102,31 @@ def bias_variance(
 
 
 def _figures(
-    objective: Objective, correct: Correct | None, chunk_size: int
+    objective: Objective, correct: Correct | None, chunk_size: int | None
 ) -> Callable[[PyTree, Batch], list[Array]]:
     """`(params, batch) -> [mean loss, accuracy]`."""
     require_objective(objective)
-    check_whole("chunk_size", chunk_size, 1)
+    check_chunk_size(chunk_size)
     if correct is not None and not callable(correct):
         raise OptionError(
             f"correct must be callable as correct(outputs, target), found {correct!r}"
         )
-    size, loss = int(chunk_size), objective.loss
+    loss = objective.loss
 
     def figures_of_one(outputs, target):
         return loss(outputs, target), _counted(correct or loss.correct, outputs, target)
 
     def figures(params, batch):
         inputs, targets, shapes = require_batch(objective, params, batch)
-        count = jax.tree.leaves(inputs)[0].shape[0]
+        count = count_of(inputs)
         dtype = factor_dtype(*(leaf.dtype for leaf in jax.tree.leaves(shapes)))
 
         def sums(chunk):
             each = jax.vmap(figures_of_one)(objective.model(params, chunk[0]), chunk[1])
             return [jnp.sum(x, dtype=dtype) for x in each]
 
-        whole = count // size if count > size else 0
-        parts = []
-        if whole:
-            chunks = jax.tree.map(
-                lambda a: a[: whole * size].reshape(whole, size, *a.shape[1:]), (inputs, targets)
-            )
-            parts.append([jnp.sum(x) for x in jax.lax.map(sums, chunks)])
-        if count > whole * size:
-            parts.append(sums(jax.tree.map(lambda a: a[whole * size :], (inputs, targets))))
-        return [sum(found) / count for found in zip(*parts, strict=True)]
+        found = sum_over_examples(sums, (inputs, targets), chunk_size=chunk_size or count)
+        return [x / count for x in found]
 
     return figures
 

@@ -107,6 +107,15 @@ def inspect(
     Raises:
       BatchError, ModelError, LossError, ParameterError, OptionError: the input
         does not fit. Parameters without a block are no error here.
+
+    >>> import io, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(
+    ...     lambda p, x: jnp.tanh(x @ p["w"]), kfgn.losses.half_squared_error
+    ... )
+    >>> batch = (jnp.ones((4, 3)), jnp.zeros((4, 2)))
+    >>> found = kfgn.inspect(objective, {"w": jnp.ones((3, 2))}, batch, file=io.StringIO())
+    >>> found.rows[0].activation, found.rows[0].flops["kfac"]
+    ((3, 3), 104)
     """
     inputs, targets = check_batch(batch)
     graph = build_graph(objective, params, inputs)

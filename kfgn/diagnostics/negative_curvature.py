@@ -80,6 +80,13 @@ def negative_curvature(
 
     Raises:
       OptionError: an option has a wrong value, or a block would hold over 2 GiB.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: jnp.sin(x @ p["w"]), kfgn.losses.half_squared_error)
+    >>> params, batch = {"w": jnp.full((3, 2), 0.5)}, (jnp.ones((4, 3)), -jnp.ones((4, 2)))
+    >>> detector = kfgn.diagnostics.negative_curvature(objective)
+    >>> {name: bool(found.least < 0) for name, found in detector(params, batch).items()}
+    {'w': True}
     """
     require_objective(objective)
     check_choice("of", of, ("pre_activation", "block"))

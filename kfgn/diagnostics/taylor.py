@@ -84,6 +84,10 @@ def gradient_check(
         finite scalar.
       ParameterError: the point has leaves that are no floating-point arrays, or
         the direction or gradient is not like it.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> kfgn.diagnostics.gradient_check(lambda x: jnp.sum(jnp.sin(x)), jnp.ones(3)).passed
+    True
     """
     check_flag("central", central)
     direction, steps = _prepared(function, point, direction, key, step, halvings)
@@ -123,6 +127,12 @@ def curvature_check(
 
     Raises:
       OptionError, ParameterError: as in `gradient_check`.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> sine = lambda x: jnp.sum(jnp.sin(x))
+    >>> product = lambda x, v: -jnp.sin(x) * v
+    >>> kfgn.diagnostics.curvature_check(sine, jnp.ones(3), product).passed
+    True
     """
     if not callable(product):
         raise OptionError(f"product must be callable as product(point, vector), found {product!r}")
@@ -147,6 +157,10 @@ def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
 
     Raises:
       OptionError: there are no losses, or not in one axis, or tolerance is negative.
+
+    >>> import kfgn
+    >>> kfgn.diagnostics.iterations_to_tolerance([1.0, 0.5, 0.45, 0.449], 0.1)
+    2
     """
     check_not_negative("tolerance", tolerance)
     values = np.asarray(losses, np.float64)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from kfgn.base.errors import LossError
+from kfgn.base.linalg import count_of, mean_of_examples
 from kfgn.base.types import Array
 
 Outputs = Any  # an array, or a pytree of arrays
@@ -32,6 +33,17 @@ def flatten_batch(outputs: Outputs) -> Array:
 
 class Loss:
     """A per-example loss; the generic rules here are derived by differentiation.
+
+    With outputs o of one example, flattened to K entries, and E the loss,
+
+        B = d²E/do²,  or its positive semi-definite part,   C C' = B,   g = dE/do.
+
+    A loss with closed forms is a subclass that overrides some of the methods.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> loss = kfgn.losses.from_function(lambda o, y: jnp.sum((o - y) ** 4), convex=True)
+    >>> loss.hessian(jnp.array([1.0, 2.0]), jnp.zeros(2)).shape
+    (2, 2)
 
     Args:
       function: `(outputs, target) -> scalar` for one example.
@@ -91,7 +103,11 @@ class Loss:
         return jax.jvp(jax.grad(lambda o: self(unravel(o), target)), (flat,), (vector,))[1]
 
     def sample(self, key: Array, outputs: Outputs) -> Any:
-        """A target of one example drawn from the model's predictive distribution."""
+        """A target of one example drawn from the model's predictive distribution.
+
+        Raises:
+          LossError: the loss has none.
+        """
         if self._sample is None:
             raise LossError(
                 f"the loss {self.name!r} has no predictive distribution to sample targets from, "
@@ -102,7 +118,11 @@ class Loss:
         return self._sample(key, outputs)
 
     def correct(self, outputs: Outputs, target: Any) -> Array:
-        """Whether one example's target is predicted, or the share of its labels that are."""
+        """Whether one example's target is predicted, or the share of its labels that are.
+
+        Raises:
+          LossError: the loss predicts no classes.
+        """
         if self._correct is None:
             raise LossError(
                 f"the loss {self.name!r} predicts no classes, so accuracy has no meaning of its "
@@ -115,14 +135,7 @@ class Loss:
 
     def mean_hessian(self, outputs: Outputs, targets: Any) -> Array:
         """The mean Gauss-Newton output Hessian `[K, K]`, never `[N, K, K]` at once."""
-        count = jax.tree.leaves(outputs)[0].shape[0]
-        size = flatten_batch(outputs).shape[1]
-
-        def add(total, example):
-            return total + self.gauss_newton_hessian(*example), None
-
-        start = jnp.zeros((size, size), flatten_batch(outputs).dtype)
-        return jax.lax.scan(add, start, (outputs, targets))[0] / count
+        return mean_of_examples(lambda one: self.gauss_newton_hessian(*one), (outputs, targets))
 
     def sqrt_columns(self, outputs: Outputs, targets: Any) -> tuple[int, Columns]:
         """The number of columns and `k -> [N, K]`, the k-th column for each example."""
@@ -131,7 +144,7 @@ class Loss:
 
     def sampled_gradients(self, key: Array, outputs: Outputs) -> Array:
         """Output gradients at targets drawn from the model's distribution, `[N, K]`."""
-        keys = jax.random.split(key, jax.tree.leaves(outputs)[0].shape[0])
+        keys = jax.random.split(key, count_of(outputs))
         return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
 
     def gradients(self, outputs: Outputs, targets: Any) -> Array:
@@ -182,6 +195,16 @@ def from_function(
         use the nearest positive semi-definite output Hessian.
       sample: `(key, outputs) -> target` for one example, for KFAC.
       correct: `(outputs, target) -> scalar` for one example, for `kfgn.diagnostics.accuracy`.
+
+    Raises:
+      LossError: it is no function.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> huber = kfgn.losses.from_function(
+    ...     lambda o, y: jnp.sum(jnp.sqrt(1 + (o - y) ** 2)), convex=True
+    ... )
+    >>> float(huber(jnp.zeros(2), jnp.zeros(2)))
+    2.0
     """
     if not callable(per_example_loss):
         raise LossError(

@@ -1,7 +1,7 @@
 """The losses with closed forms: squared error, sigmoid and softmax cross-entropy.
 
 Each sums over the outputs of an example and overrides the generic rules of
-`kfgn.loss.Loss` with its own output Hessian, square root and sampling.
+`kfgn.losses.Loss` with its own output Hessian, square root and sampling.
 """
 
 from __future__ import annotations
@@ -24,7 +24,36 @@ __all__ = [
 ]
 
 
-class _HalfSquaredError(Loss):
+class _Elementwise(Loss):
+    """A sum over the outputs, one array, with a target for each: the output Hessian is diagonal."""
+
+    def second_derivatives(self, outputs: Array) -> Array:
+        """Of each output's own loss, in the shape of the outputs; they depend on no target."""
+        raise NotImplementedError
+
+    def hessian(self, outputs, target):
+        return jnp.diag(self.second_derivatives(outputs).ravel())
+
+    def hessian_sqrt(self, outputs, target):
+        return jnp.diag(jnp.sqrt(self.second_derivatives(outputs)).ravel())
+
+    def gauss_newton_product(self, outputs, target, vector):
+        return self.second_derivatives(outputs).ravel() * vector
+
+    def mean_hessian(self, outputs, targets):
+        return jnp.diag(jnp.mean(self.second_derivatives(flatten_batch(outputs)), axis=0))
+
+    def sqrt_columns(self, outputs, targets):
+        roots = jnp.sqrt(self.second_derivatives(flatten_batch(outputs)))
+        size = roots.shape[1]
+        return size, lambda k: roots * jax.nn.one_hot(k, size, dtype=roots.dtype)
+
+    def check_shapes(self, outputs, targets):
+        _require_array(self, outputs)
+        _require_shape(self, targets, outputs.shape, outputs.shape)
+
+
+class _HalfSquaredError(_Elementwise):
     """Half the sum of squares: the output Hessian is the identity (footnote 5)."""
 
     def __init__(self) -> None:
@@ -36,30 +65,11 @@ class _HalfSquaredError(Loss):
 
         super().__init__(value, "half_squared_error", True, sample)
 
-    def hessian(self, outputs, target):
-        return jnp.eye(outputs.size, dtype=outputs.dtype)
-
-    hessian_sqrt = hessian
-
-    def gauss_newton_product(self, outputs, target, vector):
-        return vector
-
-    def mean_hessian(self, outputs, targets):
-        return self.hessian(outputs[0], None)
-
-    def sqrt_columns(self, outputs, targets):
-        flat = flatten_batch(outputs)
-        columns = jax.nn.one_hot
-        return flat.shape[1], lambda k: jnp.broadcast_to(
-            columns(k, flat.shape[1], dtype=flat.dtype), flat.shape
-        )
-
-    def check_shapes(self, outputs, targets):
-        _require_array(self, outputs)
-        _require_shape(self, targets, outputs.shape, outputs.shape)
+    def second_derivatives(self, outputs):
+        return jnp.ones_like(outputs)
 
 
-class _SigmoidBinaryCrossEntropy(Loss):
+class _SigmoidBinaryCrossEntropy(_Elementwise):
     """Cross-entropy of Bernoulli outputs given by their logits; targets in [0, 1]."""
 
     def __init__(self) -> None:
@@ -74,31 +84,9 @@ class _SigmoidBinaryCrossEntropy(Loss):
 
         super().__init__(value, "sigmoid_binary_cross_entropy", True, sample, correct)
 
-    @staticmethod
-    def _variance(outputs):
+    def second_derivatives(self, outputs):
         # sigmoid(o) sigmoid(-o), without the cancellation of p (1 - p) at p near 1.
         return jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs)
-
-    def hessian(self, outputs, target):
-        return jnp.diag(self._variance(outputs).ravel())
-
-    def hessian_sqrt(self, outputs, target):
-        return jnp.diag(jnp.sqrt(self._variance(outputs)).ravel())
-
-    def gauss_newton_product(self, outputs, target, vector):
-        return self._variance(outputs).ravel() * vector
-
-    def mean_hessian(self, outputs, targets):
-        return jnp.diag(jnp.mean(self._variance(flatten_batch(outputs)), axis=0))
-
-    def sqrt_columns(self, outputs, targets):
-        roots = jnp.sqrt(self._variance(flatten_batch(outputs)))
-        size = roots.shape[1]
-        return size, lambda k: roots * jax.nn.one_hot(k, size, dtype=roots.dtype)
-
-    def check_shapes(self, outputs, targets):
-        _require_array(self, outputs)
-        _require_shape(self, targets, outputs.shape, outputs.shape)
 
     def check_targets(self, outputs, targets):
         if bool(jnp.any((targets < 0) | (targets > 1))):
@@ -245,9 +233,13 @@ def _require_shape(loss: Loss, targets: Any, expected: tuple, outputs: tuple) ->
         )
 
 
+#: `½ sum_k (o_k - y_k)²` of one example, twice as small as optax's `squared_error`.
 half_squared_error = _HalfSquaredError()
+#: `sum_k log(1 + exp o_k) - o_k y_k`, optax's loss of that name, summed over the outputs.
 sigmoid_binary_cross_entropy = _SigmoidBinaryCrossEntropy()
+#: `-sum_k y_k log softmax(o)_k`, optax's loss of that name, summed over positions if there are any.
 softmax_cross_entropy = _SoftmaxCrossEntropy("softmax_cross_entropy", integer_labels=False)
+#: The same with the index of the class for a target.
 softmax_cross_entropy_with_integer_labels = _SoftmaxCrossEntropy(
     "softmax_cross_entropy_with_integer_labels", integer_labels=True
 )

@@ -32,6 +32,15 @@ class Objective:
       l2: the weight η of the penalty (appendix C).
 
     Calling it with `(params, (inputs, targets))` gives the scalar objective.
+
+    Raises:
+      OptionError: the model is no function, or l2 is negative or not finite.
+      BatchError, ModelError, LossError: where it is called, the input does not fit.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: x @ p, kfgn.losses.half_squared_error, l2=0.5)
+    >>> float(objective(jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))))
+    10.5
     """
 
     model: Callable[[PyTree, PyTree], PyTree]
