@@ -22,6 +22,7 @@ import numpy as np
 from kfgn.base.checks import check_choice
 from kfgn.base.linalg import (
     PRECISION,
+    map_examples,
     second_moment,
     sum_of_examples,
     sum_over_examples,
@@ -240,8 +241,7 @@ def _pooled(use: Use, values: Array, dtype: Any) -> Array:
     def one(value: Array) -> Array:
         return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
 
-    chunk = max(1, 2**26 // _bytes_each(use, dtype))
-    return jax.lax.map(one, values, batch_size=min(chunk, values.shape[0]))
+    return map_examples(one, values, max(1, 2**26 // _bytes_each(use, dtype)))
 
 
 def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any) -> Array:

@@ -217,19 +217,16 @@ def _equation_cost(equation: Equation) -> int:
     return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
 
 
-_HEADER = ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *METHODS, "inversion"]
-
-
 def _block_lines(found: Inspection) -> list[str]:
     total, empty = found.totals, [""] * 5
     between = [_flops(n) if n else "" for n in total.between.values()]
     rows = [
-        _HEADER,
+        ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *total.flops, "inversion"],
         *map(_cells, found.rows),
         ["(between layers)", *empty, "", *between, ""],
         ["total", *empty, _bytes(total.bytes), *_costs(total)],
     ]
-    return _aligned(rows, right=2 + len(METHODS))
+    return _aligned(rows, right=2 + len(total.flops))
 
 
 def _costs(of: Row | Totals) -> list[str]:
