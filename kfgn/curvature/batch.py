@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import inner
+from kfgn.base.linalg import inner, total
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.factors import (
@@ -222,18 +222,15 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     for other in curvatures[1:]:
         first.require_equal(other.settings, "curvatures of one average")
 
-    def mean(*leaves: Array) -> Array:
-        return sum(leaves[1:], start=leaves[0]) / count
-
-    numbers = [(c.factors, c.value, c.gradient) for c in curvatures]
-    factors, value, gradient = jax.tree.map(mean, *numbers)
+    known = [(c.factors, c.value, c.gradient) for c in curvatures]
+    factors, value, gradient = jax.tree.map(lambda *x: total(x) / count, *known)
     return Curvature(
         factors=factors,
         value=value,
         gradient=gradient,
-        linearized=Partial(_Each(), [c.linearized for c in curvatures]),
-        output_product=Partial(_MeanProduct(), [c.output_product for c in curvatures]),
-        displaced=Partial(_Mean(), [c.displaced for c in curvatures]),
+        linearized=Partial(_concatenated, [c.linearized for c in curvatures]),
+        output_product=Partial(_mean_product, [c.output_product for c in curvatures]),
+        displaced=Partial(_mean_value, [c.displaced for c in curvatures]),
         settings=first,
     )
 
@@ -264,23 +261,15 @@ class _Displaced:
         return self.objective(with_leaves(params, moved), batch)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Each:
-    def __call__(self, parts: list[Partial], direction: Any) -> Array:
-        """The outputs' changes of all micro-batches, one after another."""
-        return jnp.concatenate([part(direction) for part in parts])
+def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Array:
+    """The outputs' changes of all micro-batches, one after another."""
+    return jnp.concatenate([part(direction) for part in parts])
 
 
-@dataclasses.dataclass(frozen=True)
-class _MeanProduct:
-    def __call__(self, parts: list[Partial], u: Array, v: Array) -> Array:
-        pairs = zip(jnp.split(u, len(parts)), jnp.split(v, len(parts)), strict=True)
-        products = [part(a, b) for part, (a, b) in zip(parts, pairs, strict=True)]
-        return sum(products[1:], start=products[0]) / len(parts)
+def _mean_product(parts: list[Partial], u: Array, v: Array) -> Array:
+    pairs = zip(parts, jnp.split(u, len(parts)), jnp.split(v, len(parts)), strict=True)
+    return total(part(a, b) for part, a, b in pairs) / len(parts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mean:
-    def __call__(self, parts: list[Partial], direction: Any) -> Array:
-        values = [part(direction) for part in parts]
-        return sum(values[1:], start=values[0]) / len(parts)
+def _mean_value(parts: list[Partial], direction: dict[str, Array]) -> Array:
+    return total(part(direction) for part in parts) / len(parts)

@@ -88,7 +88,7 @@ class Operator:
 
             whole = sum_over_examples(summed, (inputs, targets), chunk_size=chunk_size)
             count = count_of(inputs)
-            result = jax.tree.map(lambda x, a: (x / count).astype(a.dtype), whole, v)
+            result = jax.tree.map(lambda x, a: (x / count).astype(jnp.result_type(a)), whole, v)
         if not with_l2:
             return result
         weight = jnp.asarray(self.objective.l2)

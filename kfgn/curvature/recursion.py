@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from kfgn.base.checks import check_size
 from kfgn.base.errors import ModelError
 from kfgn.curvature.jacobians import Jacobian, jacobian_of
 from kfgn.curvature.node_curvature import node_curvature
@@ -114,15 +115,15 @@ def _free_blocks(graph: Graph, frontier: Frontier, dtype: Any) -> dict[tuple[str
 def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
     values = [v for node in graph.nodes for v in (*node.outputs, *node.inputs) if v not in vectors]
     largest = max(map(size, values), default=0)
-    needed = largest**2 * jnp.dtype(dtype).itemsize
-    if needed > MATRIX_BYTES:
-        raise ModelError(
-            f"the recursion would form a matrix of {largest} x {largest} entries "
-            f"({needed / 2**30:.1f} GiB), for a value of {largest} entries per example; the most "
-            f"it forms is {MATRIX_BYTES / 2**30:.0f} GiB. For convolutions and sequences pass "
-            'spatial="homogeneous" to method "kfra", or use method "kflr" or "kfac", whose '
-            "factors have the size of the channels."
-        )
+    check_size(
+        f"the recursion's matrix over a value of {largest} entries per example",
+        (largest, largest),
+        dtype,
+        'For convolutions and sequences pass spatial="homogeneous" to method "kfra", or use method '
+        '"kflr" or "kfac", whose factors have the size of the channels.',
+        most=MATRIX_BYTES,
+        error=ModelError,
+    )
 
 
 class Frontier:

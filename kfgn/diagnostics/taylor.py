@@ -14,6 +14,7 @@ The functions look at values, and so cannot be used inside `jax.jit`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,18 +91,7 @@ def gradient_check(
     True
     """
     check_flag("central", central)
-    direction, steps = _prepared(function, point, direction, key, step, halvings)
-    first = jax.grad(function) if gradient is None else gradient
-    found = _measure(function, first, None, point, direction, steps)
-    h = np.asarray(steps, np.float64)
-    with np.errstate(all="ignore"):
-        if central:
-            remainder = np.abs((found.plus - found.minus) / (2 * h) - found.slope)
-            rounding = found.rounding(found.plus, found.minus) / h
-            return _observed(remainder, rounding, h, 2, np.abs(found.slope))
-        remainder = np.abs(found.plus - found.value - h * found.slope)
-        rounding = found.rounding(found.plus, found.value, h * found.slope)
-        return _observed(remainder, rounding, h, 2, np.abs(h[0] * found.slope))
+    return _check(function, point, direction, key, gradient, None, central, step, halvings)
 
 
 def curvature_check(
@@ -136,15 +126,7 @@ def curvature_check(
     """
     if not callable(product):
         raise OptionError(f"product must be callable as product(point, vector), found {product!r}")
-    direction, steps = _prepared(function, point, direction, key, step, halvings)
-    first = jax.grad(function) if gradient is None else gradient
-    found = _measure(function, first, product, point, direction, steps)
-    h = np.asarray(steps, np.float64)
-    terms = 0.5 * h**2 * found.curvature
-    with np.errstate(all="ignore"):
-        remainder = np.abs(found.plus - found.value - h * found.slope - terms)
-        rounding = found.rounding(found.plus, found.value, h * found.slope, terms)
-        return _observed(remainder, rounding, h, 3, np.abs(terms[0]))
+    return _check(function, point, direction, key, gradient, product, False, step, halvings)
 
 
 def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
@@ -173,46 +155,46 @@ def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
     return int(np.argmax(within)) + 1 if within.any() else None
 
 
-class _Measured(NamedTuple):
-    value: np.ndarray
-    slope: np.ndarray  # g'd
-    curvature: np.ndarray  # d'Hd, zero if it was not asked for
-    plus: np.ndarray  # f(x + h d), `[S]`
-    minus: np.ndarray  # f(x - h d), `[S]`
-    moved: np.ndarray  # the norm of the gradient times the point
-    unit: float  # the rounding unit
-
-    def rounding(self, *values: np.ndarray) -> np.ndarray:
-        """The size of a rounding error of a sum of values, and of that of the point in f."""
-        largest = np.max(np.abs(np.broadcast_arrays(*values)), axis=0)
-        return self.unit * (largest + self.moved)
-
-
-def _measure(function, first, product, point, direction, steps) -> _Measured:
-    """All values that a check needs, in one jitted call."""
-    dtype = _least_precise((point, jax.eval_shape(function, point)))
+def _check(
+    function, point, direction, key, gradient, product, central, step, halvings
+) -> CheckResult:
+    """The remainders of as many terms as are given, and the order that is observed."""
+    direction, steps = _prepared(function, point, direction, key, step, halvings)
+    first = jax.grad(function) if gradient is None else gradient
+    unit = float(jnp.finfo(_least_precise((point, jax.eval_shape(function, point)))).eps)
 
     @jax.jit
     def measure(point, direction, steps):
-        value, gradient = function(point), first(point)
-        check_vector(point, gradient)
-        curvature = jnp.zeros_like(value)
+        value, slopes = function(point), first(point)
+        check_vector(point, slopes)
+        terms = [value, inner(slopes, direction)]
         if product is not None:
             curved = product(point, direction)
             check_vector(point, curved)
-            curvature = inner(curved, direction)
+            terms.append(0.5 * inner(curved, direction))
 
         def at(h):
             return function(jax.tree.map(lambda x, d: x + h.astype(x.dtype) * d, point, direction))
 
-        moved = jax.tree.map(jnp.multiply, gradient, point)
-        plus, minus = jax.lax.map(at, steps), jax.lax.map(at, -steps)
-        return value, inner(gradient, direction), curvature, plus, minus, inner(moved, moved)
+        moved = jax.tree.map(jnp.multiply, slopes, point)
+        return terms, jax.lax.map(at, steps), jax.lax.map(at, -steps), inner(moved, moved)
 
-    found = [np.asarray(x, np.float64) for x in measure(point, direction, steps)]
-    value, slope, curvature, plus, minus, moved = found
-    unit = float(jnp.finfo(dtype).eps)
-    return _Measured(value, slope, curvature, plus, minus, np.sqrt(moved), unit)
+    found = jax.tree.map(lambda x: np.asarray(x, np.float64), measure(point, direction, steps))
+    terms, plus, minus, moved = found
+    h = np.asarray(steps, np.float64)
+
+    def rounding(*values: np.ndarray) -> np.ndarray:
+        """The size of a rounding error of a sum of values, and of that of the point in f."""
+        largest = np.max(np.abs(np.broadcast_arrays(*values)), axis=0)
+        return unit * (largest + np.sqrt(moved))
+
+    with np.errstate(all="ignore"):
+        if central:
+            remainder, error = (plus - minus) / (2 * h) - terms[1], rounding(plus, minus) / h
+            return _observed(np.abs(remainder), error, h, 2, np.abs(terms[1]))
+        series = [term * h**k for k, term in enumerate(terms)]
+        remainder = np.abs(functools.reduce(np.subtract, series, plus))
+        return _observed(remainder, rounding(plus, *series), h, len(terms), np.abs(series[-1][0]))
 
 
 def _observed(remainder, rounding, steps, expected: int, term) -> CheckResult:

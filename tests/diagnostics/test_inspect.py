@@ -245,7 +245,7 @@ def test_feasible(monkeypatch):
     jax.eval_shape(kfgn.value_grad_and_curvature(objective, "kfra"), params, batch)
     monkeypatch.setattr(walk, "MATRIX_BYTES", needed - 1)
     assert not kfgn.inspect(objective, params, batch, file=io.StringIO()).totals.feasible
-    with pytest.raises(kfgn.errors.ModelError, match="would form a matrix"):
+    with pytest.raises(kfgn.errors.ModelError, match="the recursion's matrix over a value"):
         jax.eval_shape(kfgn.value_grad_and_curvature(objective, "kfra"), params, batch)
 
 
