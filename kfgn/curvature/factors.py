@@ -1,6 +1,6 @@
 """Kronecker factors of a layer's block, also where a kernel is shared over positions.
 
-With `h_t = a_t W + b` at T places per example, the block of the mean loss is
+With `h_t = a_t W + b` at T positions per example, the block of the mean loss is
 `E[sum_tu (a_t a_u') ⊗ (g_t g_u')]`. Two approximations make one Kronecker
 product of it (Eschenhagen et al. 2023, section 3):
 
@@ -8,7 +8,7 @@ product of it (Eschenhagen et al. 2023, section 3):
     reduce:  Q = E[(sum_t a_t)(sum_t a_t)'] / T^2,   G = E[(sum_t g_t)(sum_t g_t)'].
 
 Both are the same, and the paper's eqs. (21) and (25), where T is 1. The uses
-of a tied kernel count as further places.
+of a tied kernel count as further positions.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from kfgn.base.linalg import (
 )
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.forward_pass import Linearized, as_outputs
+from kfgn.model.flat_model import size
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
 
@@ -71,8 +72,8 @@ def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dty
 
     def of(slot: dict[str, Use]) -> Array:
         if _sharing(layer, sharing) == "reduce":
-            places = sum(use.form.positions for use in slot.values())
-            return _moment(total(_pooled(u, values[n], dtype) for n, u in slot.items()) / places)
+            count = sum(use.form.positions for use in slot.values())
+            return _moment(total(_pooled(u, values[n], dtype) for n, u in slot.items()) / count)
         return total(_in_chunks(use, values[name], dtype) for name, use in slot.items())
 
     return _of_both(layer, of)
@@ -95,36 +96,40 @@ def gradient_moments(
 
 
 def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moments:
-    """G, from sums over places of what the recursion found, by use: see `over_places`.
+    """G, from sums over positions of what the recursion found, by use: see `over_positions`.
 
     Between different uses of a tied kernel the recursion says nothing, so
-    "reduce" sums over the places of each use alone.
+    "reduce" sums over the positions of each use alone.
     """
 
     def of(slot: dict[str, Use]) -> Array:
         summed = total(sums[name] for name in slot)
         if _sharing(layer, sharing) == "reduce":
             return summed * layer.first.kernel.factor**2 if layer.indexed else summed
-        places = sum(use.form.positions for use in slot.values())
-        return summed if places == 1 else summed / places
+        count = sum(use.form.positions for use in slot.values())
+        return summed if count == 1 else summed / count
 
     return _of_both(layer, of)
 
 
-def over_places(layer: Layer, use: Use, matrix: Array, sharing: str) -> Array:
+def entries_of(use: Use) -> np.ndarray:
+    """Where in a use's flat output the pre-activations stand, `[s, t, o]`."""
+    return use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
+
+
+def over_positions(layer: Layer, use: Use, matrix: Array, sharing: str) -> Array:
     """Sums of the matrix over a use's whole pre-activation, `[D, D]`, as `[s, o, o]`.
 
-    For "expand" over equal places, `sum_t M[s, t, o, s, t, o']`; for "reduce"
-    over all pairs of places.
+    For "expand" over equal positions, `sum_t M[s, t, o, s, t, o']`; for "reduce"
+    over all pairs of positions.
     """
-    entries = np.arange(matrix.shape[0]).reshape(use.output.aval.shape)
-    places = use.pre_activations(entries)
-    if places.shape == (1, 1, len(matrix)) and np.all(np.diff(places) == 1):
+    entries = entries_of(use)
+    if entries.shape == (1, 1, len(matrix)) and np.all(np.diff(entries) == 1):
         return matrix[None]
     if _sharing(layer, sharing) == "reduce":
-        rows = jnp.sum(matrix[places], axis=1)  # `[s, o, D]`
-        return jnp.stack([jnp.sum(r[:, p], axis=1) for r, p in zip(rows, places, strict=True)])
-    return jnp.sum(matrix[places[..., :, None], places[..., None, :]], axis=1)
+        rows = jnp.sum(matrix[entries], axis=1)  # `[s, o, D]`
+        return jnp.stack([jnp.sum(r[:, e], axis=1) for r, e in zip(rows, entries, strict=True)])
+    return jnp.sum(matrix[entries[..., :, None], entries[..., None, :]], axis=1)
 
 
 def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Factors:
@@ -211,10 +216,10 @@ def _stacked(layer: Layer, parts: list[Array]) -> Array:
 
 def _moment(rows: Array) -> Array:
     """`sum_nt r_nst r_nst' / N` of rows `[N, s, t, d]`, `[s, d, d]`."""
-    count, groups, places, width = rows.shape
+    count, groups, positions, width = rows.shape
     if groups == 1:
         flat = rows.reshape(-1, width)
-        return (second_moment(flat) * (places if places > 1 else 1))[None]
+        return (second_moment(flat) * (positions if positions > 1 else 1))[None]
     return jnp.einsum("nsti,nstj->sij", rows, rows, precision=PRECISION) / count
 
 
@@ -236,7 +241,7 @@ def _in_chunks(use: Use, values: Array, dtype: Any) -> Array:
 
 
 def _pooled(use: Use, values: Array, dtype: Any) -> Array:
-    """A use's inputs summed over its places, `[N, s, 1, d]`."""
+    """A use's inputs summed over its positions, `[N, s, 1, d]`."""
 
     def one(value: Array) -> Array:
         return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)

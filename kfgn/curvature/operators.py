@@ -23,7 +23,6 @@ from jax.flatten_util import ravel_pytree
 
 from kfgn.base.checks import check_chunk_size, check_not_negative, check_size
 from kfgn.base.linalg import (
-    PRECISION,
     count_of,
     factor_dtype,
     map_examples,
@@ -34,7 +33,7 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, width_of
-from kfgn.curvature.per_example import prepare
+from kfgn.curvature.per_example import prepare, single_diagonal
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer
 from kfgn.objective.loss import flatten_batch
@@ -176,9 +175,8 @@ class EmpiricalFisher(GaussNewton):
             model = linearize(graph, self.objective, params, inputs, targets, with_probes=True)
             _, gradients = model.pull(model.loss.gradients(model.outputs, model.targets))
         for name, layer in once.items():
-            a = layer.first.activations(model.values[layer.first.input], model.dtype)[:, :, 0]
-            g = layer.first.pre_activations(gradients[name]).astype(model.dtype)[:, :, 0]
-            mean = jnp.einsum("nsi,nso->sio", a**2, g**2, precision=PRECISION) / len(a)
+            rows = jnp.square(gradients[name].reshape(model.examples, -1).astype(model.dtype))
+            mean = single_diagonal(layer.first, model.values[layer.first.input], rows)
             found[name] = mean.reshape(layer.matrix_shape)
         inside = {p for layer in once.values() for p in layer.parameters}
         others = {n: jnp.asarray(leaf) for n, leaf in leaves.items() if n not in inside}

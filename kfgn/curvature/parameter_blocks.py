@@ -56,8 +56,8 @@ def split_block(block: Array, layer: Layer | None) -> ParameterBlocks:
     if layer is None or layer.first.bias is None:
         return ParameterBlocks(block, None, None)
     use = layer.first
-    places = np.arange(block.shape[-1]).reshape(use.form.groups, use.width, use.form.d_out)
-    w, b = places[:, :-1].reshape(-1), places[:, -1].reshape(-1)
+    entries = np.arange(block.shape[-1]).reshape(use.form.groups, use.width, use.form.d_out)
+    w, b = entries[:, :-1].reshape(-1), entries[:, -1].reshape(-1)
     return ParameterBlocks(
         block[..., w[:, None], w], block[..., w[:, None], b], block[..., b[:, None], b]
     )

@@ -16,6 +16,7 @@ import numpy as np
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, PyTree
+from kfgn.curvature.factors import entries_of
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.parameter_use import Use
@@ -28,12 +29,12 @@ class Prepared(NamedTuple):
     graph: Graph
     walk_one: Callable[[Any], Walked]
     arguments: Any  # of `walk_one`, for all examples: kept values, inputs, outputs, targets
-    place: dict[Any, int]  # of each kept value among an example's values
+    order: dict[Any, int]  # of each kept value among an example's values
     dtype: Any
 
     def activations(self, use: Use, arguments: Any) -> Array:
         """One example's inputs of a use, `[s, t, i]`."""
-        values = arguments[0][self.place[use.input]]
+        values = arguments[0][self.order[use.input]]
         return use.activations(values[None], self.dtype)[0]
 
 
@@ -87,9 +88,9 @@ def prepare(
             {(p, q): free[p][:, None] * free[q] for p in free for q in free},
         )
 
-    place = {v: k for k, v in enumerate(keep)}
+    order = {v: k for k, v in enumerate(keep)}
     arguments = (kept, inputs, outputs, targets)
-    return Prepared(graph, outer if matrix is None else one, arguments, place, dtype)
+    return Prepared(graph, outer if matrix is None else one, arguments, order, dtype)
 
 
 def example_blocks(prepared: Prepared, params: PyTree) -> Callable[[Any], dict[str, Array]]:
@@ -131,15 +132,15 @@ def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -
     found = {name: jnp.mean(x, axis=0) for name, x in found.items()}
     for name, row in rows.items():
         use = graph.kept_uses[name]
-        found[name] = single_diagonal(use, arguments[0][prepared.place[use.input]], row)
+        found[name] = single_diagonal(use, arguments[0][prepared.order[use.input]], row)
     return in_shape(graph, params, found)
 
 
 def single_diagonal(use: Use, values: Array, rows: Array) -> Array:
-    """`mean_n a_n^2 ⊗ diag(H_n)` of a use in one place, `[s, i, o]`."""
+    """`mean_n a_n^2 ⊗ diag(H_n)` at a single position, `[s, i, o]`."""
     squares = jnp.square(use.activations(values, rows.dtype))[:, :, 0]
-    places = use.pre_activations(np.arange(rows.shape[1]).reshape(use.output.aval.shape))
-    curved = rows if _is_range(places, rows.shape[1]) else rows[:, places.reshape(-1)]
+    entries = entries_of(use).reshape(-1)
+    curved = rows if _is_range(entries, rows.shape[1]) else rows[:, entries]
     if use.form.groups == 1:
         return (matmul(squares[:, 0].T, curved) / rows.shape[0])[None]
     curved = curved.reshape(rows.shape[0], use.form.groups, use.form.d_out)
@@ -147,9 +148,8 @@ def single_diagonal(use: Use, values: Array, rows: Array) -> Array:
 
 
 def shared_diagonal(use: Use, a: Array, matrix: Array) -> Array:
-    """The diagonal of one example's block of a use in several places, `[s, i, o]`."""
-    places = use.pre_activations(np.arange(matrix.shape[0]).reshape(use.output.aval.shape))
-    own = np.moveaxis(places, 1, 2)  # `[s, o, t]`
+    """The diagonal of one example's block at several positions, `[s, i, o]`."""
+    own = np.moveaxis(entries_of(use), 1, 2)  # `[s, o, t]`
     between = matrix[own[..., :, None], own[..., None, :]]
     return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=PRECISION)
 
@@ -168,17 +168,17 @@ def in_shape(graph: Graph, params: PyTree, found: dict[str, Array]) -> dict[str,
 def use_block(use: Use, a: Array, matrix: Array) -> Array:
     """One example's block of a use, from its inputs and the matrix at its pre-activation."""
     groups, positions, d_out = use.form.groups, use.form.positions, use.form.d_out
-    places = use.pre_activations(np.arange(matrix.shape[0]).reshape(use.output.aval.shape))
-    if not _is_range(places, len(matrix)):
-        matrix = matrix[places.reshape(-1)][:, places.reshape(-1)]
+    entries = entries_of(use).reshape(-1)
+    if not _is_range(entries, len(matrix)):
+        matrix = matrix[entries][:, entries]
     between = matrix.reshape(groups, positions, d_out, groups, positions, d_out)
     block = jnp.einsum("sti,stoupq,upj->sioujq", a, between, a, precision=PRECISION)
     return block.reshape(2 * (groups * use.width * d_out,))
 
 
-def _is_range(places: np.ndarray, size: int) -> bool:
-    """Whether the places are all entries in their order."""
-    return places.size == size and bool(np.all(places.reshape(-1) == np.arange(size)))
+def _is_range(entries: np.ndarray, size: int) -> bool:
+    """Whether these are all entries in their order."""
+    return entries.size == size and bool(np.all(entries == np.arange(size)))
 
 
 def free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Array]:

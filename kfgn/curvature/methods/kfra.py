@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kfgn.curvature.channels import summed_over_positions, walk_channels
-from kfgn.curvature.factors import over_places, walked_moments
+from kfgn.curvature.factors import over_positions, walked_moments
 from kfgn.curvature.methods.method import Method
 from kfgn.curvature.recursion import Walk, walk_back
 
@@ -38,4 +38,4 @@ def _recursion(request):
         return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}
     layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
     matrices = walk_back(walk, hessian).uses
-    return {n: over_places(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
+    return {n: over_positions(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
