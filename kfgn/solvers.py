@@ -3,12 +3,10 @@
 from kfgn.objective.batches import batches
 from kfgn.optimizers.block_gauss_newton_cg import block_gauss_newton_direction
 from kfgn.optimizers.conjugate_gradient import Solution, conjugate_gradient
-from kfgn.optimizers.hessian_free import HESSIAN_FREE_PRESETS
 from kfgn.optimizers.minimize import MINIMIZERS, Minimum, minimize
 from kfgn.optimizers.newton import newton, newton_direction
 
 __all__ = [
-    "HESSIAN_FREE_PRESETS",
     "MINIMIZERS",
     "Minimum",
     "Solution",

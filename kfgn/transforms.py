@@ -1,9 +1,17 @@
-"""The parts of the optimizers as optax transformations of their own."""
+"""The parts of the optimizers as optax transformations, their damping rules and presets."""
 
-from kfgn.optimizers.alias import PRESETS
-from kfgn.optimizers.damping import Damping
+from kfgn.optimizers.damping import (
+    Damping,
+    FactorDamping,
+    Fixed,
+    Following,
+    Greedy,
+    LevenbergMarquardt,
+    StepDamping,
+)
 from kfgn.optimizers.hessian_free import scale_by_conjugate_gradient
 from kfgn.optimizers.newton import scale_by_newton
+from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS, PRESETS
 from kfgn.optimizers.recipe import scale_by_curvature
 from kfgn.optimizers.transforms import (
     average_parameters,
@@ -13,8 +21,15 @@ from kfgn.optimizers.transforms import (
 from kfgn.optimizers.wrappers import without_curvature
 
 __all__ = [
+    "HESSIAN_FREE_PRESETS",
     "PRESETS",
     "Damping",
+    "FactorDamping",
+    "Fixed",
+    "Following",
+    "Greedy",
+    "LevenbergMarquardt",
+    "StepDamping",
     "average_parameters",
     "scale_by_conjugate_gradient",
     "scale_by_curvature",

@@ -18,6 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+import kfgn
 from benchmarks.harness import experiment, race, task
 from benchmarks.harness.arguments import positive_int, widths
 from benchmarks.harness.optimizers import first_order, second_order
@@ -32,15 +33,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dampings from 150": {"step_damping": 150.0},
     "dampings from 0.1": {"step_damping": 0.1},
     "γ greedy from 1, not τ": {"factor_damping": 1.0},
-    "τ fixed": {"step_damping_period": 0},
-    "thresholds 0.75, 0.75": {"thresholds": (0.75, 0.75)},
+    "τ fixed": {"step_damping": kfgn.transforms.Fixed(2.0)},
+    "thresholds 0.75, 0.75": {
+        "step_damping": kfgn.transforms.LevenbergMarquardt(2.0, thresholds=(0.75, 0.75))
+    },
     "inverses each update": {"refresh_inverse_every": 1},
     "inverses each 20": {"refresh_inverse_every": 20},
     "exact damped inverse": {"inverse": "eigen"},
     "rate 1": {"learning_rate": 1.0},
     "rate 0.5": {"learning_rate": 0.5},
     "no momentum": {"momentum": False},
-    "the paper's preset": {"preset": "paper"},
+    "the paper's preset": kfgn.transforms.PRESETS["paper"],
 }
 METHODS = ("kfra", "kfac")
 WIDTHS = (250, 500, 1000, 2000, 4000)

@@ -212,7 +212,8 @@ def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, 
             if preset == "fixed":
                 made = _fixed(name, objective, params, batch, options.updates)
             else:
-                made = second_order(name, objective, params, batch, {"preset": preset})
+                settings = kfgn.transforms.PRESETS.get(preset, {})
+                made = second_order(name, objective, params, batch, settings)
             found[label] = made, options.updates
     for exponent in options.exponents:
         for part in options.periods:

@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
+import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.datasets import NAMES
 from benchmarks.harness import experiment, race, task
@@ -82,10 +83,12 @@ def _cases(options: Any) -> dict[str, Case]:
     for samples in (2, 5):
         cases[f"{first}, {samples} samples"] = base._replace(samples=samples)
     changed: dict[str, dict[str, Any]] = {
-        "thresholds 0.75, 0.75": {"thresholds": (0.75, 0.75)},
+        "thresholds 0.75, 0.75": {
+            "step_damping": kfgn.transforms.LevenbergMarquardt(2.0, thresholds=(0.75, 0.75))
+        },
         "no moving average": {"decay": None},
         "exact damped inverse": {"inverse": "eigen"},
-        "the paper's preset": {"preset": "paper"},
+        "the paper's preset": kfgn.transforms.PRESETS["paper"],
     }
     return cases | {f"{first}, {n}": base._replace(options=o) for n, o in changed.items()}
 

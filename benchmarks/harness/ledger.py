@@ -76,7 +76,7 @@ class Ledger:
         self.path.write_text("".join(line + "\n" for line in whole))
 
     def _key(self, what: Mapping[str, Any]) -> str:
-        return json.dumps({**self._environment, **what}, sort_keys=True)
+        return json.dumps({**self._environment, **what}, sort_keys=True, default=repr)
 
     def __enter__(self) -> Self:
         return self

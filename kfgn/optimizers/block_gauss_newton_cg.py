@@ -11,14 +11,11 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_not_negative
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Named, PyTree
 from kfgn.curvature.forward_pass import curved_product, linearize
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import Objective, check_batch
 from kfgn.optimizers.conjugate_gradient import conjugate_gradient
-
-Array = jax.Array
-PyTree = Any
-Named = dict[str, Any]
 
 
 def block_gauss_newton_direction(

@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import is_zero
+from kfgn.base.checks import check_choice, is_zero
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.kronecker import eigen
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.factors import Factors
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
@@ -29,10 +29,6 @@ from kfgn.objective.objective import Objective
 from kfgn.optimizers.damping import Damping
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner
-
-Array = jax.Array
-PyTree = Any
-Named = dict[str, Any]
 
 DIAGONALS = ("diagonal", "gauss_newton_diagonal")
 PRECONDITIONERS = (None, *DIAGONALS, "kronecker")
@@ -76,19 +72,17 @@ def kronecker_solve(
     return solve
 
 
-def check_preconditioner(name: Any, layers: LayerBlocks | None, damping: Any, l2: Any) -> None:
+def check_preconditioner(
+    name: str | None, blocks: LayerBlocks | None, damping: Damping, l2: Number
+) -> None:
     """Raises OptionError for a preconditioner that is unknown, or may be singular."""
-    if name not in PRECONDITIONERS:
-        raise OptionError(
-            f"preconditioner must be one of {', '.join(map(repr, PRECONDITIONERS))}, found {name!r}"
-        )
-    if name == "kronecker" and layers is None:
+    check_choice("preconditioner", name, PRECONDITIONERS)
+    if name == "kronecker" and blocks is None:
         raise OptionError(
             'preconditioner "kronecker" needs '
-            "layers=kfgn.layers.find_blocks(objective, params, batch)"
+            "blocks=kfgn.layers.find_blocks(objective, params, batch)"
         )
-    least = damping.minimum if isinstance(damping, Damping) else damping
-    if name is not None and is_zero(least) and is_zero(l2):
+    if name is not None and is_zero(damping.least) and is_zero(l2):
         raise OptionError(
             f"preconditioner {name!r} needs a positive damping, or l2: what it inverts "
             f"may be singular; found {damping!r}"

@@ -15,12 +15,9 @@ import jax.numpy as jnp
 
 from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
+from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.forward_pass import curved_product
-
-Array = jax.Array
-PyTree = Any
-Named = dict[str, Any]
 
 
 class Solution(NamedTuple):
@@ -50,8 +47,8 @@ def conjugate_gradient(
     *,
     start: PyTree | None = None,
     precondition: Callable[[PyTree], PyTree] | None = None,
-    tolerance: Any = 0.1,
-    progress: Any = None,
+    tolerance: Number | None = 0.1,
+    progress: Number | None = None,
     max_iterations: int = 250,
 ) -> Solution:
     """Solves `A x = b` for a positive definite A, to the first rule that says stop.
@@ -70,8 +67,16 @@ def conjugate_gradient(
         model's value fell by less than `k ε` of itself; None for never.
       max_iterations: stop there in any case.
 
+    Returns:
+      The solution, and what is known of it.
+
     Raises:
       OptionError: an option out of its range.
+
+    >>> import jax.numpy as jnp
+    >>> found = conjugate_gradient(lambda v: jnp.array([1.0, 2.0]) * v, jnp.ones(2), tolerance=1e-5)
+    >>> [round(float(x), 5) for x in found.x], int(found.iterations)
+    ([1.0, 0.5], 2)
     """
     check_stopping(tolerance, progress, max_iterations)
     precondition = precondition or (lambda r: r)

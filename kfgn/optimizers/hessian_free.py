@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfgn.base.checks import check_not_negative, check_pair, check_positive, in_order
+from kfgn.base.checks import check_not_negative, check_positive, in_order
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
-from kfgn.objective.objective import Objective
+from kfgn.objective.objective import Objective, require_objective
 from kfgn.optimizers.cg_preconditioner import (
     DIAGONALS,
     check_preconditioner,
@@ -36,34 +37,20 @@ from kfgn.optimizers.conjugate_gradient import (
     gauss_newton_product,
     wide,
 )
-from kfgn.optimizers.damping import Damping, check_damping, levenberg_marquardt
-from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature
-from kfgn.optimizers.preconditioner import Preconditioner, all_finite
-from kfgn.optimizers.transforms import check_state, keep_if
+from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
+from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.preconditioner import Preconditioner
+from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
+from kfgn.optimizers.state import (
+    all_finite,
+    check_state,
+    counter,
+    keep_if,
+    number,
+    stay,
+    zeros_like,
+)
 from kfgn.optimizers.wrappers import whole_params
-
-Array = jax.Array
-Named = dict[str, Any]
-
-#: Settings for `scale_by_conjugate_gradient(objective, **settings)`: "cnn" of the code that
-#: belongs to the lecture on Newton methods for convolutional networks, "martens" of Martens (2010).
-HESSIAN_FREE_PRESETS: dict[str, dict[str, Any]] = {
-    "cnn": {
-        "damping": Damping(1.0, 1e-10, 1e10, period=1, decay=2 / 3),
-        "thresholds": (0.25, 0.75),
-        "tolerance": 0.1,
-        "max_iterations": 250,
-    },
-    "martens": {
-        "damping": Damping(45.0, 1e-10, 1e10, period=1, decay=2 / 3),
-        "thresholds": (0.25, 0.75),
-        "tolerance": None,
-        "progress": 5e-4,
-        "max_iterations": 250,
-        "warm_start": 0.95,
-        "preconditioner": "diagonal",
-    },
-}
 
 
 class ScaleByConjugateGradientState(NamedTuple):
@@ -82,15 +69,14 @@ class ScaleByConjugateGradientState(NamedTuple):
 def scale_by_conjugate_gradient(
     objective: Objective,
     *,
-    layers: LayerBlocks | None = None,
-    damping: Any = HESSIAN_FREE_PRESETS["cnn"]["damping"],
-    thresholds: tuple[float, float] = (0.25, 0.75),
-    tolerance: Any = 0.1,
-    progress: Any = None,
+    blocks: LayerBlocks | None = None,
+    damping: Number | StepDamping = HESSIAN_FREE_PRESETS["cnn"]["damping"],
+    tolerance: Number | None = 0.1,
+    progress: Number | None = None,
     max_iterations: int = 250,
-    warm_start: Any = 0.0,
+    warm_start: Number = 0.0,
     preconditioner: str | None = None,
-    power: Any = 0.75,
+    power: Number = 0.75,
     inverse: str = "factored",
 ) -> optax.GradientTransformationExtraArgs:
     """The solution of `(G + (λ + η) I) d = g`, a direction of ascent.
@@ -102,11 +88,11 @@ def scale_by_conjugate_gradient(
 
     Args:
       objective: the objective.
-      layers: what `kfgn.layers.find_blocks` returned, for preconditioner "kronecker".
-      damping: λ. A `kfgn.transforms.Damping` adapts by the ratio of the change that the
-        whole step makes to the objective of the curvature's batch and the
-        change that `g'd + d'(G + η I)d / 2` predicts; a number is fixed.
-      thresholds: λ falls where the ratio is above the second, rises below the first.
+      blocks: what `kfgn.layers.find_blocks` returned, for preconditioner "kronecker".
+      damping: λ. A rule, such as `kfgn.transforms.LevenbergMarquardt`, adapts it
+        by the ratio of the change that the whole step makes to the objective of
+        the curvature's batch and the change that `g'd + d'(G + η I)d / 2`
+        predicts; a number is fixed.
       tolerance, progress, max_iterations: when the iteration stops, as in
         `conjugate_gradient`.
       warm_start: the iteration starts at so much of the last solution.
@@ -127,28 +113,37 @@ def scale_by_conjugate_gradient(
     `optax.inject_hyperparams` needs `static_args=("objective", "max_iterations")`.
 
     Raises:
-      OptionError: an option out of its range.
+      OptionError: an option out of its range; in `update`, a curvature with another l2.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx = scale_by_conjugate_gradient(objective, damping=1.0)
+    >>> (_, grads), curvature = kfgn.value_grad_and_curvature(objective)(w, batch)
+    >>> step, _ = tx.update(grads, tx.init(w), w, curvature=curvature)
+    >>> round(float(step[0, 0]), 5)  # the gradient is 9, and so is G
+    0.9
     """
-    if not isinstance(objective, Objective):
-        raise OptionError(f"objective must be a kfgn.Objective, found a {type(objective).__name__}")
-    low, high = check_pair("thresholds", thresholds)
+    require_objective(objective)
+    rule = as_rule("damping", damping, StepDamping, Fixed)
     check_positive("power", power)
-    _check_options(damping, warm_start)
-    check_preconditioner(preconditioner, layers, damping, objective.l2)
+    check_not_negative("warm_start", warm_start)
+    if not in_order(warm_start, 1):
+        raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
+    check_stopping(tolerance, progress, max_iterations)
+    check_preconditioner(preconditioner, blocks, rule, objective.l2)
     kronecker = preconditioner == "kronecker"
-    blocks = layers if kronecker and layers is not None else _NO_BLOCKS
+    used = blocks if kronecker and blocks is not None else NO_BLOCKS
     solver = _Solver(
         objective,
-        damping,
-        (low, high),
+        rule,
         {"tolerance": tolerance, "progress": progress, "max_iterations": max_iterations},
         warm_start,
         power,
-        Preconditioner(blocks, inverse) if kronecker else None,
+        Preconditioner(used, inverse) if kronecker else None,
     )
-    check_stopping(**solver.stopping)
 
-    def init(params):
+    def init(params: PyTree) -> ScaleByConjugateGradientState:
         return solver.init(named_leaves(params))
 
     def update(
@@ -157,7 +152,8 @@ def scale_by_conjugate_gradient(
         del extra
         check_state(state, ScaleByConjugateGradientState)
         gradient = named_leaves(updates)
-        curvature = require_curvature(curvature, blocks, gradient)
+        curvature = require_curvature(curvature, used, gradient)
+        require_settings(curvature, l2=objective.l2)
         if not gradient:  # all is masked out
             return updates, state
         weights = None
@@ -174,11 +170,10 @@ def scale_by_conjugate_gradient(
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Solver:
     objective: Objective
-    damping: Any  # a Damping, or a number
-    thresholds: tuple[Any, Any]
+    damping: StepDamping
     stopping: dict[str, Any]
-    warm_start: Any
-    power: Any
+    warm_start: Number
+    power: Number
     kronecker: Preconditioner | None
 
     @property
@@ -187,16 +182,14 @@ class _Solver:
         return isinstance(self.warm_start, (int, float)) and self.warm_start == 0
 
     def init(self, leaves: Named) -> ScaleByConjugateGradientState:
-        adapts = isinstance(self.damping, Damping)
-        damping = self.damping.initial if adapts else self.damping
         zeros = {n: jnp.zeros(jnp.shape(x), wide(x)) for n, x in leaves.items()}
         return ScaleByConjugateGradientState(
-            count=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            damping=jnp.array(damping, jnp.float32),
-            reduction_ratio=jnp.ones((), jnp.float32),
-            iterations=jnp.zeros((), jnp.int32),
-            residual=jnp.zeros((), jnp.float32),
+            count=counter(),
+            skipped=counter(),
+            damping=number(self.damping.initial),
+            reduction_ratio=number(1),
+            iterations=counter(),
+            residual=number(),
             negative_curvature=jnp.zeros((), bool),
             previous={} if self.cold else zeros,
         )
@@ -208,14 +201,13 @@ class _Solver:
         curvature: Curvature,
         weights: Named | None,
     ) -> tuple[Named, ScaleByConjugateGradientState]:
-        if not isinstance(self.damping, Damping):  # it may follow a schedule
-            state = state._replace(damping=jnp.asarray(self.damping, jnp.float32))
+        if not self.damping.adapts:  # it may follow a schedule
+            state = state._replace(damping=jnp.asarray(self.damping.initial, jnp.float32))
         right = {n: g.astype(wide(g)) for n, g in gradient.items()}
         solution = self.solve(state, right, curvature, weights)
         usable = all_finite((gradient, curvature.value, curvature.gradient, solution.x))
         ratio, damping, reached = self.adapt(state, curvature, solution)
         step = {n: x.astype(gradient[n].dtype) for n, x in solution.x.items()}
-        zeros = jax.tree.map(jnp.zeros_like, (step, state.previous))
         moved = state._replace(
             count=state.count + 1,
             damping=damping,
@@ -225,10 +217,10 @@ class _Solver:
             negative_curvature=solution.negative_curvature,
             previous={} if self.cold else solution.x,
         )
-        stay = state._replace(skipped=state.skipped + 1)
-        refused = stay._replace(damping=damping, previous=zeros[1])
-        state = keep_if(usable & reached, moved, keep_if(usable, refused, stay))
-        return keep_if(usable & reached, step, zeros[0]), state
+        zeros, kept = stay(step, state)
+        refused = kept._replace(damping=damping, previous=zeros_like(state.previous))
+        kept = keep_if(usable, refused, kept)
+        return keep_if(usable & reached, (step, moved), (zeros, kept))
 
     def solve(self, state, right: Named, curvature: Curvature, weights: Named | None) -> Solution:
         def product(v: Named) -> Named:
@@ -261,26 +253,13 @@ class _Solver:
 
     def adapt(self, state, curvature: Curvature, solution: Solution) -> tuple[Array, Array, Array]:
         """ρ, λ, and whether the objective is finite where the step leads."""
-        if not isinstance(self.damping, Damping):
+        if not self.damping.adapts:
             return state.reduction_ratio, state.damping, jnp.array(True)
         x = solution.x
         after = curvature.displaced(jax.tree.map(jnp.negative, x))
         curved = inner(x, solution.product) - state.damping.astype(wide(after)) * inner(x, x)
         slope = inner(x, {n: curvature.gradient[n] for n in x})
         ratio = ((after - curvature.value) / (0.5 * curved - slope)).astype(jnp.float32)
-        damping = levenberg_marquardt(self.damping, state.damping, ratio, *self.thresholds)
+        damping = self.damping.adapted(state.damping, ratio)
         due = self.damping.due(state.count + 1) | ~jnp.isfinite(after)
         return ratio, jnp.where(due, damping, state.damping), jnp.isfinite(after)
-
-
-def _check_options(damping: Any, warm_start: Any) -> None:
-    if isinstance(damping, Damping):
-        check_damping("damping", damping)
-    else:
-        check_not_negative("damping", damping)
-    check_not_negative("warm_start", warm_start)
-    if not in_order(warm_start, 1):
-        raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
-
-
-_NO_BLOCKS = LayerBlocks({}, (), {})

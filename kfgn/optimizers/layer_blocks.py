@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves
+from kfgn.base.types import Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.batch import Curvature, check_unassigned
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
-from kfgn.objective.objective import Objective, check_batch, check_outputs, is_concrete
-
-Array = jax.Array
-PyTree = Any
+from kfgn.objective.objective import Objective, check_batch, require_batch
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerBlocks:
-    """Which parameters form which layer; no arrays, no values."""
+    """Which parameters form which layer; no arrays, no values. `find_blocks` makes it.
+
+    Args:
+      layers: by name.
+      unassigned: parameters in no layer.
+      shapes: of all parameters.
+      treatment: of those in no layer, as in `find_blocks`.
+      l2: the weight η of the objective's penalty.
+    """
 
     layers: dict[str, Layer]
-    unassigned: tuple[str, ...]  # parameters in no layer
-    shapes: dict[str, tuple[int, ...]]
-    treatment: str = "raise"  # of those in no layer
+    unassigned: tuple[str, ...] = ()
+    shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
+    treatment: str = "raise"
+    l2: Number = 0.0
 
-    def present(self, leaves: dict[str, Any]) -> dict[str, Layer]:
+    def present(self, leaves: Named) -> dict[str, Layer]:
         """The layers all of whose parameters are among the leaves.
 
         Raises:
@@ -58,13 +63,25 @@ class LayerBlocks:
                 )
         return {n: x for n, x in self.layers.items() if x.parameters[0] in leaves}
 
-    def diagonals(self, leaves: dict[str, Any]) -> list[str]:
+    def diagonals(self, leaves: Named) -> list[str]:
         """The parameters among the leaves that are preconditioned by a diagonal."""
         return [n for n in self.unassigned if n in leaves and self.treatment == "diagonal"]
 
+    def check_seen(self, leaves: Named, initialized: Named) -> None:
+        """Raises ParameterError where an update does not match what init saw."""
+        found = {*self.present(leaves), *self.diagonals(leaves)}
+        if found != set(initialized):
+            raise ParameterError(
+                f"update got gradients of {sorted(found)}, but init saw {sorted(initialized)}; "
+                "initialize the state from the same params (and the same mask)."
+            )
+
+
+NO_BLOCKS = LayerBlocks({})
+
 
 def find_blocks(
-    objective: Objective, params: PyTree, batch: Any, *, unassigned: str = "raise"
+    objective: Objective, params: PyTree, batch: Batch, *, unassigned: str = "raise"
 ) -> LayerBlocks:
     """Finds the objective's layers from shapes alone, without computing anything.
 
@@ -76,24 +93,29 @@ def find_blocks(
         precondition it by the exact diagonal of the Gauss-Newton matrix;
         "gradient" to give it damped gradient steps.
 
+    Returns:
+      The blocks, for `kfgn.transforms`.
+
     Raises:
       LayerError: a parameter belongs to no layer.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> blocks = find_blocks(objective, jnp.ones((3, 2)), (jnp.ones((8, 3)), jnp.ones((8, 2))))
+    >>> [layer.parameters for layer in blocks.layers.values()]
+    [('',)]
     """
     check_unassigned(unassigned)
-    inputs, targets = check_batch(batch)
-    graph = build_graph(objective, params, inputs)
+    graph = build_graph(objective, params, check_batch(batch)[0])
     if unassigned == "raise":
         require_blocks(graph.reasons)
-    outputs = jax.eval_shape(objective.model, _shapes(params), _shapes(inputs))
-    check_outputs(objective.loss, outputs, inputs, targets)
-    if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
-        objective.loss.check_targets(outputs, targets)
+    require_batch(objective, params, batch)
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    return LayerBlocks(graph.layers, tuple(graph.reasons), shapes, unassigned)
+    return LayerBlocks(graph.layers, tuple(graph.reasons), shapes, unassigned, objective.l2)
 
 
-def require_curvature(curvature: Any, blocks: LayerBlocks, leaves: dict[str, Any]) -> Curvature:
+def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: Named) -> Curvature:
     """Returns `curvature`, checked to be one for these layers and these leaves.
 
     Raises:
@@ -136,5 +158,17 @@ def require_curvature(curvature: Any, blocks: LayerBlocks, leaves: dict[str, Any
     return curvature
 
 
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+def require_settings(curvature: Curvature, **wanted: str | Number | None) -> None:
+    """Raises OptionError for a curvature made with other settings; None takes any.
+
+    A setting that is an array, such as a traced l2, is not compared.
+    """
+    for name, expected in wanted.items():
+        found = getattr(curvature.settings, name)
+        known = all(isinstance(x, (str, float, int)) for x in (found, expected))
+        if known and found != expected:
+            raise OptionError(
+                f"the optimizer was made with {name}={expected!r}, the curvature with "
+                f"{name}={found!r}: tell kfgn.value_grad_and_curvature and the optimizer the "
+                "same objective, method and treatment of unassigned parameters."
+            )

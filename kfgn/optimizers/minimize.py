@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from kfgn.base.checks import check_not_negative, check_whole
+from kfgn.base.checks import check_choice, check_not_negative, check_whole
 from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.types import Batch, PyTree
 
-PyTree = Any
 Callback = Callable[[PyTree, float], Any]
 
 MINIMIZERS = ("l-bfgs-b", "cg", "optax-lbfgs")
@@ -38,7 +38,7 @@ class Minimum(NamedTuple):
 def minimize(
     objective: Callable[[PyTree, Any], Any],
     params: PyTree,
-    batch: Any,
+    batch: Batch,
     method: str = "l-bfgs-b",
     *,
     max_iterations: int = 100,
@@ -66,8 +66,7 @@ def minimize(
       OptionError: an unknown method, or an impossible option.
       ParameterError: the objective or its gradient is not finite at the start.
     """
-    if method not in MINIMIZERS:
-        raise OptionError(f"method must be one of {', '.join(MINIMIZERS)}, found {method!r}")
+    check_choice("method", method, MINIMIZERS)
     if not callable(objective):
         raise OptionError(f"objective must be callable, found a {type(objective).__name__}")
     check_whole("max_iterations", max_iterations, 1)

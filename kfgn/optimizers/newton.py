@@ -16,19 +16,16 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 
-from kfgn.base.checks import check_not_negative
-from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.checks import check_choice, check_not_negative
+from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Batch, Number, PyTree
 from kfgn.curvature.operators import hessian
 from kfgn.model.graph import build_graph
-from kfgn.objective.objective import Objective, check_batch
+from kfgn.objective.objective import Objective, check_batch, require_objective
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.preconditioner import all_finite
-from kfgn.optimizers.transforms import check_state, keep_if
+from kfgn.optimizers.state import all_finite, check_state, counter, guarded, number
 from kfgn.optimizers.wrappers import has_masked, whole_params
-
-Array = jax.Array
-PyTree = Any
 
 STRUCTURES = ("full", "block")
 
@@ -44,10 +41,10 @@ class Solved(NamedTuple):
 def newton_direction(
     objective: Objective,
     params: PyTree,
-    batch: Any,
+    batch: Batch,
     gradient: PyTree,
     *,
-    damping: Any = 0.0,
+    damping: Number = 0.0,
     structure: str = "full",
 ) -> Solved:
     """`V (|Λ| + τ I)^-1 V' g` of the Hessian `V Λ V'` of the objective on a batch.
@@ -138,7 +135,7 @@ class ScaleByNewtonState(NamedTuple):
 
 
 def scale_by_newton(
-    objective: Objective, *, damping: Any = 0.0, structure: str = "full"
+    objective: Objective, *, damping: Number = 0.0, structure: str = "full"
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `newton_direction` as an optax transformation.
 
@@ -162,12 +159,9 @@ def scale_by_newton(
     """
     _check_options(objective, damping, structure)
 
-    def init(params):
+    def init(params: PyTree) -> ScaleByNewtonState:
         del params
-        zero = jnp.zeros((), jnp.float32)
-        return ScaleByNewtonState(
-            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), zero, jnp.zeros((), jnp.int32)
-        )
+        return ScaleByNewtonState(counter(), counter(), number(), counter())
 
     def update(updates, state, params=None, *, batch: Any = None, all_params=None, **extra):
         del extra
@@ -183,19 +177,17 @@ def scale_by_newton(
             smallest=solved.smallest.astype(jnp.float32),
             negative=solved.negative.astype(jnp.int32),
         )
-        stay = state._replace(skipped=state.skipped + 1)
-        zeros = jax.tree.map(jnp.zeros_like, updates)
         good = all_finite((updates, solved.direction, solved.smallest))
-        return keep_if(good, (solved.direction, moved), (zeros, stay))
+        return guarded(good, solved.direction, moved, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def newton(
     objective: Objective,
-    learning_rate: Any = 1.0,
+    learning_rate: Number | optax.Schedule = 1.0,
     *,
-    damping: Any = 0.0,
+    damping: Number = 0.0,
     structure: str = "full",
 ) -> optax.GradientTransformationExtraArgs:
     """Newton's method: `scale_by_newton`, then a step of `-learning_rate` (or a schedule)."""
@@ -206,11 +198,9 @@ def newton(
 
 
 def _check_options(objective: Any, damping: Any, structure: str) -> None:
-    if not isinstance(objective, Objective):
-        raise OptionError(f"objective must be a kfgn.Objective, found a {type(objective).__name__}")
+    require_objective(objective)
     check_not_negative("damping", damping)
-    if structure not in STRUCTURES:
-        raise OptionError(f"structure must be one of {', '.join(STRUCTURES)}, found {structure!r}")
+    check_choice("structure", structure, STRUCTURES)
 
 
 def _check_like(gradient: PyTree, params: PyTree) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kfgn.base.checks import check_choice
 from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import (
     Eigen,
@@ -18,17 +18,14 @@ from kfgn.base.kronecker import (
     factored_inverses,
 )
 from kfgn.base.linalg import factor_dtype
+from kfgn.base.types import Array, Named, Number
 from kfgn.curvature.factors import Diagonal, Factors
-from kfgn.model.layer import Layer
 from kfgn.optimizers.layer_blocks import LayerBlocks
-
-Array = jax.Array
-Named = dict[str, Any]
 
 INVERSES = ("factored", "eigen")
 
 
-def moving_average(old: Named, new: Named, count: Array, decay: Any) -> Named:
+def moving_average(old: Named, new: Named, count: Array, decay: Number | None) -> Named:
     """`β old + (1 - β) new` with `β = min(decay, 1 - 1/count)`; decay None keeps `new`.
 
     With this β the average of the first updates is the plain mean.
@@ -43,18 +40,13 @@ def moving_average(old: Named, new: Named, count: Array, decay: Any) -> Named:
     return jax.tree.map(average, old, new)
 
 
-def all_finite(tree: Any) -> Array:
-    """Whether every entry of a pytree is finite, a scalar.
+def refresh_due(count: Array, every: Number) -> Array:
+    """Whether to invert after `count` updates: every so often, and always at the start.
 
-    Row sums of matrices are taken by a product: nothing that is not finite
-    survives a sum, and a product needs no code of its own compiled per shape.
+    The moving average moves fastest at the start, so the first `every` updates
+    each get fresh inverses.
     """
-    sums = []
-    for leaf in jax.tree.leaves(tree):
-        if leaf.ndim == 2:
-            leaf = leaf @ jnp.ones((leaf.shape[1], 2), leaf.dtype)
-        sums.append(leaf.ravel().astype(jnp.float32))
-    return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
+    return (count % every == 0) | (count < every)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,13 +64,10 @@ class Preconditioner:
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, LayerBlocks):
             raise OptionError(
-                "layers must be what kfgn.layers.find_blocks(objective, params, batch) returned, "
+                "blocks must be what kfgn.layers.find_blocks(objective, params, batch) returned, "
                 f"found a {type(self.blocks).__name__}"
             )
-        if self.inverse not in INVERSES:
-            raise OptionError(
-                f"inverse must be one of {', '.join(INVERSES)}, found {self.inverse!r}"
-            )
+        check_choice("inverse", self.inverse, INVERSES)
 
     def init(self, leaves: Named) -> tuple[Named, Named]:
         """Zero factors, and inverses of the right shapes, for what is among the leaves."""
@@ -130,9 +119,12 @@ class Preconditioner:
         direction: Named = {}
         for name, inverse in inverses.items():
             if isinstance(inverse, Diagonal):
-                direction[name] = self._apply_diagonal(inverse, damping, gradient[name])
+                values, leaf = inverse.diagonal, gradient[name]
+                if self.inverse == "eigen":
+                    values = 1 / (values + damping.astype(values.dtype))
+                direction[name] = (values * leaf.astype(values.dtype)).astype(leaf.dtype)
                 continue
-            layer: Layer = self.blocks.layers[name]
+            layer = self.blocks.layers[name]
             matrix = layer.to_matrix(gradient)
             matrix = matrix.astype(jax.tree.leaves(inverse)[0].dtype)
             if self.inverse == "factored":
@@ -140,13 +132,5 @@ class Preconditioner:
             else:
                 solved = apply_eigen(inverse, damping.astype(matrix.dtype), matrix)
             direction.update(layer.from_matrix(solved))
-        for name, leaf in gradient.items():
-            if name not in direction:
-                direction[name] = leaf / damping.astype(leaf.dtype)
-        return direction
-
-    def _apply_diagonal(self, inverse: Diagonal, damping: Array, gradient: Array) -> Array:
-        values = inverse.diagonal
-        if self.inverse == "eigen":
-            values = 1 / (values + damping.astype(values.dtype))
-        return (values * gradient.astype(values.dtype)).astype(gradient.dtype)
+        others = {n: leaf for n, leaf in gradient.items() if n not in direction}
+        return direction | {n: leaf / damping.astype(leaf.dtype) for n, leaf in others.items()}

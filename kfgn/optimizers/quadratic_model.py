@@ -11,16 +11,14 @@ the momentum of Martens & Grosse (2015), section 7.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kfgn.base.linalg import inner
+from kfgn.base.types import Array, Named
 from kfgn.curvature.batch import Curvature
-
-Array = jax.Array
-Named = dict[str, Any]
 
 
 class Direction(NamedTuple):
@@ -41,8 +39,15 @@ class Step(NamedTuple):
     coefficients: Array  # c, one per direction
     predicted: Array  # the model's change at the minimum, at most 0
 
+    @property
+    def extrapolates(self) -> Array:
+        """Whether the coefficient of the previous step, if there is one, is outside [0, 1]."""
+        if len(self.coefficients) == 1:
+            return jnp.array(False)
+        return (self.coefficients[1] < 0) | (self.coefficients[1] > 1)
 
-def minimize(curvature: Curvature, directions: list[Direction], damping: Array) -> Step:
+
+def best_step(curvature: Curvature, directions: list[Direction], damping: Array) -> Step:
     """The best coefficients of one or two directions, at damping `τ + η`.
 
     A second direction that is zero, or parallel to the first up to roundoff,

@@ -1,6 +1,6 @@
 """The full recipe of appendix C as one transformation: both dampings adapt.
 
-The factor damping γ is chosen greedily by the quadratic model, which needs the
+The factor damping γ is chosen by the quadratic model, which needs the
 preconditioner, the step damping τ and the previous step at once: hence one
 transformation, made of the same pure parts as the separate ones.
 """
@@ -14,19 +14,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfgn.base.checks import check_decay, check_flag, check_not_negative, check_pair, check_whole
+from kfgn.base.checks import check_decay, check_flag, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
-from kfgn.optimizers.damping import Damping, check_damping
-from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature
-from kfgn.optimizers.preconditioner import Preconditioner, all_finite, moving_average
-from kfgn.optimizers.quadratic_model import Direction, combine, minimize, push
-from kfgn.optimizers.transforms import check_layers, check_state, keep_if, refresh_due
-from kfgn.optimizers.trust import judge
-
-Array = jax.Array
-Named = dict[str, Any]
+from kfgn.optimizers.damping import (
+    FactorDamping,
+    Following,
+    Greedy,
+    LevenbergMarquardt,
+    StepDamping,
+    as_rule,
+)
+from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
+from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
+from kfgn.optimizers.state import all_finite, check_state, counter, keep_if, number, zeros_like
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -46,114 +50,117 @@ class ScaleByCurvatureState(NamedTuple):
 
 
 def scale_by_curvature(
-    layers: LayerBlocks,
+    blocks: LayerBlocks,
     *,
-    l2: Any,
-    factor_damping: Damping | None,
-    step_damping: Damping,
-    thresholds: tuple[float, float] = (0.25, 0.75),
-    decay: Any = 0.9,
-    refresh_inverse_every: Any = 1,
+    factor_damping: Number | FactorDamping | None = None,
+    step_damping: Number | StepDamping = 2.0,
+    decay: Number | None = 0.85,
+    refresh_inverse_every: Any = 5,
     inverse: str = "factored",
-    momentum: bool = False,
+    momentum: bool = True,
+    method: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions, picks the step size by the quadratic model, adapts both dampings.
 
     Args:
-      layers: what `kfgn.layers.find_blocks` returned.
-      l2: η, the weight of the objective's penalty.
-      factor_damping: of the Kronecker factors, γ; it adapts greedily among
-        `{ωγ, γ, γ/ω}` by the quadratic model (appendix C.3.2). None lets γ
-        follow τ, as the initial damping of Martens & Grosse does.
-      step_damping: of the quadratic model, τ; it adapts by the reduction ratio
-        (appendix C.3.1).
-      thresholds: τ falls where ρ is above the second, rises below the first.
+      blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
+      factor_damping: γ, of the Kronecker factors; None lets it follow τ, a
+        number starts `kfgn.transforms.Greedy`, or a rule.
+      step_damping: τ, of the quadratic model; a number starts
+        `kfgn.transforms.LevenbergMarquardt`, or a rule.
       decay: of the moving average of the factors, or None for none.
       refresh_inverse_every: updates between two inversions.
       inverse: "factored" (eq. 36) or "eigen" (eq. 35).
       momentum: a second direction, the previous step, in the quadratic model
         (Martens & Grosse 2015, section 7). A step that goes against it, or more
         than once along it, is taken only where the objective falls.
+      method: refuse curvatures of another method; None takes any.
+
+    Raises:
+      OptionError: an option out of its range; in `update`, a curvature made
+        with another l2, `unassigned` or method.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((3, 2)), (jnp.eye(3), jnp.zeros((3, 2)))
+    >>> tx = scale_by_curvature(kfgn.layers.find_blocks(objective, w, batch), step_damping=1e-6)
+    >>> (value, grads), curvature = kfgn.value_grad_and_curvature(objective)(w, batch)
+    >>> step, state = tx.update(grads, tx.init(w), w, curvature=curvature)
+    >>> bool(objective(w - step, batch) < 1e-6 * value)
+    True
     """
-    check_damping("step_damping", step_damping)
-    least, of = step_damping.minimum, "step_damping, which factor_damping follows,"
-    if factor_damping is not None:
-        check_damping("factor_damping", factor_damping)
-        least, of = factor_damping.minimum, "factor_damping"
-    if isinstance(least, (int, float)) and least <= 0:
-        raise OptionError(f"{of} needs a positive minimum: factors may be singular; found {least}")
+    tau = as_rule("step_damping", step_damping, StepDamping, LevenbergMarquardt)
+    if factor_damping is None:
+        factor_damping = Following()
+    gamma = as_rule("factor_damping", factor_damping, FactorDamping, Greedy).beside(tau)
+    if isinstance(gamma.least, (int, float)) and gamma.least <= 0:
+        raise OptionError(
+            "factor_damping, or the step_damping that it follows, needs a positive minimum: "
+            f"factors may be singular; found {gamma.least}"
+        )
     check_decay("decay", decay)
     check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     check_flag("momentum", momentum)
-    check_not_negative("l2", l2)
-    low, high = check_pair("thresholds", thresholds)
-    recipe = _Recipe(
-        preconditioner=Preconditioner(layers, inverse),
-        l2=l2,
-        factor_damping=factor_damping,
-        step_damping=step_damping,
-        thresholds=(low, high),
-        decay=decay,
-        refresh_inverse_every=refresh_inverse_every,
-        momentum=momentum,
-    )
+    preconditioner = Preconditioner(blocks, inverse)
+    recipe = _Recipe(preconditioner, gamma, tau, decay, refresh_inverse_every, momentum)
+    settings = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
 
-    def init(params):
+    def init(params: PyTree) -> ScaleByCurvatureState:
         return recipe.init(named_leaves(params))
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
         check_state(state, ScaleByCurvatureState)
         gradient = named_leaves(updates)
-        curvature = require_curvature(curvature, layers, gradient)
-        check_layers(layers, gradient, state.factors)
-        new = {name: curvature.factors[name] for name in state.factors}
-        usable = all_finite((gradient, curvature.value, new))
-        step, state = recipe.advance(state, gradient, new, curvature, usable)
+        curvature = require_curvature(curvature, blocks, gradient)
+        require_settings(curvature, **settings)
+        blocks.check_seen(gradient, state.factors)
+        step, state = recipe.advance(state, gradient, curvature)
         return with_leaves(updates, step), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class _Verdict(NamedTuple):
+    """What measuring a step found, or what was known before where it was not measured."""
+
+    ratio: Array  # ρ, eq. (42)
+    damping: Array  # τ for the next update
+    finite: Array  # false where the objective after the step was found not to be
+    refused: Array  # the step extrapolates, and the objective would rise
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recipe:
     preconditioner: Preconditioner
-    l2: Any
-    factor_damping: Damping | None
-    step_damping: Damping
-    thresholds: tuple[float, float]
-    decay: Any
+    factor_damping: FactorDamping
+    step_damping: StepDamping
+    decay: Number | None
     refresh_inverse_every: Any
     momentum: bool
 
+    @property
+    def l2(self) -> Number:
+        return self.preconditioner.blocks.l2
+
     def init(self, leaves: Named) -> ScaleByCurvatureState:
         factors, inverses = self.preconditioner.init(leaves)
-
-        # Each an array of its own: buffers that are shared could not be donated.
-        def number(value: Any, dtype: Any = jnp.float32) -> Array:
-            return jnp.array(value, dtype)
-
         return ScaleByCurvatureState(
-            count=number(0, jnp.int32),
-            skipped=number(0, jnp.int32),
-            refused=number(0, jnp.int32),
+            count=counter(),
+            skipped=counter(),
+            refused=counter(),
             factors=factors,
             inverses=inverses,
-            factor_damping=number((self.factor_damping or self.step_damping).initial),
+            factor_damping=number(self.factor_damping.initial),
             step_damping=number(self.step_damping.initial),
-            step_size=number(0),
-            momentum=number(0),
+            step_size=number(),
+            momentum=number(),
             reduction_ratio=number(1),
-            previous=jax.tree.map(jnp.zeros_like, leaves) if self.momentum else {},
+            previous=zeros_like(leaves) if self.momentum else {},
         )
 
     def advance(
-        self,
-        state: ScaleByCurvatureState,
-        gradient: Named,
-        new: Named,
-        curvature: Curvature,
-        usable: Array,
+        self, state: ScaleByCurvatureState, gradient: Named, curvature: Curvature
     ) -> tuple[Named, ScaleByCurvatureState]:
         """One update; where the batch is not usable, no step and the state as it was.
 
@@ -161,101 +168,116 @@ class _Recipe:
         them: selections fuse into the operations that make the arrays.
         """
         count = state.count + 1
+        new = {name: curvature.factors[name] for name in state.factors}
+        usable = all_finite((gradient, curvature.value, new))
+        # The factors' average, and their damped inverses at γ.
         average = moving_average(state.factors, new, count, self.decay)
         factors = keep_if(usable, average, state.factors)
-        due = usable & refresh_due(state.count, self.refresh_inverse_every)
         before = [push(curvature, state.previous)] if self.momentum else []
-        gamma, inverses, direction = self._precondition(
-            state, factors, gradient, curvature, due, usable, before
-        )
-        directions = [push(curvature, direction), *before]
-        step = minimize(curvature, directions, state.step_damping + self.l2)
-        moved = combine(directions, step.coefficients)
-        known, due = (state.reduction_ratio, state.step_damping), self.step_damping.due(count)
-        verdict = judge(
-            curvature, step, moved, known, self.step_damping, self.thresholds, due, usable
-        )
-        good = usable & verdict.finite & all_finite((step, moved))
+
+        def best_along(inverses: Named, gamma: Array) -> tuple[list[Direction], Step]:
+            # The direction, and the step by the quadratic model of the full matrix.
+            direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
+            directions = [push(curvature, direction), *before]
+            return directions, best_step(curvature, directions, state.step_damping + self.l2)
+
+        gamma, inverses = self._invert(state, factors, best_along, usable)
+        directions, best = best_along(inverses, gamma)
+        step = combine(directions, best.coefficients)
+        # The reduction ratio, where it is due or in doubt, and with it τ.
+        verdict = self._judge(state, curvature, best, step, usable)
+        good = usable & verdict.finite & all_finite((best, step))
         taken = good & ~verdict.refused
-        moved = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), moved)
-        advanced = state._replace(
+        step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
+        numbers = state._replace(factors={}, inverses={}, previous={})
+        advanced = numbers._replace(
             count=count,
             factor_damping=gamma,
             refused=state.refused + verdict.refused.astype(jnp.int32),
             step_damping=verdict.damping,
-            step_size=step.coefficients[0].astype(jnp.float32),
-            momentum=step.coefficients[-1].astype(jnp.float32) * float(self.momentum),
+            step_size=best.coefficients[0].astype(jnp.float32),
+            momentum=best.coefficients[-1].astype(jnp.float32) * float(self.momentum),
             reduction_ratio=verdict.ratio,
         )
-        skipped = state._replace(skipped=state.skipped + 1)
-        numbers = _select(good, advanced, _select(usable, self._retreat(skipped), skipped))
-        previous = moved if self.momentum else {}
-        if self.momentum:
-            previous = keep_if(usable, moved, state.previous)
-        return moved, numbers._replace(factors=factors, inverses=inverses, previous=previous)
+        skipped = numbers._replace(skipped=state.skipped + 1)
+        failed = keep_if(usable, self._retreat(skipped), skipped)
+        previous = keep_if(usable, step, state.previous) if self.momentum else {}
+        state = keep_if(good, advanced, failed)
+        return step, state._replace(factors=factors, inverses=inverses, previous=previous)
 
-    def _precondition(
-        self,
-        state: ScaleByCurvatureState,
-        factors: Named,
-        gradient: Named,
-        curvature: Curvature,
-        due: Array,
-        usable: Array,
-        before: list[Direction],
-    ) -> tuple[Array, Named, Named]:
-        """γ, the inverses, and the direction; inverses are refreshed where that is due.
+    def _invert(self, state, factors: Named, best_along, usable: Array) -> tuple[Array, Named]:
+        """γ, and the inverses at it, refreshed where that is due.
 
-        A loop of no turn, one, or four: three dampings are tried where γ
-        adapts, then the best is inverted for good. What an inversion compiles
-        to so stands in the program once.
+        A loop of no turn, one, or k + 1: the k candidates of the rule are tried
+        where γ is due, then the best is inverted for good. What an inversion
+        compiles to so stands in the program once.
         """
-        if self.factor_damping is None:
-            gamma = jnp.where(due, state.step_damping, state.factor_damping)
-            inverses = self._refresh(state, factors, gamma, due)
-            return gamma, inverses, self.preconditioner.apply(inverses, gamma + self.l2, gradient)
+        rule = self.factor_damping
+        candidates = rule.candidates(state.factor_damping, state.step_damping)
+        k = len(candidates)
         # Counted before the update, as refreshes are, so that both fall together.
-        adapts = usable & (state.count > 0) & self.factor_damping.due(state.count)
-        turns = jnp.where(adapts, 4, jnp.where(due, 1, 0))
+        search = usable & (state.count > 0) & rule.due(state.count) if k > 1 else jnp.array(False)
+        refresh = usable & refresh_due(state.count, self.refresh_inverse_every)
+        turns = jnp.where(search, k + 1, jnp.where(refresh, 1, 0))
         parts = self.preconditioner.decompose(factors, state.inverses, turns > 0)
-        factor = jnp.asarray(self.factor_damping.factor, jnp.float32)
-        ratios = jnp.stack([jnp.ones_like(factor), factor, 1 / factor])
-        candidates = self.factor_damping.clip(state.factor_damping * ratios)
+        infinite = jnp.asarray(jnp.inf, jnp.float32)
 
-        def model_value(inverses, gamma):
-            direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
-            directions = [push(curvature, direction), *before]
-            step = minimize(curvature, directions, state.step_damping + self.l2)
-            value = step.predicted.astype(jnp.float32)
+        def model_value(inverses: Named, gamma: Array) -> Array:
+            value = best_along(inverses, gamma)[1].predicted.astype(jnp.float32)
             return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
         def turn(carry):
-            k, best, gamma, _ = carry
-            last = k == turns - 1
-            tried = jnp.where(last, gamma, candidates[jnp.minimum(k, 2)])
+            i, least, gamma, _ = carry
+            last = i == turns - 1
+            tried = jnp.where(last, gamma, candidates[jnp.minimum(i, k - 1)])
             inverses = self.preconditioner.invert(parts, tried + self.l2)
-            value = jax.lax.cond(
-                last, lambda *_: jnp.asarray(jnp.inf, jnp.float32), model_value, inverses, tried
-            )
-            better = value < best
+            value = infinite
+            if k > 1:
+                value = jax.lax.cond(last, lambda *_: infinite, model_value, inverses, tried)
+            better = value < least
             gamma = jnp.where(better, tried, gamma)
-            return k + 1, jnp.where(better, value, best), gamma, inverses
+            return i + 1, jnp.where(better, value, least), gamma, inverses
 
-        infinite = jnp.asarray(jnp.inf, jnp.float32)
-        start = (jnp.zeros((), jnp.int32), infinite, state.factor_damping, state.inverses)
+        first = jnp.where(turns > 0, candidates[0], state.factor_damping)
+        start = (jnp.zeros((), jnp.int32), infinite, first, state.inverses)
         *_, gamma, inverses = jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)
-        return gamma, inverses, self.preconditioner.apply(inverses, gamma + self.l2, gradient)
+        return gamma, inverses
 
-    def _refresh(
-        self, state: ScaleByCurvatureState, factors: Named, gamma: Array, due: Array
-    ) -> Named:
-        """The inverses at γ where that is due, else the old ones; a loop of one turn at most."""
-        parts = self.preconditioner.decompose(factors, state.inverses, due)
+    def _judge(
+        self, state: ScaleByCurvatureState, curvature: Curvature, best: Step, step: Named,
+        usable: Array,
+    ) -> _Verdict:  # fmt: skip
+        """Measures the step where its turn has come, or where it extrapolates.
 
-        def turn(carry):
-            return jnp.array(False), self.preconditioner.invert(parts, gamma + self.l2)
+        The previous step is a good second direction as long as it is followed:
+        a coefficient from 0 to 1. Beyond, or against it, the model extrapolates
+        along a direction that the factors did not choose, often after a step
+        that was nearly nothing; where training leaves a plateau such steps can
+        undo all of it. So they are measured whenever they come up, and refused
+        where the objective rises. Measuring every step instead costs more and
+        refuses steps that batches make up for.
+        """
+        tau, due, doubtful = (
+            state.step_damping,
+            self.step_damping.due(state.count + 1),
+            best.extrapolates,
+        )
 
-        return jax.lax.while_loop(lambda carry: carry[0], turn, (due, state.inverses))[1]
+        def measure() -> _Verdict:
+            rise = curvature.displaced(jax.tree.map(jnp.negative, step)) - curvature.value
+            ratio = (rise / best.predicted).astype(jnp.float32)
+            # The mean over the batch is not known better than that.
+            roundoff = 8 * jnp.finfo(rise.dtype).eps * jnp.abs(curvature.value)
+            refused = doubtful & (rise > roundoff)
+            judged = jnp.where(refused, -jnp.inf, ratio)  # the worst of ratios
+            adapted = self.step_damping.adapted(tau, judged)
+            adapted = jnp.where(due | refused, adapted, tau)
+            return _Verdict(ratio, adapted, jnp.isfinite(rise), refused)
+
+        def keep() -> _Verdict:
+            return _Verdict(state.reduction_ratio, tau, jnp.array(True), jnp.array(False))
+
+        return jax.lax.cond(usable & (due | doubtful), measure, keep)
 
     def _retreat(self, state: ScaleByCurvatureState) -> ScaleByCurvatureState:
         """Stronger damping after a step whose numbers were not finite.
@@ -265,20 +287,6 @@ class _Recipe:
         """
         return state._replace(
             count=jnp.zeros_like(state.count),  # refresh the inverses at once
-            factor_damping=(self.factor_damping or self.step_damping).clip(
-                10 * state.factor_damping
-            ),
-            step_damping=self.step_damping.clip(10 * state.step_damping),
+            factor_damping=self.factor_damping.raised(state.factor_damping),
+            step_damping=self.step_damping.raised(state.step_damping),
         )
-
-
-def _select(
-    condition: Array, new: ScaleByCurvatureState, old: ScaleByCurvatureState
-) -> ScaleByCurvatureState:
-    """`new` where the condition holds, else `old`, in the fields that are numbers."""
-    fields: dict[str, Any] = {
-        name: jnp.where(condition, getattr(new, name), getattr(old, name))
-        for name in ScaleByCurvatureState._fields
-        if name not in ("factors", "inverses", "previous")
-    }
-    return old._replace(**fields)

@@ -21,15 +21,22 @@ from kfgn.base.checks import (
     check_positive,
     check_whole,
 )
-from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.errors import OptionError
 from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
-from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature
-from kfgn.optimizers.preconditioner import Preconditioner, all_finite, moving_average
-from kfgn.optimizers.quadratic_model import combine, minimize, push
-
-Array = jax.Array
-Named = dict[str, Any]
+from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks, require_curvature
+from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
+from kfgn.optimizers.quadratic_model import best_step, combine, push
+from kfgn.optimizers.state import (
+    all_finite,
+    check_state,
+    counter,
+    guarded,
+    number,
+    stay,
+    zeros_like,
+)
 
 
 class ScaleByKroneckerState(NamedTuple):
@@ -42,38 +49,50 @@ class ScaleByKroneckerState(NamedTuple):
 
 
 def scale_by_kronecker(
-    layers: LayerBlocks,
-    damping: Any = 1e-2,
+    blocks: LayerBlocks,
+    damping: Number = 1e-2,
     *,
-    decay: Any = 0.9,
+    decay: Number | None = 0.9,
     refresh_inverse_every: Any = 1,
     inverse: str = "factored",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by `(Q ⊗ G + damping I)^-1` in every layer, eqs. (34)-(36).
 
     Args:
-      layers: what `kfgn.layers.find_blocks` returned.
+      blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
       decay: of the moving average of the factors, or None for none.
       refresh_inverse_every: updates between two inversions.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
+
+    Raises:
+      OptionError: an option out of its range.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx = scale_by_kronecker(kfgn.layers.find_blocks(objective, w, batch), 1.0, inverse="eigen")
+    >>> (_, grads), curvature = kfgn.value_grad_and_curvature(objective)(w, batch)
+    >>> step, _ = tx.update(grads, tx.init(w), w, curvature=curvature)
+    >>> round(float(step[0, 0]), 6)  # the gradient is 9, Q is 9 and G is 1
+    0.9
     """
     check_positive("damping", damping)
     check_decay("decay", decay)
     check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
-    preconditioner = Preconditioner(layers, inverse)
+    preconditioner = Preconditioner(blocks, inverse)
 
-    def init(params):
+    def init(params: PyTree) -> ScaleByKroneckerState:
         factors, inverses = preconditioner.init(named_leaves(params))
-        return ScaleByKroneckerState(_zero(), _zero(), factors, inverses)
+        return ScaleByKroneckerState(counter(), counter(), factors, inverses)
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
         gradient = named_leaves(updates)
         check_state(state, ScaleByKroneckerState)
-        check_layers(layers, gradient, state.factors)
-        curvature = require_curvature(curvature, layers, gradient)
+        blocks.check_seen(gradient, state.factors)
+        curvature = require_curvature(curvature, blocks, gradient)
         new = {name: curvature.factors[name] for name in state.factors}
 
         def advance():
@@ -87,13 +106,10 @@ def scale_by_kronecker(
             )
             direction = preconditioner.apply(inverses, total, gradient)
             moved = ScaleByKroneckerState(count, state.skipped, factors, inverses)
-            return keep_if(all_finite(direction), (direction, moved), skip())
+            return guarded(all_finite(direction), direction, moved, state)
 
-        def skip():
-            stay = state._replace(skipped=state.skipped + 1)
-            return {n: jnp.zeros_like(g) for n, g in gradient.items()}, stay
-
-        direction, state = jax.lax.cond(all_finite((gradient, new)), advance, skip)
+        usable = all_finite((gradient, new))
+        direction, state = jax.lax.cond(usable, advance, lambda: stay(gradient, state))
         return with_leaves(updates, direction), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -109,7 +125,7 @@ class ScaleByQuadraticModelState(NamedTuple):
 
 
 def scale_by_quadratic_model(
-    damping: Any = 0.0, *, momentum: bool = False
+    damping: Number = 0.0, *, momentum: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """Scales a direction to the minimum of the quadratic model along it, eq. (40).
 
@@ -120,38 +136,44 @@ def scale_by_quadratic_model(
       damping: `τ + η`, added to the Gauss-Newton matrix.
       momentum: minimize over the span of the direction and the previous step
         (Martens & Grosse 2015, section 7).
+
+    Raises:
+      OptionError: an option out of its range.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx = scale_by_quadratic_model()
+    >>> (_, grads), curvature = kfgn.value_grad_and_curvature(objective)(w, batch)
+    >>> step, _ = tx.update(grads, tx.init(w), w, curvature=curvature)
+    >>> float(step[0, 0])  # to the minimum at 0
+    1.0
     """
     check_not_negative("damping", damping)
     check_flag("momentum", momentum)
 
-    def init(params):
-        leaves = named_leaves(params)
-        previous = jax.tree.map(jnp.zeros_like, leaves) if momentum else {}
-        one = jnp.ones((), jnp.float32)
-        return ScaleByQuadraticModelState(_zero(), one, jnp.zeros_like(one), previous)
+    def init(params: PyTree) -> ScaleByQuadraticModelState:
+        previous = zeros_like(named_leaves(params)) if momentum else {}
+        return ScaleByQuadraticModelState(counter(), number(1), number(), previous)
 
     def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
         del params, extra
         leaves = named_leaves(updates)
         check_state(state, ScaleByQuadraticModelState)
-        curvature = require_curvature(curvature, _NO_BLOCKS, leaves)
+        curvature = require_curvature(curvature, NO_BLOCKS, leaves)
         directions = [push(curvature, leaves)]
         if momentum:
             directions.append(push(curvature, state.previous))
-        step = minimize(curvature, directions, jnp.asarray(damping))
-        scaled = combine(directions, step.coefficients)
-        zeros = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
-        mu = step.coefficients[1] if momentum else jnp.zeros(())
+        best = best_step(curvature, directions, jnp.asarray(damping))
+        step = combine(directions, best.coefficients)
         moved = ScaleByQuadraticModelState(
             state.skipped,
-            step.coefficients[0].astype(jnp.float32),
-            mu.astype(jnp.float32),
-            scaled if momentum else {},
+            best.coefficients[0].astype(jnp.float32),
+            best.coefficients[-1].astype(jnp.float32) * float(momentum),
+            step if momentum else {},
         )
-        stay = state._replace(skipped=state.skipped + 1)
-        usable = all_finite((step, scaled))
-        scaled, state = keep_if(usable, (scaled, moved), (zeros, stay))
-        return with_leaves(updates, scaled), state
+        step, state = guarded(all_finite((best, step)), step, moved, state)
+        return with_leaves(updates, step), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -160,20 +182,35 @@ class AverageParametersState(NamedTuple):
     """State of `average_parameters`."""
 
     count: Array  # type: ignore[assignment]  # updates seen
-    average: Any  # a pytree like params
+    average: PyTree  # like params
 
 
-def average_parameters(decay: Any = 0.95) -> optax.GradientTransformationExtraArgs:
+def average_parameters(decay: Number = 0.95) -> optax.GradientTransformationExtraArgs:
     """Tracks `θ^ = β θ^ + (1 - β) θ`, `β = min(decay, 1 - 1/t)`, eqs. (44)-(45).
 
     The updates pass through; it must come last in a chain, so that it sees the
     step that is really taken. Read the average from the state's `average`.
+
+    Args:
+      decay: the greatest β.
+
+    Raises:
+      OptionError: a decay outside [0, 1); in `update`, no params.
+
+    >>> import jax.numpy as jnp
+    >>> tx, w = average_parameters(), jnp.array(0.0)
+    >>> state = tx.init(w)
+    >>> for _ in range(3):  # w is 1, 2, 3
+    ...     step, state = tx.update(jnp.array(1.0), state, w)
+    ...     w = w + step
+    >>> float(state.average)
+    2.0
     """
     check_decay("decay", decay)
 
-    def init(params):
+    def init(params: PyTree) -> AverageParametersState:
         # A copy, so that params and state can both be donated.
-        return AverageParametersState(_zero(), jax.tree.map(jnp.array, params))
+        return AverageParametersState(counter(), jax.tree.map(jnp.array, params))
 
     def update(updates, state, params=None, **extra):
         del extra
@@ -185,44 +222,3 @@ def average_parameters(decay: Any = 0.95) -> optax.GradientTransformationExtraAr
         return updates, AverageParametersState(count, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def refresh_due(count: Array, every: Any) -> Array:
-    """Whether to invert after `count` updates: every so often, and always at the start.
-
-    The moving average moves fastest at the start, so the first `every` updates
-    each get fresh inverses.
-    """
-    return (count % every == 0) | (count < every)
-
-
-def keep_if(condition: Array, new: Any, old: Any) -> Any:
-    """`new` where the condition holds, else `old`, for two pytrees alike."""
-    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
-
-
-def check_state(state: Any, kind: type) -> None:
-    """Raises OptionError for the state of another transformation."""
-    if not isinstance(state, kind):
-        raise OptionError(
-            f"the state must be a {kind.__name__}, found a {type(state).__name__}: pass the one "
-            "that this transformation's init or last update returned."
-        )
-
-
-def check_layers(layers: LayerBlocks, leaves: Named, initialized: Named) -> None:
-    """Raises ParameterError where updates do not match what init saw."""
-    found = {*layers.present(leaves), *layers.diagonals(leaves)}
-    if found != set(initialized):
-        raise ParameterError(
-            f"update got gradients of {sorted(found)}, but init saw {sorted(initialized)}; "
-            "initialize the state from the same params (and the same mask)."
-        )
-
-
-_NO_BLOCKS = LayerBlocks({}, (), {})
-
-
-def _zero() -> Array:
-    # An array, not a Python int: some containers treat ints as static.
-    return jnp.zeros((), jnp.int32)

@@ -8,11 +8,10 @@ import jax
 import optax
 
 from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.types import Batch, PyTree
 
-PyTree = Any
 
-
-def whole_params(name: str, params: PyTree, batch: Any, all_params: PyTree) -> PyTree:
+def whole_params(name: str, params: PyTree, batch: Batch, all_params: PyTree) -> PyTree:
     """All parameters, for a transformation that evaluates the objective on a batch.
 
     In `optax.masked` and `optax.partition` params have placeholders for those

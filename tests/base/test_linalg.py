@@ -234,7 +234,7 @@ def test_quadratic_model_is_minimized(model, count, damping):
     """The coefficients solve the dense problem, and nothing near them is lower."""
     curvature, matrix, gradient, _ = model
     vectors, directions = directions_of(model, count)
-    step = quadratic.minimize(curvature, directions, jnp.asarray(damping))
+    step = quadratic.best_step(curvature, directions, jnp.asarray(damping))
     damped = vectors @ (matrix + damping * np.eye(len(matrix))) @ vectors.T
     slopes = vectors @ gradient
     close(step.coefficients, np.linalg.solve(damped, slopes))
@@ -262,7 +262,7 @@ def test_degenerate_second_direction(model, second):
     leaves = by_path(unravel(jnp.asarray(factor * vectors[0])))
     other = quadratic.push(curvature, leaves)
     damping = jnp.asarray(0.1)
-    alone = quadratic.minimize(curvature, [first], damping)
-    both = quadratic.minimize(curvature, [first, other], damping)
+    alone = quadratic.best_step(curvature, [first], damping)
+    both = quadratic.best_step(curvature, [first, other], damping)
     close(both.coefficients, np.asarray([alone.coefficients[0], 0]))
     close(both.predicted, alone.predicted)

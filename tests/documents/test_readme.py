@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
-from kfgn.optimizers import alias
+import kfgn
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -25,12 +26,12 @@ def test_python_blocks_run():
 
 def test_options_table_has_the_defaults_of_the_code():
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| (.+?) \|", README.read_text(), re.MULTILINE)
-    options = dict(alias.optimizer.__kwdefaults__)
+    parameters = inspect.signature(kfgn.kfra).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
     found = {}
     for names, defaults in rows:
         names = re.findall(r"`(\w+)`", names)
         if names[0] in options:
             values = ast.literal_eval(f"({defaults.replace('`', '')},)")
             found.update(zip(names, values, strict=True))
-    # One decay serves both dampings; the table leaves it to the docstring.
-    assert found == {name: value for name, value in options.items() if name != "damping_decay"}
+    assert found == options

@@ -153,6 +153,16 @@ WITHOUT_BLOCK = {
     "unused": (used_once, UNUSED, "unused/w", "never meets data"),
 }
 
+
+def without_diagonals() -> Any:
+    """An update by diagonals with the curvature of "gradient"."""
+    of = objective(normalized)
+    found = kfgn.layers.find_blocks(of, NORMALIZED, BATCH, unassigned="diagonal")
+    tx = kfgn.transforms.scale_by_kronecker(found)
+    curvature = compute(of, NORMALIZED, unassigned="gradient")[1]
+    return tx.update(NORMALIZED, tx.init(NORMALIZED), curvature=curvature)
+
+
 mixed_mask = jax.tree.map(lambda _: True, PARAMS)
 mixed_mask["hidden"]["bias"] = False
 
@@ -170,6 +180,7 @@ BatchError, LossError, ModelError = (
     kfgn.errors.LossError,
     kfgn.errors.ModelError,
 )
+marquardt = kfgn.transforms.LevenbergMarquardt
 OptionError, ParameterError = kfgn.errors.OptionError, kfgn.errors.ParameterError
 
 FAILED_MODEL = r"model failed with {}: [\s\S]*params {}[\s\S]*inputs \(1, 4\); check"
@@ -385,7 +396,7 @@ CASES = {
         OptionError,
         r"must be a kfgn.Objective, found a function; make one with kfgn.Objective\(model, loss\)",
     ),
-    "layers are the objective": Bad(
+    "blocks are the objective": Bad(
         lambda: kfgn.transforms.scale_by_kronecker(OBJECTIVE),
         OptionError,
         r"what kfgn.layers.find_blocks\(objective, params, batch\) returned, found a Objective",
@@ -412,6 +423,32 @@ CASES = {
         OptionError,
         "must be one of raise, diagonal, gradient, found 'skip",
     ),
+    # What curvature and optimizer must agree on.
+    "curvature of another method": Bad(
+        lambda: update(kfgn.kfac(OBJECTIVE, PARAMS, BATCH)),
+        OptionError,
+        "optimizer was made with method='kfac', the curvature with method='kfra': tell",
+    ),
+    "curvature of another l2": Bad(
+        lambda: update(kfra(), curvature=compute(objective(l2=0.5))[1]),
+        OptionError,
+        "made with l2=0.001, the curvature with l2=0.5: .* the same objective",
+    ),
+    "curvature of another treatment": Bad(
+        lambda: update(kfra(unassigned="gradient")),
+        OptionError,
+        "made with unassigned='gradient', the curvature with unassigned='raise'",
+    ),
+    "curvature of another l2, conjugate gradients": Bad(
+        lambda: update(kfgn.transforms.scale_by_conjugate_gradient(objective(l2=0.5))),
+        OptionError,
+        "made with l2=0.5, the curvature with l2=0.001",
+    ),
+    "no diagonals": Bad(
+        lambda: without_diagonals(),
+        ParameterError,
+        "no diagonals for parameter.* 'norm/scale'.* pass the same to kfgn.value_grad",
+    ),
     # Losses.
     "vector loss": Bad(
         lambda: compute(objective(loss=lambda o, t: o)),
@@ -434,12 +471,6 @@ CASES = {
         "no predictive distribution .* Pass sample= to kfgn.losses.from_function, or use",
     ),
     # Options out of range.
-    "unknown option": Bad(
-        lambda: kfra(lr=0.1), OptionError, "unknown option.* 'lr': expected some of learning_rate"
-    ),
-    "unknown preset": Bad(
-        lambda: kfra(preset="fast"), OptionError, "'fast': expected one of default, paper"
-    ),
     "unknown inverse": Bad(
         lambda: kfra(inverse="lu"), OptionError, "one of factored, eigen, found 'lu'"
     ),
@@ -484,50 +515,73 @@ CASES = {
     "momentum as a number": Bad(
         lambda: kfra(momentum=0.9), OptionError, "momentum must be True or False, found 0.9"
     ),
-    "bounds inverted": Bad(
-        lambda: kfra(factor_damping_bounds=(1.0, 0.1)),
-        OptionError,
-        r"factor_damping_bounds must be a pair \(low, high\) with low <= high, found \(1.0, 0.1\)",
-    ),
-    "bounds no pair": Bad(
-        lambda: kfra(step_damping_bounds=1.0), OptionError, "step_damping_bounds must be a pair"
-    ),
     "start outside bounds": Bad(
         lambda: kfra(factor_damping=1e9),
         OptionError,
         r"factor_damping must start within its bounds.* initial 1000000000.0, maximum",
     ),
-    "γ of 0": Bad(
-        lambda: kfra(factor_damping=0.0, factor_damping_bounds=(0.0, 1.0)),
+    "bounds inverted": Bad(
+        lambda: kfra(step_damping=marquardt(1.0, 2.0, 0.5)),
         OptionError,
-        "factor_damping needs a positive minimum: factors may be singular",
+        r"step_damping must start within its bounds.* minimum 2.0, initial 1.0, maximum 0.5",
     ),
-    "damping is a number, not a Damping": Bad(
-        lambda: kfgn.transforms.scale_by_curvature(
-            blocks(), l2=0.0, factor_damping=1.0, step_damping=1.0
-        ),
+    "γ of 0": Bad(
+        lambda: kfra(factor_damping=kfgn.transforms.Greedy(0.0, 0.0, 1.0)),
         OptionError,
-        r"step_damping must be a kfgn.transforms.Damping\(.*\), found 1.0",
+        "factor_damping.* needs a positive minimum: factors may be singular; found 0.0",
+    ),
+    "γ fixed at 0": Bad(
+        lambda: kfra(factor_damping=kfgn.transforms.Fixed(0.0)),
+        OptionError,
+        "factor_damping.* needs a positive minimum",
+    ),
+    "γ follows τ to 0": Bad(
+        lambda: kfra(step_damping=marquardt(1.0, 0.0)),
+        OptionError,
+        "the step_damping that it follows, needs a positive minimum",
+    ),
+    "negative start": Bad(
+        lambda: kfra(step_damping=-1.0), OptionError, "step_damping must be finite and at least 0"
+    ),
+    "rule of the other damping": Bad(
+        lambda: kfra(step_damping=kfgn.transforms.Greedy(1.0)),
+        OptionError,
+        r"step_damping must be a number or a kfgn.transforms.StepDamping, found Greedy\(",
+    ),
+    "rule of the other damping, γ": Bad(
+        lambda: kfgn.transforms.scale_by_curvature(blocks(), factor_damping=marquardt(1.0)),
+        OptionError,
+        "factor_damping must be a number or a kfgn.transforms.FactorDamping, found Levenberg",
     ),
     "damping decay above 1": Bad(
-        lambda: kfra(damping_decay=1.5), OptionError, "decay must be between 0 and 1, found 1.5"
+        lambda: kfra(step_damping=marquardt(1.0, decay=1.5)),
+        OptionError,
+        "step_damping: decay must be between 0 and 1, found 1.5",
     ),
     "thresholds inverted": Bad(
-        lambda: kfra(thresholds=(0.75, 0.25)),
+        lambda: kfra(step_damping=marquardt(1.0, thresholds=(0.75, 0.25))),
         OptionError,
-        r"thresholds .* low <= high, found \(0.75",
+        r"step_damping: thresholds .* low <= high, found \(0.75",
     ),
-    "one threshold": Bad(lambda: kfra(thresholds=0.75), OptionError, "thresholds must be a pair"),
+    "one threshold": Bad(
+        lambda: kfra(step_damping=marquardt(1.0, thresholds=0.75)),
+        OptionError,
+        "thresholds must be a pair",
+    ),
     "inversion period of 0": Bad(
         lambda: kfra(refresh_inverse_every=0),
         OptionError,
         "refresh_inverse_every must be a whole number of at least 1, found 0",
     ),
     "fractional period": Bad(
-        lambda: kfra(step_damping_period=2.5), OptionError, "period must be a whole number .* 2.5"
+        lambda: kfra(step_damping=marquardt(1.0, period=2.5)),
+        OptionError,
+        "step_damping: period must be a whole number .* 2.5",
     ),
     "negative period": Bad(
-        lambda: kfra(step_damping_period=-1), OptionError, "whole number of at least 0, found -1"
+        lambda: kfra(factor_damping=kfgn.transforms.Greedy(1.0, period=-1)),
+        OptionError,
+        "factor_damping: period .*whole number of at least 0, found -1",
     ),
 }
 
@@ -538,6 +592,12 @@ def test_error(name):
     with pytest.raises(case.error, match=case.message) as raised:
         case.act()
     assert type(raised.value) is case.error and isinstance(raised.value, ValueError)
+
+
+def test_unknown_options_are_python_errors():
+    for alias in (kfgn.kfra, kfgn.kflr, kfgn.kfac):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
+            alias(OBJECTIVE, PARAMS, BATCH, lr=0.1)
 
 
 def test_model_error_keeps_its_cause():

@@ -42,7 +42,7 @@ ADAPTS = 5  # an update at which both dampings adapt
 
 # Shapes are all that a factory needs.
 SHAPES = (shapes(make_params()), shapes(make_batch()))
-LAYERS = kfgn.layers.find_blocks(OBJECTIVE, *SHAPES)
+BLOCKS = kfgn.layers.find_blocks(OBJECTIVE, *SHAPES)
 
 
 def recipe(alias: str = "kfra", **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -50,15 +50,15 @@ def recipe(alias: str = "kfra", **options: Any) -> optax.GradientTransformationE
 
 
 def kronecker(damping: Any = 0.1, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return kfgn.transforms.scale_by_kronecker(LAYERS, damping, **options)
+    return kfgn.transforms.scale_by_kronecker(BLOCKS, damping, **options)
 
 
 def curvature_parts() -> optax.GradientTransformationExtraArgs:
     return kfgn.transforms.scale_by_curvature(
-        LAYERS,
-        l2=L2,
-        factor_damping=kfgn.transforms.Damping(1.0, 1e-4, 1e4, period=ADAPTS - 1),
-        step_damping=kfgn.transforms.Damping(1.0, 0.0, 1e4, period=ADAPTS),
+        BLOCKS,
+        factor_damping=kfgn.transforms.Greedy(1.0, 1e-4, 1e4, period=ADAPTS - 1),
+        step_damping=kfgn.transforms.LevenbergMarquardt(1.0, 0.0, 1e4, period=ADAPTS),
+        momentum=False,
     )
 
 
@@ -68,7 +68,9 @@ CASES = {
     "kfra": Case(recipe),
     "kflr": Case(lambda: recipe("kflr"), "kflr"),
     "kfac": Case(lambda: recipe("kfac"), "kfac"),
-    "paper preset": Case(lambda: recipe(preset="paper"), falls_to=0.99),  # τ starts at 150
+    "paper preset": Case(
+        lambda: recipe(**kfgn.transforms.PRESETS["paper"]), falls_to=0.99
+    ),  # τ starts at 150
     "no momentum": Case(lambda: recipe(momentum=False)),
     "eigen": Case(lambda: recipe(inverse="eigen", refresh_inverse_every=1)),
     "average": Case(lambda: recipe(average_decay=0.95)),
@@ -76,7 +78,9 @@ CASES = {
     "refresh always": Case(lambda: recipe(refresh_inverse_every=1)),
     "refresh eigen every 5": Case(lambda: recipe(refresh_inverse_every=5, inverse="eigen")),
     "fixed dampings": Case(
-        lambda: recipe(step_damping_period=0, factor_damping=1.0, factor_damping_period=0)
+        lambda: recipe(
+            step_damping=kfgn.transforms.Fixed(2.0), factor_damping=kfgn.transforms.Fixed(1.0)
+        )
     ),
     "schedule": Case(lambda: recipe(learning_rate=optax.linear_schedule(1.0, 0.1, UPDATES))),
     "scale_by_curvature": Case(lambda: optax.chain(curvature_parts(), descend())),
@@ -113,12 +117,12 @@ CASES = {
     ),
     "inject damping": Case(
         lambda: optax.chain(
-            inject(kfgn.transforms.scale_by_kronecker)(LAYERS, 0.1), optax.scale(-0.5)
+            inject(kfgn.transforms.scale_by_kronecker)(BLOCKS, 0.1), optax.scale(-0.5)
         )
     ),
     "inject schedule": Case(
         lambda: optax.chain(
-            inject(kfgn.transforms.scale_by_kronecker)(LAYERS, optax.linear_schedule(1.0, 0.1, 10)),
+            inject(kfgn.transforms.scale_by_kronecker)(BLOCKS, optax.linear_schedule(1.0, 0.1, 10)),
             optax.scale(-0.5),
         )
     ),
@@ -224,7 +228,7 @@ def test_donated_buffers(make):
 def test_bfloat16(method):
     params = make_params(jnp.bfloat16)
     batches = [make_batch(jnp.bfloat16, seed=seed) for seed in range(3)]
-    tx = kfgn.kfra(OBJECTIVE, params, batches[0])
+    tx = getattr(kfgn, method)(OBJECTIVE, params, batches[0])
     step, state = jit(make_step(tx, method)), tx.init(params)
     layout, losses = jax.tree.map(lambda a: (a.shape, a.dtype), state), []
     for k in range(UPDATES):
@@ -312,7 +316,7 @@ def test_partition_gives_each_part_its_own_optimizer(first):
 def test_injected_damping_is_used(first):
     expected, _ = update_once(kronecker(0.3), *first)
     for damping in (0.3, optax.linear_schedule(0.3, 1.0, 10)):
-        tx = inject(kfgn.transforms.scale_by_kronecker)(LAYERS, damping)
+        tx = inject(kfgn.transforms.scale_by_kronecker)(BLOCKS, damping)
         updates, state = update_once(tx, *first)
         assert_close(updates, expected, 1e-5)
         assert state.hyperparams["damping"] == pytest.approx(0.3)

@@ -52,7 +52,7 @@ def update_of(tx: Any, search: bool = False) -> Any:
 
 
 def test_a_step_to_where_the_objective_is_not_finite_is_refused():
-    damping = kfgn.transforms.Damping(0.1, 1e-6, 1e6, period=1, decay=0.5)
+    damping = kfgn.transforms.LevenbergMarquardt(0.1, 1e-6, 1e6, period=1, decay=0.5)
     tx = kfgn.transforms.scale_by_conjugate_gradient(LOGARITHM, damping=damping, warm_start=0.5)
     update, state = update_of(tx), tx.init(START)
     updates, after = update(state)

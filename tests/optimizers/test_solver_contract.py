@@ -51,8 +51,8 @@ DAMPING = 0.1
 def free(preconditioner: str | None = None, **options: Any) -> Any:
     """Hessian-free optimization."""
     if preconditioner == "kronecker":
-        layers = kfgn.layers.find_blocks(OBJECTIVE, shapes(make_params()), shapes(make_batch()))
-        options = {"layers": layers, **options}
+        blocks = kfgn.layers.find_blocks(OBJECTIVE, shapes(make_params()), shapes(make_batch()))
+        options = {"blocks": blocks, **options}
     options = {"damping": DAMPING, "preconditioner": preconditioner, **options}
     return kfgn.transforms.scale_by_conjugate_gradient(OBJECTIVE, **options)
 
@@ -102,7 +102,7 @@ inject = functools.partial(
     OBJECTIVE,
 )
 inject_newton = optax.inject_hyperparams(kfgn.solvers.newton, static_args="objective")
-adapting = kfgn.transforms.Damping(1.0, 1e-6, 1e6, period=1, decay=2 / 3)
+adapting = kfgn.transforms.LevenbergMarquardt(1.0, 1e-6, 1e6, period=1, decay=2 / 3)
 
 
 def parts(second: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -469,9 +469,9 @@ def test_nnx_optimizer(name):
         options["structure"] = "block" if name == "newton block" else "full"
         direction = kfgn.transforms.scale_by_newton(objective, **options)
     else:
-        layers = kfgn.layers.find_blocks(objective, params, make_batch())
+        blocks = kfgn.layers.find_blocks(objective, params, make_batch())
         direction = kfgn.transforms.scale_by_conjugate_gradient(
-            objective, layers=layers, preconditioner=name, **options
+            objective, blocks=blocks, preconditioner=name, **options
         )
     optimizer = nnx.Optimizer(model, halves(direction), wrt=nnx.Param)
     curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr")

@@ -71,7 +71,7 @@ def problem(dtype: Any = jnp.float64, seed: int = 0) -> tuple:
 def solver(**options: Any) -> optax.GradientTransformationExtraArgs:
     options = {"damping": DAMPING, "tolerance": 1e-12, "max_iterations": 300, **options}
     if options.get("preconditioner") == "kronecker":
-        options["layers"] = kfgn.layers.find_blocks(OBJECTIVE, make_params(), make_batch())
+        options["blocks"] = kfgn.layers.find_blocks(OBJECTIVE, make_params(), make_batch())
     return kfgn.transforms.scale_by_conjugate_gradient(OBJECTIVE, **options)
 
 
@@ -224,7 +224,7 @@ def test_preconditioners_save_iterations(x64):
     for name in (None, "diagonal", "gauss_newton_diagonal", "factored", "eigen"):
         tx = kfgn.transforms.scale_by_conjugate_gradient(
             objective,
-            layers=kfgn.layers.find_blocks(objective, params, batch),
+            blocks=kfgn.layers.find_blocks(objective, params, batch),
             damping=1e-5,
             tolerance=1e-4,
             max_iterations=2000,
@@ -246,7 +246,7 @@ def test_exact_factors_of_one_linear_layer_need_one_iteration(x64):
     (_, grads), curvature = jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     tx = kfgn.transforms.scale_by_conjugate_gradient(
         objective,
-        layers=kfgn.layers.find_blocks(objective, params, batch),
+        blocks=kfgn.layers.find_blocks(objective, params, batch),
         damping=0.3,
         tolerance=1e-10,
         preconditioner="kronecker",
@@ -298,7 +298,7 @@ def test_warm_start(x64):
 
 
 def adaptive(**options: Any) -> optax.GradientTransformationExtraArgs:
-    damping = kfgn.transforms.Damping(1.0, 1e-6, 1e6, period=1, decay=2 / 3)
+    damping = kfgn.transforms.LevenbergMarquardt(1.0, 1e-6, 1e6, period=1, decay=2 / 3)
     return solver(damping=damping, **options)
 
 
@@ -400,9 +400,9 @@ SEARCH = {
 }
 
 
-@pytest.mark.parametrize("preset", list(kfgn.solvers.HESSIAN_FREE_PRESETS))
+@pytest.mark.parametrize("preset", list(kfgn.transforms.HESSIAN_FREE_PRESETS))
 def test_presets_train(preset):
-    options = kfgn.solvers.HESSIAN_FREE_PRESETS[preset]
+    options = kfgn.transforms.HESSIAN_FREE_PRESETS[preset]
     tx = kfgn.transforms.scale_by_conjugate_gradient(OBJECTIVE, **options)
     losses, state = train(optax.chain(tx, optax.scale(-1.0)))
     assert losses[-1] < {"cnn": 0.7, "martens": 0.9}[preset] * losses[0]  # the latter's λ is 45
@@ -473,7 +473,7 @@ def test_bfloat16_parameters():
     ("options", "message"),
     [
         ({"preconditioner": "jacobi"}, "preconditioner must be one of"),
-        ({"preconditioner": "kronecker"}, "needs layers=kfgn.layers"),
+        ({"preconditioner": "kronecker"}, "needs blocks=kfgn.layers"),
         ({"l2": 0.0, "preconditioner": "diagonal", "damping": 0.0}, "needs a positive damping"),
         ({"damping": -1.0}, "damping must be"),
         ({"warm_start": 1.5}, "warm_start must be"),
@@ -481,7 +481,7 @@ def test_bfloat16_parameters():
         ({"progress": 0.0}, "progress must be"),
         ({"max_iterations": 0}, "max_iterations must be"),
         ({"max_iterations": 2.5}, "max_iterations must be"),
-        ({"thresholds": (0.9, 0.1)}, "thresholds must be"),
+        ({"damping": kfgn.transforms.Greedy(1.0)}, "number or a kfgn.transforms.StepDamping"),
         ({"power": 0.0}, "power must be"),
     ],
 )

@@ -92,12 +92,15 @@ class Settings(NamedTuple):
             momentum=self.momentum,
             decay=self.decay,
             refresh_inverse_every=self.refresh,
-            factor_damping=self.gamma,
-            factor_damping_period=self.gamma_period,
-            step_damping=self.tau,
-            step_damping_period=self.tau_period,
-            thresholds=(self.low, self.high),
-            damping_decay=self.omega,
+            factor_damping=None
+            if self.gamma is None
+            else kfgn.transforms.Greedy(self.gamma, period=self.gamma_period, decay=self.omega),
+            step_damping=kfgn.transforms.LevenbergMarquardt(
+                self.tau,
+                period=self.tau_period,
+                decay=self.omega,
+                thresholds=(self.low, self.high),
+            ),
         )
 
 
@@ -271,9 +274,7 @@ def test_one_step_solves_linear_least_squares(alias, inverse, tolerance, x64):
         batch,
         learning_rate=1.0,
         factor_damping=1e-9,
-        factor_damping_bounds=(1e-9, 1.0),
-        step_damping=0.0,
-        step_damping_bounds=(0.0, 1.0),
+        step_damping=kfgn.transforms.Fixed(0.0),
         inverse=inverse,
     )
     (_, grads), curvature = kfgn.value_grad_and_curvature(objective, alias)(params, batch)
@@ -345,9 +346,8 @@ def prepared(name: str) -> Any:
         "eigen": lambda: kfgn.kfra(OBJECTIVE, params, batch, inverse="eigen"),
         "scale_by_curvature": lambda: kfgn.transforms.scale_by_curvature(
             layers,
-            l2=L2,
-            factor_damping=kfgn.transforms.Damping(1.0, 1e-4, 1e6, period=3),
-            step_damping=kfgn.transforms.Damping(1.0, 0.0, 1e6, period=1),
+            factor_damping=kfgn.transforms.Greedy(1.0, 1e-4, 1e6, period=3),
+            step_damping=kfgn.transforms.LevenbergMarquardt(1.0, 0.0, 1e6, period=1),
         ),
         "scale_by_kronecker": lambda: kfgn.transforms.scale_by_kronecker(layers, 0.1),
         "kronecker eigen": lambda: kfgn.transforms.scale_by_kronecker(layers, 0.1, inverse="eigen"),

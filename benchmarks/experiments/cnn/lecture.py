@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -134,9 +135,9 @@ def newton(task: Problem, images: int, percent: float) -> Method:
     examples = max(1, round(images * percent / 100))
     objective = task.objective
     # The method's own units are the lecture's: λ is divided by what f is divided by.
-    settings = dict(kfgn.solvers.HESSIAN_FREE_PRESETS["cnn"])
+    settings = dict(kfgn.transforms.HESSIAN_FREE_PRESETS["cnn"])
     damping = settings["damping"]
-    settings["damping"] = damping._replace(initial=damping.initial / task.scale)
+    settings["damping"] = dataclasses.replace(damping, initial=damping.initial / task.scale)
     # Unused factors are never computed: XLA drops them.
     curvature_fn = kfgn.value_grad_and_curvature(objective, "empirical", model_examples=examples)
     search = optax.scale_by_backtracking_linesearch(

@@ -30,7 +30,7 @@ def hessian_free(problem: Problem, name: str) -> Optimizer:
         kfgn.transforms.scale_by_conjugate_gradient(
             objective,
             preconditioner=PRECONDITIONERS[name],
-            layers=kfgn.layers.find_blocks(objective, problem.params, batch),
+            blocks=kfgn.layers.find_blocks(objective, problem.params, batch),
         ),
         optax.scale(-1.0),
     )
@@ -76,7 +76,7 @@ def conditioned_iterations(
             params: Any, batch: Arrays, damping: Any, kind: str | None = preconditioner
         ) -> jax.Array:
             solver = kfgn.transforms.scale_by_conjugate_gradient(
-                objective, layers=blocks, damping=damping, preconditioner=kind
+                objective, blocks=blocks, damping=damping, preconditioner=kind
             )
             (_, grads), curvature = curvature_fn(params, batch)
             _, state = solver.update(

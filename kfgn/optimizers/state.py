@@ -1,0 +1,68 @@
+"""States of transformations, and the one rule for numbers that are not finite: stay.
+
+A state is a NamedTuple of arrays, each of its own: a Python number would be
+static to some containers, and a buffer that two share could not be donated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.errors import OptionError
+from kfgn.base.types import Array, Number, PyTree
+
+
+def number(value: Number = 0.0) -> Array:
+    """A number of a state."""
+    return jnp.array(value, jnp.float32)
+
+
+def counter() -> Array:
+    """A count that starts at 0."""
+    return jnp.zeros((), jnp.int32)
+
+
+def zeros_like(tree: PyTree) -> PyTree:
+    """Zeros in the shapes and dtypes of a pytree."""
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether every entry of a pytree is finite, a scalar.
+
+    Row sums of matrices are taken by a product: nothing that is not finite
+    survives a sum, and a product needs no code of its own compiled per shape.
+    """
+    sums = []
+    for leaf in jax.tree.leaves(tree):
+        if leaf.ndim == 2:
+            leaf = leaf @ jnp.ones((leaf.shape[1], 2), leaf.dtype)
+        sums.append(leaf.ravel().astype(jnp.float32))
+    return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
+
+
+def keep_if(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where the condition holds, else `old`, for two pytrees alike."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def stay(step: PyTree, state: Any) -> tuple[PyTree, Any]:
+    """No step, and the state as it was but for its count of skipped updates."""
+    return zeros_like(step), state._replace(skipped=state.skipped + 1)
+
+
+def guarded(good: Array, step: PyTree, moved: Any, state: Any) -> tuple[PyTree, Any]:
+    """The step and the state after it where all is good, else `stay`."""
+    return keep_if(good, (step, moved), stay(step, state))
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Raises OptionError for the state of another transformation."""
+    if not isinstance(state, kind):
+        raise OptionError(
+            f"the state must be a {kind.__name__}, found a {type(state).__name__}: pass the one "
+            "that this transformation's init or last update returned."
+        )
