@@ -15,8 +15,8 @@ import kfgn
 from kfgn.curvature.channels import Homogeneous
 from kfgn.curvature.layout import layouts
 from kfgn.model.graph import build_graph
+from tests.tables.architectures import LOSSES, ROWS, make_targets
 from tests.tables.dense import quick_jit
-from tests.tables.second_table import ROWS, loss_row, make_targets
 
 pytestmark = pytest.mark.usefixtures("x64")
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -124,7 +124,7 @@ def recursion(name, spatial):
     row = ROWS[name]
     with jax.numpy_dtype_promotion(row.promotion):
         model, params, inputs = row.case(count=6)
-        objective = kfgn.Objective(model, loss_row(name).loss)
+        objective = kfgn.Objective(model, LOSSES[ROWS[name].loss].loss)
         batch = (inputs, make_targets(name, row.case(count=6)))
         function = kfgn.value_grad_and_curvature(objective, "kfra", spatial=spatial)
         return quick_jit(lambda *args: function(*args)[1].factors)(params, batch)

@@ -12,8 +12,8 @@ import pytest
 import kfgn
 from kfgn.curvature import recursion as walk
 from kfgn.diagnostics.inspect import Row
+from tests.tables.architectures import LOSSES, ROWS, make_targets
 from tests.tables.dense import quick_jit
-from tests.tables.second_table import ROWS, loss_row, make_targets
 from tests.tables.training_models import TRAINING
 
 
@@ -21,7 +21,7 @@ def _objective(name):
     """A row's objective with parameters and a batch of N = 3 examples."""
     case = ROWS[name].case()
     batch = (case.inputs, make_targets(name, case))
-    return kfgn.Objective(case.model, loss_row(name).loss), case.params, batch
+    return kfgn.Objective(case.model, LOSSES[ROWS[name].loss].loss), case.params, batch
 
 
 def _two_layers(width=3):

@@ -1,4 +1,4 @@
-"""Rows of the second table: attention and transformers."""
+"""Rows of the table of architectures: attention and transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the second table: parameters as every library keeps them."""
+"""Rows of the table of architectures: parameters as every library keeps them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of the second table: branches, pooling, dropout and convolutional networks."""
+"""Rows of the table of architectures: branches, pooling, dropout and convolutional networks."""
 
 from __future__ import annotations
 

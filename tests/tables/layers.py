@@ -1,4 +1,4 @@
-"""Rows of the second table: one for every kind of layer."""
+"""Rows of the table of architectures: one for every kind of layer."""
 
 from __future__ import annotations
 

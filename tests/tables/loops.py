@@ -1,4 +1,4 @@
-"""Rows of the second table: loops over layers, over positions and over time."""
+"""Rows of the table of architectures: loops over layers, over positions and over time."""
 
 from __future__ import annotations
 

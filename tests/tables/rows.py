@@ -1,7 +1,7 @@
-"""What a row of the second table of models is, and the parts that rows are made of.
+"""What a row of the table of architectures is, and the parts that rows are made of.
 
 A row says which parameters form one block together, by the names that
-`kfgn.paths` gives them. `tests.tables.second_table` has the table.
+`kfgn.paths` gives them. `tests.tables.architectures` has the table.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Row:
       unassigned: the paths of parameters that have no block.
       output: "vector"; "scalar"; "pooled", a vector that positions were reduced
         to; "sequence" and "image", one output vector per position; "tree".
-      loss: its row in `tests.tables.second_table.LOSSES`.
+      loss: its row in `tests.tables.architectures.LOSSES`.
       flat: the paths of parameters that the outputs do not depend on, by symmetry.
       tags: "bf16" where the model computes in bfloat16, with float32 parameters;
         "single" where a part of it is in float32 whatever the inputs are; "loose"

@@ -1,4 +1,4 @@
-"""Rows of the second table: the ways a parameter reaches its layer."""
+"""Rows of the table of architectures: the ways a parameter reaches its layer."""
 
 from __future__ import annotations
 

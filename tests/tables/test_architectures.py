@@ -1,11 +1,10 @@
-"""The second table of models keeps its promises: names, sizes, independence, dependence."""
+"""The table of architectures keeps its promises: names, sizes, independence, dependence."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,9 @@ import pytest
 
 import kfgn
 from kfgn.base.trees import named_leaves
+from tests.tables.architectures import ROWS
 from tests.tables.dense import quick_jit
-from tests.tables.rows import Row
-from tests.tables.second_table import LOSSES, ROWS, Case, make_targets
+from tests.tables.row_truth import setting, truth
 from tests.tables.training_models import TRAINING
 
 
@@ -36,54 +35,6 @@ def promotion(request: pytest.FixtureRequest, strict_dtypes: None) -> Iterator[N
     """Strict dtypes, except for the rows that say they cannot have them."""
     with jax.numpy_dtype_promotion(ROWS[request.getfixturevalue("name")].promotion):
         yield
-
-
-class Results(NamedTuple):
-    """A row, run once."""
-
-    row: Row
-    case: Case
-    outputs: Any
-    one_by_one: Any
-    gradient: Any  # of a random projection of the outputs
-    loss: Any  # of each example
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, Results]:
-    return {}
-
-
-@pytest.fixture
-def result(name: str, results: dict[str, Results]) -> Results:
-    """The row's results, compiled once for all tests."""
-    if name not in results:
-        results[name] = _run(name)
-    return results[name]
-
-
-def _example(inputs: Any, index: int) -> Any:
-    return jax.tree.map(lambda a: a[index : index + 1], inputs)
-
-
-def _run(name: str) -> Results:
-    row = ROWS[name]
-    case = row.case()
-    model, params, inputs = case
-
-    @quick_jit
-    def on_the_batch(params, inputs, targets):
-        outputs, pull_back = jax.vjp(lambda p: model(p, inputs), params)
-        rng = np.random.default_rng(5)
-        projection = jax.tree.map(lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype), outputs)
-        loss = jax.vmap(LOSSES[row.loss].reference)(outputs, targets)
-        return outputs, pull_back(projection)[0], loss
-
-    outputs, gradient, loss = on_the_batch(params, inputs, make_targets(name, case))
-    on_one = quick_jit(model)
-    singles = [on_one(params, _example(inputs, i)) for i in range(3)]
-    one_by_one = jax.tree.map(lambda *parts: jnp.concatenate(parts), *singles)
-    return Results(row, case, outputs, one_by_one, gradient, loss)
 
 
 @every_row
@@ -114,9 +65,9 @@ def test_block_names(name):
 
 
 @every_row
-def test_outputs(name, result):
+def test_outputs(name):
     """Of the kind the row says, finite, real, and few unless positions have outputs each."""
-    row, case, outputs = result.row, result.case, result.outputs
+    row, outputs, targets = ROWS[name], truth(name).outputs, setting(name).batch[1]
     for leaf in jax.tree.leaves(outputs):
         assert leaf.dtype == row.dtype
         assert leaf.shape[0] == 3
@@ -127,30 +78,32 @@ def test_outputs(name, result):
         assert len(jax.tree.leaves(outputs)) > 1
     else:
         assert outputs.ndim == AXES[row.output]
-    targets = make_targets(name, case)
     assert jax.tree.map(jnp.shape, targets) == jax.tree.map(jnp.shape, outputs)
-    assert result.loss.shape == (3,)
-    assert np.all(np.isfinite(result.loss))
+    assert truth(name).losses.shape == (3,)
+    assert np.all(np.isfinite(truth(name).losses))
 
 
 @every_row
-def test_examples_are_independent(name, result):
+def test_examples_are_independent(name):
     """An example has the same outputs alone, and not those of another."""
+    found = truth(name)
     for together, alone in zip(
-        jax.tree.leaves(result.outputs), jax.tree.leaves(result.one_by_one), strict=True
+        jax.tree.leaves(found.outputs), jax.tree.leaves(found.alone), strict=True
     ):
-        bound = result.row.tolerance * np.max(np.abs(together))
+        bound = ROWS[name].tolerance * np.max(np.abs(together))
         np.testing.assert_allclose(together, alone, rtol=0, atol=bound)
         assert np.max(np.abs(together[0] - together[1])) > 1e-3
 
 
 @every_row
-def test_outputs_depend_on_every_parameter(name, result):
-    """But for those that the row calls flat, whose gradient is rounding."""
-    for path, leaf in named_leaves(result.gradient).items():
-        largest = np.max(np.abs(leaf))
-        is_flat = path in result.row.flat
-        assert largest < result.row.tolerance if is_flat else largest > 1e-4, path
+def test_outputs_depend_on_every_parameter(name):
+    """But for those that the row calls flat, whose derivatives are rounding."""
+    jacobian, start = truth(name).jacobian, 0
+    for path, leaf in named_leaves(setting(name).case.params).items():
+        own = jacobian[:, :, start : start + leaf.size]
+        largest, start = np.max(np.abs(own)), start + leaf.size
+        is_flat = path in ROWS[name].flat
+        assert largest < ROWS[name].tolerance if is_flat else largest > 1e-4, path
 
 
 @pytest.mark.usefixtures("x64")

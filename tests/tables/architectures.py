@@ -1,10 +1,12 @@
-"""The second table of models: any layer, any use of a parameter, any graph, any library.
+"""The table of architectures: any layer, any use of a parameter, any graph, any library.
 
     row = ROWS["conv_1d"]
     model, params, inputs = row.case()
     targets = make_targets("conv_1d")
 
-Needs the fixture `x64`. Every model is small enough for dense truth.
+Needs the fixture `x64`. Every model is small enough for dense truth. The table
+of `tests.tables.nets` beside it has networks of dense layers, with the theorems
+that hold for each.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from tests.tables.losses import LOSSES as PLAIN
 from tests.tables.losses import LossRow
 from tests.tables.rows import Case, Row
 
-__all__ = ["LOSSES", "ROWS", "Case", "Row", "loss_row", "make_targets"]
+__all__ = ["LOSSES", "ROWS", "SECOND_LOSS", "Case", "Row", "make_targets"]
 
 
 def _merged(*tables: dict[str, Row]) -> dict[str, Row]:
@@ -73,8 +75,29 @@ def loss_row(name: str) -> LossRow:
     return LOSSES[ROWS[name].loss]
 
 
-def make_targets(name: str, case: Case | None = None, seed: int = 7) -> Any:
-    """Targets for the inputs of a row, or of a case of it."""
+def make_targets(name: str, case: Case | None = None, seed: int = 7, loss: str = "") -> Any:
+    """Targets for the inputs of a row, or of a case of it, under its loss or another."""
     model, params, inputs = case or ROWS[name].case()
     outputs = jax.eval_shape(model, params, inputs)
-    return loss_row(name).targets(jax.random.key(seed), outputs)
+    return LOSSES[loss or ROWS[name].loss].targets(jax.random.key(seed), outputs)
+
+
+#: A row of every kind once more, under another loss. The recursions know the loss by its
+#: Hessian and gradient in the outputs alone, and the rows' own losses already go with every
+#: structure, so one second loss each is enough: a full Hessian that depends on the outputs
+#: (softmax) or a diagonal one (sigmoid).
+WITH_SOFTMAX = """
+    conv_1d conv_2d_groups conv_2d_channels_first conv_transpose_2d layer_norm group_norm
+    positions_added scalar_scale one_plus_scale matmul_transposed kernel_halved checkpoint
+    custom_jvp weight_norm tied scan_layers rnn_scan swiglu_sequence siamese unet
+    attention_cross equinox dropout
+"""
+WITH_SIGMOID = """
+    conv_1d_strided conv_2d_depthwise conv_3d dense_sequence dense_grid dense_general embed
+    embed_tied embed_with_positions rms_norm batch_norm token_prepended vector_scale
+    matmul_left einsum_heads bias_subtracted vmap_inside custom_vjp weight_standardized
+    tied_transposed map_positions linen_simple_cell residual dense_concatenation max_pool
+    resnet nnx frozen
+"""
+SECOND_LOSS: dict[str, str] = dict.fromkeys(WITH_SOFTMAX.split(), "softmax_cross_entropy")
+SECOND_LOSS |= dict.fromkeys(WITH_SIGMOID.split(), "sigmoid_binary_cross_entropy")

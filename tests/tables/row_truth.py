@@ -1,0 +1,229 @@
+"""Dense truth of a row of `tests.tables.architectures`, and kfgn's results beside it.
+
+Truth comes from `jax.hessian` and `jax.jacobian` of the user's own functions.
+kfgn tells only the order in which a block lists its entries, the data operand
+of a use and where its pre-activation is; `test_uses` confirms the latter two by
+the Jacobian in the parameters. Each of the two programs of a row, truth and
+results, is compiled once for all tests.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import kfgn
+from kfgn.base.trees import named_leaves
+from kfgn.model.graph import Graph, build_graph
+from kfgn.model.layer import Layer
+from tests.tables.architectures import LOSSES, ROWS, Case, Row, make_targets
+from tests.tables.dense import quick_jit
+
+
+def row_of(name: str) -> Row:
+    """The row, under its own loss or "... with" another."""
+    return ROWS[name.partition(" with ")[0]]
+
+
+class Setting(NamedTuple):
+    """A row with its objective, its batch, and kfgn's reading of the model."""
+
+    case: Case
+    objective: kfgn.Objective
+    batch: Any
+    graph: Graph
+
+
+class Truth(NamedTuple):
+    """N examples, K outputs, P parameters in one vector."""
+
+    outputs: Any  # of the batch
+    alone: Any  # of every example in a batch of its own
+    losses: np.ndarray  # `[N]`
+    gradient: np.ndarray  # of the mean loss, `[P]`
+    hessian: np.ndarray  # of the mean loss, `[P, P]`
+    output_hessian: np.ndarray  # `[N, K, K]`
+    jacobian: np.ndarray  # of the outputs, `[N, K, P]`
+    probed: dict[str, np.ndarray]  # the same in the pre-activation of a use, `[N, K, ...]`
+    operands: dict[str, np.ndarray]  # the inputs of a use, `[N, s, t, i]`
+
+    @property
+    def gauss_newton(self) -> np.ndarray:
+        """`J'HJ` of each example, `[N, P, P]`."""
+        return np.einsum("nkp,nkl,nlq->npq", self.jacobian, self.output_hessian, self.jacobian)
+
+
+@functools.cache
+def setting(name: str) -> Setting:
+    """Needs the fixture `x64`, and the promotion of the row."""
+    base, _, loss = name.partition(" with ")
+    case, row = row_of(name).case(), LOSSES[loss or ROWS[base].loss]
+    objective = kfgn.Objective(case.model, row.loss)
+    graph = build_graph(objective, case.params, case.inputs)
+    targets = make_targets(base, case, loss=loss)
+    return Setting(case, objective, (case.inputs, targets), graph)
+
+
+@functools.cache
+def truth(name: str) -> Truth:
+    """By the definitions."""
+    case, _, (inputs, targets), graph = setting(name)
+    base, _, loss = name.partition(" with ")
+    reference = LOSSES[loss or ROWS[base].loss].reference
+    flat, unravel = ravel_pytree(case.params)
+    layers = [(n, u) for layer in graph.layers.values() for n, u in layer.uses.items()]
+    read = [use.input for _, use in layers]
+
+    def outputs_of(flat, x):
+        outputs = case.model(unravel(flat), jax.tree.map(lambda a: a[None], x))
+        return jax.tree.map(lambda a: a[0], outputs)
+
+    def flat_outputs(flat, x):
+        return ravel_pytree(outputs_of(flat, x))[0]
+
+    def probed(probes, x):
+        probes, x = jax.tree.map(lambda a: a[None], (probes, x))
+        return ravel_pytree(graph.forward(named_leaves(unravel(flat)), x, probes)[0])[0]
+
+    @quick_jit
+    def everything(flat, inputs, targets):
+        def mean_loss(flat):
+            alone = jax.vmap(outputs_of, (None, 0))(flat, inputs)
+            losses = jax.vmap(reference)(alone, targets)
+            return jnp.mean(losses), (alone, losses)
+
+        def output_hessian(x, t):
+            flat_output, restore = ravel_pytree(outputs_of(flat, x))
+            return jax.hessian(lambda o: reference(restore(o), t))(flat_output)
+
+        probes = jax.tree.map(lambda a: a[0], graph.probes(1))
+        gradient, (alone, losses) = jax.grad(mean_loss, has_aux=True)(flat)
+        values = dict(zip(read, graph.forward(named_leaves(unravel(flat)), inputs, keep=read)[1],
+                          strict=True))  # fmt: skip
+        dtype = losses.dtype
+        return Truth(
+            case.model(unravel(flat), inputs),
+            alone,
+            losses,
+            gradient,
+            jax.hessian(lambda p: mean_loss(p)[0])(flat),
+            jax.vmap(output_hessian)(inputs, targets),
+            jax.vmap(lambda x: jax.jacobian(flat_outputs)(flat, x))(inputs),
+            jax.vmap(lambda x: jax.jacobian(probed)(probes, x))(inputs),
+            {n: use.activations(values[use.input], dtype) for n, use in layers},
+        )
+
+    return jax.tree.map(np.asarray, everything(flat, inputs, targets))
+
+
+@functools.cache
+def results(name: str) -> dict[str, Any]:
+    """What kfgn says, by what was asked."""
+    case, objective, batch, _ = setting(name)
+
+    @quick_jit
+    def everything(params, batch):
+        def factors(method, batch, **options):
+            function = kfgn.value_grad_and_curvature(
+                objective, method, unassigned="diagonal", **options
+            )
+            return function(params, batch)
+
+        (_, gradient), curvature = factors("kflr", batch)
+        first = jax.tree.map(lambda a: a[:1], batch)
+        return {
+            "gradient": ravel_pytree(gradient)[0],
+            "block_hessian": kfgn.hessian(objective).blocks(params, batch),
+            "block_gauss_newton": kfgn.gauss_newton(objective).blocks(params, batch),
+            "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
+            "expand": curvature.factors,
+            "reduce": factors("kflr", batch, sharing="reduce")[1].factors,
+            "kfra_of_one": factors("kfra", first)[1].factors,
+        }
+
+    return jax.tree.map(np.asarray, everything(case.params, batch))
+
+
+@functools.cache
+def entries(name: str) -> dict[str, np.ndarray]:
+    """By block, its entries among all parameters, `[slots, n]`."""
+    case, _, _, graph = setting(name)
+    flat, unravel = ravel_pytree(case.params)
+    places = named_leaves(unravel(jnp.arange(flat.size, dtype=flat.dtype)))
+    found = {n: np.asarray(places[n]).astype(int).reshape(1, -1) for n in graph.reasons}
+    for block, layer in graph.layers.items():
+        matrix = layer.to_matrix({n: jnp.asarray(places[n], float) for n in layer.parameters})
+        found[block] = np.asarray(matrix).astype(int).reshape(len(layer.slots), -1)
+    return found
+
+
+def submatrices(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The blocks at `[slots, n]` entries, `[slots, ..., n, n]`."""
+    return np.stack([matrix[..., r[:, None], r[None, :]] for r in rows])
+
+
+# Factors, from the inputs a `[N, s, t, i]` and the Jacobians J `[N, K, s, t, o]` of every use.
+
+
+class Parts(NamedTuple):
+    """One slot's uses, as the layer sees the kernel or transposed."""
+
+    inputs: list[np.ndarray]
+    jacobians: list[np.ndarray]
+
+
+def slots(name: str, block: str, flipped: bool = False) -> Iterator[Parts]:
+    """The uses of every slot of a layer."""
+    layer, found = setting(name).graph.layers[block], truth(name)
+    names = iter(layer.uses)
+    for slot in layer.slots:
+        own = [(next(names), use) for use in slot]
+        own = [(n, use) for n, use in own if (use in layer.flipped) == flipped]
+        yield Parts(
+            [found.operands[n] for n, _ in own],
+            [use.pre_activations(found.probed[n]) for n, use in own],
+        )
+
+
+def is_one_row(layer: Layer) -> bool:
+    """A row that is added everywhere has a constant for its input: "reduce" is exact."""
+    return layer.indexed and layer.activation_size == 1 == len(layer.uses)
+
+
+def factors(name: str, block: str, sharing: str, count: int | None = None) -> tuple[Any, Any]:
+    """Q and G by their definitions, of the first examples."""
+    layer, hessian = setting(name).graph.layers[block], truth(name).output_hessian[:count]
+    if layer.indexed:
+        sharing = "reduce" if is_one_row(layer) else "expand"
+
+    def of(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
+        inputs = [a[:count] for a in parts.inputs]
+        jacobians = [j[:count] for j in parts.jacobians]
+        places = sum(a.shape[2] for a in inputs)
+        if sharing == "reduce":
+            inputs = [sum(np.sum(a, axis=2, keepdims=True) for a in inputs) / places]
+            jacobians = [sum(np.sum(j, axis=3, keepdims=True) for j in jacobians)]
+        q = sum(np.einsum("nsti,nstj->sij", a, a) for a in inputs) / len(hessian)
+        g = sum(np.einsum("nksti,nkl,nlstj->sij", j, hessian, j) for j in jacobians)
+        return q, g / len(hessian) / (1 if sharing == "reduce" else places)
+
+    qs, gs = zip(*(of(parts) for parts in slots(name, block)), strict=True)
+    q, g = np.concatenate(qs), np.concatenate(gs)
+    if is_one_row(layer):  # the constant is in G
+        q, g = np.ones_like(q), q * g
+    if layer.indexed:
+        q = np.einsum("sii->si", q)
+    if layer.flipped:
+        (parts,) = slots(name, block, flipped=True)
+        pairs = [(q, g), of(parts)[::-1]]
+        traces = [[np.einsum("sii->", x) for x in pair] for pair in pairs]
+        norm = np.sqrt(sum(a * b for a, b in traces))
+        q, g = (sum(pair[k] * t[1 - k] for pair, t in zip(pairs, traces, strict=True)) / norm
+                for k in (0, 1))  # fmt: skip
+    return q.reshape(layer.activation_shape), g.reshape(layer.pre_activation_shape)
