@@ -94,6 +94,7 @@ def sum_over_examples(
     if whole == 1 and not left:
         return function(arguments)
     head = jax.tree.map(lambda a: a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]), arguments)
+    function = jax.jit(function)  # traced once, for its shapes and in the loop
     shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], head))
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
