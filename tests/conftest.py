@@ -27,3 +27,17 @@ def x64() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "loose_dtypes: allow implicit dtype promotion")
+    config.addinivalue_line("markers", "row(parameter): what the tests of a row share is compiled")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker has all tests of a row of a table, or else of a file, and compiles for them once.
+
+    A test is of a row if it is marked `row` with the name of the parameter that names it.
+    """
+    for item in items:
+        group, mark = f"{item.path.parent.name}/{item.path.stem}", item.get_closest_marker("row")
+        if mark and hasattr(item, "callspec") and mark.args[0] in item.callspec.params:
+            group = f"{item.callspec.params[mark.args[0]]}"
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -25,7 +25,7 @@ from tests.tables.row_truth import (
     truth,
 )
 
-pytestmark = pytest.mark.usefixtures("x64", "promotion")
+pytestmark = [pytest.mark.usefixtures("x64", "promotion"), pytest.mark.row("name")]
 
 EVERY = [*ROWS, *(f"{name} with {loss}" for name, loss in SECOND_LOSS.items())]
 every_row = pytest.mark.parametrize("name", EVERY)

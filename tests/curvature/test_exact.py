@@ -13,7 +13,7 @@ from tests.tables.dense import quick_jit, submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.models import MODELS, dense
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.row("model")]
 
 # Each model with the loss of its row, and each loss with models of three kinds.
 # The loss "gaussian" needs the outputs of "tree_outputs"; "soft_labels" are other
