@@ -95,7 +95,8 @@ def sum_over_examples(
         return function(arguments)
     head = jax.tree.map(lambda a: a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]), arguments)
     function = jax.jit(function)  # traced once, for its shapes and in the loop
-    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], head))
+    one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((chunk, *a.shape[1:]), a.dtype), arguments)
+    shapes = jax.eval_shape(function, one)  # known for no examples, too
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     def add(total, part):
