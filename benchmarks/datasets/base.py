@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pooch
 
+from benchmarks import BenchmarkError
+
 DATA_DIR_VARIABLE = "KFGN_DATA_DIR"
 CACHE_DIR_VARIABLE = "KFGN_CACHE_DIR"
 
@@ -31,7 +33,7 @@ class Dataset(NamedTuple):
     description: str
 
 
-class DataError(Exception):
+class DataError(BenchmarkError):
     """A data set cannot be had; the message names what, what was found, and the remedy."""
 
 

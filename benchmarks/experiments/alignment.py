@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import kfgn
-from benchmarks import BenchmarkError, datasets
-from benchmarks.harness import experiment
-from benchmarks.harness.arguments import names, positive_int, widths
-from benchmarks.harness.models import Autoencoder, initial_params
-from benchmarks.harness.optimizers import closest
-from benchmarks.harness.plots import COLOURS
+from benchmarks.harness import tasks
+from benchmarks.harness.arguments import (
+    all_seeds,
+    options,
+    positive_int,
+    some_of,
+    wholes,
+    widths,
+)
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import experiment
+from benchmarks.harness.optimizers import SECOND_ORDER, second_order, with_key
+from benchmarks.harness.plots import COLORS
 
-DATA = tuple(name for name in datasets.NAMES if name != "fashion_mnist")
 SOLVER: dict[str, Any] = {"tolerance": 1e-3, "max_iterations": 150}
 # A label, the method, and its options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,102 +62,65 @@ class Row(NamedTuple):
     cosine: float
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Trains, compares on the way, prints the table and writes everything down."""
-    parser = experiment.options("alignment", __doc__, resumable=True)
+    parser = options("alignment", __doc__, resumable=True)
     add = parser.add_argument
-    add("--data", default="mnist", help=f"one of {', '.join(DATA)} (mnist)")
+    add("--data", default="mnist", help="curves, mnist, faces, digits or fashion_mnist (mnist)")
     add("--layers", type=widths, default=(250, 125, 60, 30), help="of the encoder (250,125,60,30)")
-    add("--batches", default="250,500,1000", help="batch sizes (250,500,1000)")
-    add("--trained-by", type=names, default=("kfra", "kfac"), help="kfra,kfac: a training for each")
-    add("--probes", default="0,5,20,50,100,200", help="after these updates (0,5,20,50,100,200)")
+    add("--batches", type=widths, default=(250, 500, 1000), help="batch sizes (250,500,1000)")
+    by, trained = some_of("optimizer", SECOND_ORDER), "a training for each (kfra,kfac)"
+    add("--trained-by", type=by, default=("kfra", "kfac"), help=trained)
+    probes = "after these updates (0,5,20,50,100,200)"
+    add("--probes", type=wholes, default=(0, 5, 20, 50, 100, 200), help=probes)
     add("--seeds", type=positive_int, default=3, help="of parameters and batches (3)")
-    options = parser.parse_args(arguments)
-    probes, sizes = _whole_numbers("--probes", options.probes), widths(options.batches)
-    for name in options.trained_by:
-        if name not in ("kfra", "kfac", "kflr"):
-            raise closest("optimizer", name, ("kfra", "kfac", "kflr"))
-    data = _load(options.data, options.data_dir, max(sizes))
-    model = Autoencoder(data.train.shape[1], options.layers)
-    loss = getattr(kfgn.losses, data.loss)
-    objective = kfgn.Objective(model.apply, loss, l2=1e-5)
-    console, rows = Console(), []
-    trainings = list(itertools.product(options.trained_by, sizes, experiment.all_seeds(options)))
-    training = functools.cache(functools.partial(_Training, objective, model, data.train))
-    what = {"data": options.data, "layers": options.layers, "probes": probes}
-    with (
-        experiment.ledger(options) as ledger,
-        experiment.progress(console, "alignment", len(trainings)) as ticker,
-    ):
+    given = parser.parse_args(arguments)
+    most, rows = max(given.batches), []
+    task = tasks.autoencoder(given.data, given.data_dir, given.layers, most, 1e-5)
+    trainings = list(itertools.product(given.trained_by, given.batches, all_seeds(given)))
+    training = functools.cache(functools.partial(_Training, task))
+    what = {"data": given.data, "layers": given.layers, "probes": given.probes}
+    with experiment("alignment", arguments, given, len(trainings)) as run:
         for name, size, seed in trainings:
 
             def train(name: str = name, size: int = size, seed: int = seed) -> list[Row]:
-                return list(training(name, size).rows(probes, seed))
+                return list(training(name, size).rows(given.probes, seed))
 
             own = {**what, "trained_by": name, "batch": size, "seed": seed}
-            rows += [Row(*row) for row in ledger.measure(own, train)]
-            ticker.step(f"{name}, batch {size}, seed {seed}")
-        settings = {**experiment.settings(options), "conjugate gradients": SOLVER, "l2": 1e-5}
+            rows += [Row(*row) for row in run.measure(own, train)]
+            run.tick(f"{name}, batch {size}, seed {seed}")
+        said = {"conjugate gradients": SOLVER, "l2": 1e-5}
         measured = [row._asdict() for row in rows]
-        tables = [_table(rows, sizes), _by_layer(rows, max(sizes))]
-        experiment.record(options.out, "alignment", arguments, settings, measured, tables, console)
-    _plot(options.out / "alignment.png", rows, max(sizes), options.data)
-    return 0
-
-
-def _whole_numbers(option: str, text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise BenchmarkError(f"argument {option}: expected whole numbers, found {text!r}")
-    return sorted({int(part) for part in parts})
-
-
-def _load(name: str, folder: Path | None, at_least: int) -> Any:
-    if name not in DATA:
-        raise closest("data set", name, DATA)
-    try:
-        data = datasets.load(name, data_dir=folder)
-    except datasets.DataError as error:
-        raise BenchmarkError(str(error)) from error
-    if len(data.train) < at_least:
-        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
-    return data
+        tables = [_table(rows, given.batches), _by_layer(rows, most)]
+        run.record(measured, tables, {"alignment": _plot(rows, most, given.data)}, said)
 
 
 class _Training:
     """Trainings by one method with one batch size; other seeds compile nothing."""
 
-    def __init__(self, objective: kfgn.Objective, model: Any, images: Any, name: str, size: int):
-        self.model, self.images, self.name, self.size = model, images, name, size
-        first = jnp.asarray(images[:size])
-        example = initial_params(model, 0), (first, first)
-        self.optimizer = getattr(kfgn, name)(objective, *example)
-        curvature_of = kfgn.value_grad_and_curvature(objective, name)
-
-        @jax.jit
-        def step(params, state, inputs, key):
-            extra = {"key": key} if name == "kfac" else {}
-            (_, grads), curvature = curvature_of(params, (inputs, inputs), **extra)
-            updates, state = self.optimizer.update(grads, state, params, curvature=curvature)
-            return optax.apply_updates(params, updates), state
-
-        self.step = step
-        self.compare = jax.jit(_comparison(objective, kfgn.layers.find_blocks(objective, *example)))
+    def __init__(self, task: tasks.Task, name: str, size: int) -> None:
+        self.task, self.name, self.size = task, name, size
+        first = jnp.asarray(task.images[:size])
+        example = task.start(0), (first, first)
+        self.optimizer = second_order(name, task.objective, *example, {})
+        self.step = jax.jit(self.optimizer.step)
+        blocks = kfgn.layers.find_blocks(task.objective, *example)
+        self.compare = jax.jit(_comparison(task.objective, blocks))
 
     def rows(self, probes: Sequence[int], seed: int) -> Iterator[Row]:
         """Trains from one start, and yields the rows of every probe."""
-        params = initial_params(self.model, seed)
+        params, images = self.task.start(seed), self.task.images
         order, state = np.random.default_rng(seed), self.optimizer.init(params)
         for update in range(probes[-1] + 1):
-            inputs = jnp.asarray(self.images[order.permutation(len(self.images))[: self.size]])
-            key = jax.random.fold_in(jax.random.key(seed), update)
+            inputs = jnp.asarray(images[order.permutation(len(images))[: self.size]])
+            batch, key = (inputs, inputs), jax.random.fold_in(jax.random.key(seed), update)
             if update in probes:
                 damping = optax.tree_utils.tree_get(state, "factor_damping")
-                found = jax.device_get(self.compare(params, (inputs, inputs), damping, key))
+                found = jax.device_get(self.compare(params, batch, damping, key))
                 for which, cosine in found.items():
                     own = self.name, seed, self.size, update, float(damping)
                     yield Row._make((*own, *which, float(cosine)))
-            params, state = self.step(params, state, inputs, key)
+            params, state, _ = self.step(params, state, batch, key)
 
 
 def _comparison(objective: kfgn.Objective, layers: kfgn.layers.LayerBlocks) -> Callable:
@@ -172,9 +139,7 @@ def _comparison(objective: kfgn.Objective, layers: kfgn.layers.LayerBlocks) -> C
         full = kfgn.solvers.conjugate_gradient(damped, gradient, start=block, **SOLVER).x
         found = {("block-diagonal GN", "exact", WHOLE, "full"): _cosine(block, full)}
         for label, (method, chosen) in METHODS.items():
-            curvature_of = kfgn.value_grad_and_curvature(objective, method, **chosen)
-            extra = {"key": key} if method == "kfac" else {}
-            _, curvature = curvature_of(params, batch, **extra)
+            _, curvature = with_key(objective, method, **chosen)(params, batch, key)
             for inverse in ("factored", "eigen"):
                 scale = kfgn.transforms.scale_by_kronecker(
                     layers, damping + objective.l2, decay=None, inverse=inverse
@@ -226,7 +191,7 @@ def _table(rows: list[Row], sizes: Sequence[int]) -> Table:
                     for reference in ("block", "full")
                 ]
                 lines.append([name, size, method, inverse, *cells])
-    return experiment.table("Cosine with the exact direction, mean over training", columns, lines)
+    return table("Cosine with the exact direction, mean over training", columns, lines)
 
 
 def _by_layer(rows: list[Row], size: int) -> Table:
@@ -238,10 +203,10 @@ def _by_layer(rows: list[Row], size: int) -> Table:
         for label in METHODS
     ]  # fmt: skip
     title = f"Cosine with the layer's exact direction, batch {size}, exact damped inverse"
-    return experiment.table(title, ["method", *layers], lines)
+    return table(title, ["method", *layers], lines)
 
 
-def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
+def _plot(rows: list[Row], size: int, data: str) -> Figure:
     """The whole update against both exact ones, for every training and inverse."""
     trainings = list(dict.fromkeys(r.trained_by for r in rows))
     figure = Figure(figsize=(11, 3.6 * len(trainings)), layout="constrained")
@@ -261,7 +226,7 @@ def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
                         updates, cosines, label=f"{method}, {inverse}", marker=".",
                         linestyle={"factored": "--"}.get(inverse, "-"),
                         color={"kfac, 10 samples": "tab:cyan"}.get(
-                            method, COLOURS.get(method, "black")
+                            method, COLORS.get(method, "black")
                         ),
                     )  # fmt: skip
             axes.set_title(f"trained by {name}: cosine with the {reference} GN direction")
@@ -270,4 +235,4 @@ def _plot(path: Path, rows: list[Row], size: int, data: str) -> None:
     grid[0, 0].legend(fontsize="small")
     grid[0, 1].legend(fontsize="small")
     figure.suptitle(f"Autoencoder on {data}, batch {size}: means over seeds")
-    figure.savefig(path, dpi=130)
+    return figure

@@ -10,20 +10,21 @@ that difference over the upper half of each sweep.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.table import Table
 
 import kfgn
-from benchmarks.harness import experiment
-from benchmarks.harness.arguments import positive_int
+from benchmarks.harness.arguments import options, positive_int
+from benchmarks.harness.display import figure, table
+from benchmarks.harness.experiment import experiment
+from benchmarks.harness.models import chain, chain_params
+from benchmarks.harness.optimizers import with_key
+from benchmarks.harness.plots import COLORS
 from benchmarks.harness.timing import timed
 
 LAYERS = 4
@@ -60,50 +61,36 @@ class Row(NamedTuple):
         return (self.seconds - self.gradient_seconds) / self.gradient_seconds
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Times every sweep, fits the exponents, prints the table and writes everything down."""
-    parser = experiment.options("cost", __doc__, data=False, resumable=True)
+    parser = options("cost", __doc__, data=False, resumable=True)
     add = parser.add_argument
     add("--repeats", type=positive_int, default=7, help="calls whose median counts (7)")
     add("--largest", type=positive_int, default=10**6, help="leave out larger values of a sweep")
-    options = parser.parse_args(arguments)
-    console, rows = Console(), []
-    sweeps = {n: [v for v in values if v <= options.largest] for n, values in SWEEPS.items()}
-    given = {"repeats": options.repeats, "seed": options.seed}
-    with (
-        experiment.ledger(options) as ledger,
-        experiment.progress(console, "cost", sum(map(len, sweeps.values()))) as ticker,
-    ):
+    given, rows = parser.parse_args(arguments), []
+    sweeps = {n: [v for v in values if v <= given.largest] for n, values in SWEEPS.items()}
+    own = {"repeats": given.repeats, "seed": given.seed}
+    with experiment("cost", arguments, given, sum(map(len, sweeps.values()))) as run:
         for swept, values in sweeps.items():
             for value in values:
-                found = ledger.measure(
-                    {**given, "swept": swept, "value": value},
-                    functools.partial(_measure, swept, value, **given),
-                )
+                measure = functools.partial(_measure, swept, value, **own)
+                found = run.measure({**own, "swept": swept, "value": value}, measure)
                 rows += [Row(*row) for row in found]
-                ticker.step(f"{swept} = {value}")
+                run.tick(f"{swept} = {value}")
         fits = {f"{m} {s}": _exponent(rows, m, s) for m in METHODS for s in sweeps}
-        settings = {"layers": LAYERS, "base": BASE, **given}
         measured = {"rows": [row._asdict() for row in rows], "exponents": fits}
         tables = [_costs(rows, sweeps), _exponents(fits)]
-        experiment.record(options.out, "cost", arguments, settings, measured, tables, console)
-    _plot(options.out / "cost.png", rows)
-    return 0
+        said = {"layers": LAYERS, "base": BASE}
+        run.record(measured, tables, {"cost": _plot(rows)}, said)
 
 
 def _measure(swept: str, value: int, repeats: int, seed: int) -> list[Row]:
     n, d, k, s = ({**BASE, swept: value}[name] for name in "NDKS")
-    sizes = [d] * LAYERS + [k]
-    keys = jax.random.split(jax.random.key(seed), LAYERS + 1)
-    initial = jax.nn.initializers.glorot_uniform()
-    params = {f"layer_{i}": {"kernel": initial(keys[i], (a, b)), "bias": jnp.zeros(b)}
-              for i, (a, b) in enumerate(itertools.pairwise(sizes))}  # fmt: skip
-    batch = (
-        jax.random.uniform(keys[-1], (n, d)),
-        jax.random.randint(keys[-1], (n,), 0, k),
-    )
+    params = chain_params([d] * LAYERS + [k], seed)
+    key = jax.random.split(jax.random.key(seed), LAYERS + 1)[-1]
+    batch = jax.random.uniform(key, (n, d)), jax.random.randint(key, (n,), 0, k)
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
-    objective = kfgn.Objective(_model, loss)
+    objective = kfgn.Objective(chain(), loss)
     gradient = timed(jax.value_and_grad(objective), params, batch, repeats=repeats).median
     rows = []
     for method in METHODS if swept != "S" else ("kfac",):
@@ -112,19 +99,11 @@ def _measure(swept: str, value: int, repeats: int, seed: int) -> list[Row]:
     return rows
 
 
-def _model(params: Any, x: jax.Array) -> jax.Array:
-    for i in range(LAYERS):
-        x = x @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"]
-        x = jnp.tanh(x) if i < LAYERS - 1 else x
-    return x
+def _factors(objective: kfgn.Objective, method: str, samples: int) -> Callable[..., Any]:
+    curvature_of = with_key(objective, method, samples=samples)
 
-
-def _factors(objective: kfgn.Objective, method: str, samples: int) -> Callable:
-    curvature_of = kfgn.value_grad_and_curvature(objective, method, samples=samples)
-
-    def call(params, batch):
-        extra = {"key": jax.random.key(0)} if method == "kfac" else {}
-        (value, grads), curvature = curvature_of(params, batch, **extra)
+    def call(params: Any, batch: Any) -> Any:
+        (value, grads), curvature = curvature_of(params, batch, jax.random.key(0))
         return value, grads, curvature.factors
 
     return call
@@ -141,7 +120,7 @@ def _exponent(rows: list[Row], method: str, swept: str) -> float | None:
     return float(np.polyfit(np.log(values), np.log(seconds), 1)[0])
 
 
-def _costs(rows: list[Row], sweeps: dict[str, list[int]]) -> Any:
+def _costs(rows: list[Row], sweeps: dict[str, list[int]]) -> Table:
     lines = []
     for swept, values in sweeps.items():
         for value in values:
@@ -149,33 +128,29 @@ def _costs(rows: list[Row], sweeps: dict[str, list[int]]) -> Any:
             cells = [f"{found[m].excess:.2f}" if m in found else None for m in METHODS]
             lines.append([f"{swept} = {value}", *cells])
     title = "Added to value and gradient by the factors, in units of these"
-    return experiment.table(title, ["", "KFRA", "KFLR", "KFAC"], lines)
+    return table(title, ["", "KFRA", "KFLR", "KFAC"], lines)
 
 
-def _exponents(fits: dict[str, float | None]) -> Any:
+def _exponents(fits: dict[str, float | None]) -> Table:
     lines = []
     for (method, swept), expected in EXPECTED.items():
         fit = fits.get(f"{method} {swept}")
         if swept != "S" or method == "kfac":
-            cell = "-" if fit is None else f"{fit:.2f}"
-            lines.append([f"{method}, {swept}", cell, expected])
-    return experiment.table("Exponents", ["", "fitted", "by the counts, in the limit"], lines)
+            lines.append([f"{method}, {swept}", figure(fit, ".2f"), expected])
+    return table("Exponents", ["", "fitted", "by the counts, in the limit"], lines)
 
 
-def _plot(path: Path, rows: list[Row]) -> None:
+def _plot(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(14, 3.8), layout="constrained")
-    colors = {"kfra": "tab:red", "kflr": "tab:purple", "kfac": "tab:blue"}
     for axes, swept in zip(figure.subplots(1, len(SWEEPS)), SWEEPS, strict=True):
         for method in METHODS:
             chosen = [r for r in rows if (r.method, r.swept) == (method, swept)]
             seconds = [r.seconds - r.gradient_seconds for r in chosen]
-            axes.plot([r.value for r in chosen], seconds, "o-", color=colors[method], label=method)
+            axes.plot([r.value for r in chosen], seconds, "o-", color=COLORS[method], label=method)
         gradients = {r.value: r.gradient_seconds for r in rows if r.swept == swept}
         axes.plot(list(gradients), list(gradients.values()), "k:", label="value and gradient")
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel(swept)
+        axes.set(xscale="log", yscale="log", xlabel=swept)
         axes.grid(True, which="both", alpha=0.25)
         axes.legend(fontsize="small")
     figure.supylabel("seconds")
-    figure.savefig(path, dpi=130)
+    return figure

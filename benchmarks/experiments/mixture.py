@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,28 +20,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.table import Table
 
 import kfgn
-from benchmarks import BenchmarkError
-from benchmarks.datasets import DataError, load
-from benchmarks.harness import experiment, race
-from benchmarks.harness.arguments import names, number, parts, positive_int, widths
-from benchmarks.harness.optimizers import (
-    Optimizer,
-    closest,
-    first_order,
-    second_order,
-    with_curvature,
+from benchmarks.harness import race, tasks
+from benchmarks.harness.arguments import (
+    all_seeds,
+    number,
+    one_of,
+    options,
+    positive_int,
+    some_of,
+    up_to,
+    widths,
 )
-from benchmarks.harness.plots import COLOURS
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import experiment
+from benchmarks.harness.models import chain, chain_params
+from benchmarks.harness.optimizers import Optimizer, first_order, second_order, with_curvature
+from benchmarks.harness.plots import COLORS, against, curve
 
 EXPONENTS = (7, 8, 9, 10, 11, 12)  # k of Adam's rates 2^-k
 PERIODS = (1.0, 0.25)  # the rate halves after so much of the updates; 1 leaves it as it is
 SECOND_ORDER = ("kfra", "kflr", "kfac")
 # The paper's has no momentum, and averages parameters; for the last, see `_fixed`.
 PRESETS = ("default", "paper", "fixed")
-EVALUATED = 10_000  # training images
 EVALUATIONS = 40  # of every training
 GOALS = (0.1, 0.01, 1e-4)  # losses
 INDEFINITE = "examples with an indefinite output Hessian"
@@ -69,62 +71,50 @@ def _sample(key, outputs):
 MIXTURE = kfgn.losses.from_function(_loss, sample=_sample)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Trains all optimizers, prints the table and writes everything down."""
-    options, console = _parse(arguments), Console()
-    data = _odd(options.data, options.data_dir, options.batch_size)
-    trainer = _Trainer(data, options)
-    first, *others = experiment.all_seeds(options)
-    second = len(options.methods) * len(options.presets)
+    given = _parse(arguments)
+    trainer = _Trainer(given)
+    first, *others = all_seeds(given)
+    second = len(given.methods) * len(given.presets)
     total = len(trainer.contestants) + len(others) * (second + 1)
     runs: dict[str, list[Run]] = {}
-    with (
-        experiment.ledger(options) as ledger,
-        experiment.progress(console, "mixture", total) as ticker,
-    ):
+    with experiment("mixture", arguments, given, total) as run:
 
         def train(name: str, seed: int) -> None:
-            found = ledger.measure(
-                {**trainer.identity, "name": name, "seed": seed}, lambda: trainer.run(name, seed)
-            )
+            what = {**trainer.identity, "name": name, "seed": seed}
+            found = run.measure(what, functools.partial(trainer.run, name, seed))
             runs.setdefault(name, []).append(Run(race.points(found[0]), found[1]))
-            ticker.step(f"{name}: {runs[name][-1].end:.2e}")
+            run.tick(f"{name}: {runs[name][-1].end:.2e}")
 
         for name in trainer.contestants:
             for seed in (first,) if name.startswith("adam") else (first, *others):
                 train(name, seed)
         for seed in others:
             train(_best_adam(runs), seed)
-        said = experiment.settings(options)
-        said[f"{INDEFINITE} at the start"] = trainer.indefinite(trainer.start(first))
+        said = {f"{INDEFINITE} at the start": trainer.indefinite(trainer.start(first))}
         measured = {name: [run._asdict() for run in found] for name, found in runs.items()}
-        tables = _tables(runs)
-        experiment.record(options.out, "mixture", arguments, said, measured, tables, console)
-    _plot(options.out / "losses.png", runs)
-    return 0
+        run.record(measured, _tables(runs), {"losses": _plot(runs)}, said)
 
 
-def _parse(arguments: Sequence[str] | None) -> Any:
-    parser = experiment.options("mixture", __doc__, resumable=True)
+def _parse(arguments: Sequence[str]) -> Any:
+    parser = options("mixture", __doc__, resumable=True)
     add = parser.add_argument
-    add("--data", default="mnist", help="mnist or digits (mnist)")
+    known = one_of("data set of digits", ("mnist", "digits"))
+    add("--data", type=known, default="mnist", help="mnist or digits (mnist)")
     add("--layers", type=widths, default=(1000, 500, 250, 30), help="(1000,500,250,30)")
     add("--updates", type=positive_int, default=200, help="of the second-order methods (200)")
     add("--adam-updates", type=positive_int, default=800, help="(800)")
     add("--exponents", type=widths, default=EXPONENTS, help="k of Adam's rates 2^-k (7,...,12)")
     periods = "parts of its updates to halve after (1,0.25)"
-    add("--periods", type=parts, default=PERIODS, help=periods)
-    add("--methods", type=names, default=SECOND_ORDER, help="of second order (kfra,kflr,kfac)")
-    add("--presets", type=names, default=PRESETS, help="of theirs (default,paper,fixed)")
+    add("--periods", type=up_to(1), default=PERIODS, help=periods)
+    methods, presets = some_of("method", SECOND_ORDER), some_of("preset", PRESETS)
+    add("--methods", type=methods, default=SECOND_ORDER, help="of second order (kfra,kflr,kfac)")
+    add("--presets", type=presets, default=PRESETS, help="of theirs (default,paper,fixed)")
     add("--seeds", type=positive_int, default=2, help="of second order and the best Adam (2)")
     add("--batch-size", type=positive_int, default=1000, help="(1000)")
     add("--l2", type=number, default=1e-5, help="weight of the penalty (1e-5)")
-    options = parser.parse_args(arguments)
-    for kind, known in (("method", SECOND_ORDER), ("preset", PRESETS)):
-        for name in getattr(options, f"{kind}s"):
-            if name not in known:
-                raise closest(kind, name, known)
-    return options
+    return parser.parse_args(arguments)
 
 
 class Run(NamedTuple):
@@ -142,17 +132,23 @@ class Run(NamedTuple):
 class _Trainer:
     """The contestants, and what they train on."""
 
-    def __init__(self, data: tuple[np.ndarray, np.ndarray], options: Any) -> None:
-        self.data, self.batch_size = data, options.batch_size
-        sizes = data[0].shape[1], *options.layers, 3
-        self.start = functools.cache(lambda seed: _network(sizes, seed))
-        held = jnp.asarray(data[0][:EVALUATED]), jnp.asarray(data[1][:EVALUATED])
-        objective = kfgn.Objective(_model, MIXTURE, l2=options.l2)
+    def __init__(self, given: Any) -> None:
+        found = tasks.images(given.data, given.data_dir, given.batch_size)
+        assert found.train_labels is not None
+        self.data = found.train, (found.train_labels % 2).astype(np.float32)  # even or odd
+        self.batch_size = given.batch_size
+        sizes = found.train.shape[1], *given.layers, 3
+        # A linear code layer, as in the autoencoders' encoder.
+        model = chain(linear=(len(given.layers),))
+        self.start = functools.cache(functools.partial(chain_params, sizes))
+        inputs, targets = (jnp.asarray(a[: tasks.EVALUATED]) for a in self.data)
+        held = inputs, targets
+        objective = kfgn.Objective(model, MIXTURE, l2=given.l2)
         self.evaluate = jax.jit(lambda params: objective.mean_loss(params, held))
-        self._indefinite = jax.jit(lambda params: _indefinite(params, held))
-        self.contestants = _contestants(objective, self.start(options.seed), held, options)
+        self._indefinite = jax.jit(lambda params: _indefinite(model(params, inputs), targets))
+        self.contestants = _contestants(objective, self.start(given.seed), held, given)
         own = "data", "layers", "updates", "adam_updates", "batch_size", "l2"
-        self.identity = {key: getattr(options, key) for key in own}
+        self.identity = {key: getattr(given, key) for key in own}
 
     def run(self, name: str, seed: int) -> Run:
         """Trains one of them from one start."""
@@ -169,62 +165,27 @@ class _Trainer:
         return float(self._indefinite(params))
 
 
-def _odd(name: str, folder: Path | None, at_least: int) -> tuple[np.ndarray, np.ndarray]:
-    if name not in ("mnist", "digits"):
-        raise BenchmarkError(f"argument --data: expected mnist or digits, found {name!r}")
-    try:
-        data = load(name, data_dir=folder)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    if len(data.train) < at_least:
-        raise BenchmarkError(f"{name} has {len(data.train)} images, fewer than a batch: {at_least}")
-    labels = data.train_labels
-    assert labels is not None
-    return data.train, (labels % 2).astype(np.float32)
-
-
-def _network(sizes: Sequence[int], seed: int) -> Any:
-    initial = jax.nn.initializers.glorot_uniform()
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    return {
-        f"layer_{i}": {
-            "kernel": initial(keys[i], sizes[i : i + 2]),
-            "bias": jnp.zeros(sizes[i + 1]),
-        }
-        for i in range(len(sizes) - 1)
-    }
-
-
-def _model(params: Any, x: jax.Array) -> jax.Array:
-    """tanh, with a linear code layer as in the autoencoders' encoder."""
-    last = len(params) - 1
-    for i in range(last + 1):
-        x = x @ params[f"layer_{i}"]["kernel"] + params[f"layer_{i}"]["bias"]
-        x = x if i >= last - 1 else jnp.tanh(x)
-    return x
-
-
-def _contestants(objective, params: Any, batch: Any, options: Any) -> dict[str, Any]:
+def _contestants(objective: Any, params: Any, batch: Any, given: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for preset in options.presets:
-        for name in options.methods:
+    for preset in given.presets:
+        for name in given.methods:
             label = name if preset == "default" else f"{name}, {preset}"
             if preset == "fixed":
-                made = _fixed(name, objective, params, batch, options.updates)
+                made = _fixed(name, objective, params, batch, given.updates)
             else:
                 settings = kfgn.transforms.PRESETS.get(preset, {})
                 made = second_order(name, objective, params, batch, settings)
-            found[label] = made, options.updates
-    for exponent in options.exponents:
-        for part in options.periods:
-            period = None if part == 1 else max(1, int(part * options.adam_updates))
+            found[label] = made, given.updates
+    for exponent in given.exponents:
+        for part in given.periods:
+            period = None if part == 1 else max(1, int(part * given.adam_updates))
             name = f"adam 2^-{exponent}" + ("" if part == 1 else f", halved each {part:g}")
             adam = first_order("adam", objective, 2.0**-exponent, period)
-            found[name] = adam, options.adam_updates
+            found[name] = adam, given.adam_updates
     return found
 
 
-def _fixed(name: str, objective, params: Any, batch: Any, updates: int) -> Optimizer:
+def _fixed(name: str, objective: Any, params: Any, batch: Any, updates: int) -> Optimizer:
     """Fixed damping, heavy-ball momentum, and a rate that goes to zero: no quadratic model."""
     blocks = kfgn.layers.find_blocks(objective, params, batch)
     made = optax.chain(
@@ -237,10 +198,9 @@ def _fixed(name: str, objective, params: Any, batch: Any, updates: int) -> Optim
     return with_curvature(name, objective, made)
 
 
-def _indefinite(params: Any, batch: Any) -> jax.Array:
+def _indefinite(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """The part of examples whose output Hessian has a negative eigenvalue, beyond roundoff."""
-    hessians = jax.vmap(MIXTURE.hessian)(_model(params, batch[0]), batch[1])
-    values = jnp.linalg.eigvalsh(hessians)
+    values = jnp.linalg.eigvalsh(jax.vmap(MIXTURE.hessian)(outputs, targets))
     return jnp.mean(values[:, 0] < -1e-5 * jnp.max(jnp.abs(values), axis=1))
 
 
@@ -249,7 +209,7 @@ def _best_adam(runs: dict[str, list[Run]]) -> str:
     return min((found[0].end, name) for name, found in runs.items() if name.startswith("adam"))[1]
 
 
-def _tables(runs: dict[str, list[Run]]) -> list[Any]:
+def _tables(runs: dict[str, list[Run]]) -> list[Table]:
     """The losses, and how soon some were reached."""
     best, losses, goals = _best_adam(runs), [], []
     for name, (run, *others) in runs.items():
@@ -265,27 +225,18 @@ def _tables(runs: dict[str, list[Run]]) -> list[Any]:
     columns = ["optimizer", "updates", "seconds", "loss", "least", "other seeds"]
     reaching = ["optimizer", *(f"to {g:g}" for g in GOALS), "indefinite at the end"]
     return [
-        experiment.table(title, columns, losses),
-        experiment.table("Updates and seconds to a loss", reaching, goals),
+        table(title, columns, losses),
+        table("Updates and seconds to a loss", reaching, goals),
     ]
 
 
-def _plot(path: Path, runs: dict[str, list[Run]]) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    by_update, by_time = figure.subplots(1, 2, sharey=True)
+def _plot(runs: dict[str, list[Run]]) -> Figure:
     first_adam = next(name for name in runs if name.startswith("adam"))
-    for name, ((points, _), *_) in runs.items():
+    curves = []
+    for name, (run, *_) in runs.items():
         adam, preset = name.startswith("adam"), name.partition(", ")[2]
-        style: dict[str, Any] = {"color": COLOURS[name[:4]], "alpha": 0.4 if adam else 1.0}
+        style: dict[str, Any] = {"color": COLORS[name[:4]], "alpha": 0.4 if adam else 1.0}
         style["linestyle"] = {"paper": "--", "fixed": ":"}.get(preset, "-")
-        for axes, field in ((by_update, "update"), (by_time, "seconds")):
-            values = [getattr(p, field) for p in points]
-            label = None if adam and name != first_adam else "adam" if adam else name
-            axes.plot(values, [p.loss for p in points], label=label, **style)
-    for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
-        axes.set_yscale("log")
-        axes.set_xlabel(label)
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend()
-    by_update.set_ylabel("training loss per example")
-    figure.savefig(path, dpi=130)
+        label = None if adam and name != first_adam else "adam" if adam else name
+        curves.append(curve(label, run.points, **style))
+    return against(curves)[0]

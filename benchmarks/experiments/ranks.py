@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.table import Table
 
 import kfgn
 from benchmarks.datasets import load
-from benchmarks.harness import experiment
-from benchmarks.harness.arguments import widths
-from benchmarks.harness.ledger import Ledger
+from benchmarks.harness.arguments import options, widths
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import Experiment, experiment
+from benchmarks.harness.models import chain, chain_params, hidden_values
+from benchmarks.harness.optimizers import trained, with_gradient
 
 LOSSES: dict[str, tuple[kfgn.losses.Loss, int, int]] = {  # loss, outputs, rank of its Hessian
     "softmax cross-entropy": (kfgn.losses.softmax_cross_entropy_with_integer_labels, 10, 9),
@@ -59,63 +60,42 @@ class Dead(NamedTuple):
     rank: int  # of the whole Gauss-Newton matrix
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Measures ranks, prints the tables and writes everything down."""
-    parser = experiment.options("ranks", __doc__, data=False, resumable=True)
-    parser.add_argument("--layers", type=widths, default=(24, 16), help="hidden widths (24,16)")
-    parser.add_argument("--examples", type=widths, default=(1, 2, 5, 10, 25, 50, 100, 200))
-    parser.add_argument("--depths", type=widths, default=(2, 6, 12), help="hidden layers (2,6,12)")
-    options = parser.parse_args(arguments)
-    console = Console()
-    # Ranks are numerical: singular values beside roundoff, which float64 sets far apart.
-    with experiment.ledger(options) as ledger:
+    parser = options("ranks", __doc__, data=False, resumable=True)
+    add = parser.add_argument
+    add("--layers", type=widths, default=(24, 16), help="hidden widths (24,16)")
+    add("--examples", type=widths, default=(1, 2, 5, 10, 25, 50, 100, 200), help="(1,...,200)")
+    add("--depths", type=widths, default=(2, 6, 12), help="hidden layers (2,6,12)")
+    given = parser.parse_args(arguments)
+    with experiment("ranks", arguments, given) as run:
+        # Ranks are numerical: singular values beside roundoff, which float64 sets far apart.
         with jax.enable_x64(True):
-            rows = _ranks(console, ledger, options.layers, options.examples, options.seed)
-            dead = _dead(console, ledger, options.depths, options.seed)
-        _write_down(rows, dead, options, arguments, console)
-    _plot(options.out / "ranks.png", rows)
-    return 0
+            rows = _ranks(run, given.layers, given.examples, given.seed)
+            dead = _dead(run, given.depths, given.seed)
+        measured = {"ranks": [r._asdict() for r in rows], "dead": [d._asdict() for d in dead]}
+        run.record(measured, _tables(rows, dead), {"ranks": _plot(rows)}, {"data": "digits"})
 
 
-def _write_down(
-    rows: list[Row], dead: list[Dead], options: Any, arguments: Sequence[str] | None,
-    console: Console,
-) -> None:  # fmt: skip
-    settings = {"layers": list(options.layers), "data": "digits", "seed": options.seed}
-    measured = {"ranks": [r._asdict() for r in rows], "dead": [d._asdict() for d in dead]}
-    tables = [
-        experiment.table(
+def _tables(rows: list[Row], dead: list[Dead]) -> list[Table]:
+    return [
+        table(
             "Rank of a batch's matrix: Gauss-Newton, bound N rank(H_L); Fisher, bound N S",
             ["loss", "matrix", "examples", "rank", "bound"],
             [[r.loss, f"Fisher, S = {r.samples}" if r.samples else "Gauss-Newton", r.examples,
               r.rank, r.bound] for r in rows],
         ),
-        experiment.table(
+        table(
             "Dead units (32 per layer, 64 examples, softmax cross-entropy)",
             ["activation", "depth", "Adam steps", "dead units", "rank, layer 1 of 32", "rank, all"],
             [[d.activation, d.depth, d.trained, f"{d.units:.0%}", d.first_rank, d.rank]
              for d in dead],
         ),
     ]  # fmt: skip
-    experiment.record(options.out, "ranks", arguments, settings, measured, tables, console)
 
 
 def _network(sizes: Sequence[int], seed: int) -> Any:
-    initial = jax.nn.initializers.he_normal()
-    keys = jax.random.split(jax.random.key(seed), len(sizes))
-    return [
-        {"kernel": initial(key, (a, b), jnp.float64), "bias": jnp.zeros(b, jnp.float64)}
-        for key, a, b in zip(keys, sizes, sizes[1:], strict=False)
-    ]
-
-
-def _model(activation: Callable) -> Callable:
-    def model(params, x):
-        for layer in params[:-1]:
-            x = activation(x @ layer["kernel"] + layer["bias"])
-        return x @ params[-1]["kernel"] + params[-1]["bias"]
-
-    return model
+    return chain_params(sizes, seed, jax.nn.initializers.he_normal(), jnp.float64)
 
 
 def _batch(count: int, outputs: int) -> tuple[jax.Array, jax.Array]:
@@ -126,13 +106,11 @@ def _batch(count: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     return images, (labels[:, None] % 2).astype(jnp.float64) if outputs == 1 else labels
 
 
-def _ranks(
-    console: Console, ledger: Ledger, hidden: Sequence[int], examples: Sequence[int], seed: int
-) -> list[Row]:
+def _ranks(run: Experiment, hidden: Sequence[int], examples: Sequence[int], seed: int) -> list[Row]:
     rows = []
-    with experiment.progress(console, "ranks", len(LOSSES) * len(examples)) as ticker:
+    with run.progress("ranks", len(LOSSES) * len(examples)) as ticker:
         for name, count in itertools.product(LOSSES, examples):
-            found = ledger.measure(
+            found = run.measure(
                 {"loss": name, "examples": count, "layers": hidden, "seed": seed},
                 functools.partial(_with_examples, name, count, hidden, seed),
             )
@@ -144,7 +122,7 @@ def _ranks(
 def _with_examples(name: str, count: int, hidden: Sequence[int], seed: int) -> list[Row]:
     loss, outputs, output_rank = LOSSES[name]
     params = _network([64, *hidden, outputs], seed)
-    objective = kfgn.Objective(_model(jnp.tanh), loss)
+    objective = kfgn.Objective(chain(), loss)
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     inputs, targets = _batch(count, outputs)
     if name == "squared error":
@@ -157,7 +135,7 @@ def _with_examples(name: str, count: int, hidden: Sequence[int], seed: int) -> l
     return rows
 
 
-def _fisher_rank(objective, params: Any, inputs: jax.Array, samples: int, seed: int) -> int:
+def _fisher_rank(objective: Any, params: Any, inputs: jax.Array, samples: int, seed: int) -> int:
     """Of the gradients at targets that the model draws, `[N S, P]`."""
 
     def gradient(example, key):
@@ -172,11 +150,11 @@ def _fisher_rank(objective, params: Any, inputs: jax.Array, samples: int, seed: 
     return int(np.linalg.matrix_rank(rows.reshape(len(inputs) * samples, -1)))
 
 
-def _dead(console: Console, ledger: Ledger, depths: Sequence[int], seed: int) -> list[Dead]:
+def _dead(run: Experiment, depths: Sequence[int], seed: int) -> list[Dead]:
     found = []
-    with experiment.progress(console, "dead units", 2 * len(ACTIVATIONS) * len(depths)) as ticker:
+    with run.progress("dead units", 2 * len(ACTIVATIONS) * len(depths)) as ticker:
         for name, depth, steps in itertools.product(ACTIVATIONS, depths, (0, 300)):
-            one = ledger.measure(
+            one = run.measure(
                 {"activation": name, "depth": depth, "steps": steps, "seed": seed},
                 functools.partial(_with_depth, name, depth, steps, seed),
             )
@@ -188,34 +166,21 @@ def _dead(console: Console, ledger: Ledger, depths: Sequence[int], seed: int) ->
 def _with_depth(name: str, depth: int, steps: int, seed: int) -> Dead:
     activation = ACTIVATIONS[name]
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
-    objective = kfgn.Objective(_model(activation), loss)
+    objective = kfgn.Objective(chain(activation), loss)
     batch = _batch(64, 10)
-    params = _trained(objective, _network([64] + [32] * depth + [10], seed), batch, steps)
-    blocks = jax.jit(functools.partial(kfgn.gauss_newton(objective).pre_activation, reduce="mean"))(
-        params, batch
-    )
-    x, dead = batch[0], []
-    for layer in params[:-1]:
-        x = activation(x @ layer["kernel"] + layer["bias"])
-        dead.append(np.all(np.asarray(x) <= 0, axis=0) if name == "relu" else np.zeros(1))
-    rank = int(jax.jit(kfgn.gauss_newton(objective).rank)(params, batch))
-    first = int(np.linalg.matrix_rank(np.asarray(blocks["0"]), hermitian=True))
-    return Dead(name, depth, steps, float(np.mean(dead)), first, rank)
+    adam = with_gradient("adam", objective, optax.adam(1e-2))
+    params = trained(adam, _network([64] + [32] * depth + [10], seed), lambda k: batch, steps)
+    matrix = kfgn.gauss_newton(objective)
+    mean = functools.partial(matrix.pre_activation, reduce="mean")
+    first = jax.jit(lambda p: mean(p, batch)["layer 1"])(params)
+    *hidden, _ = hidden_values(params, batch[0], activation)
+    dead = [np.all(np.asarray(x) <= 0, axis=0) & (name == "relu") for x in hidden]
+    rank = int(jax.jit(matrix.rank)(params, batch))
+    first_rank = int(np.linalg.matrix_rank(np.asarray(first), hermitian=True))
+    return Dead(name, depth, steps, float(np.mean(dead)), first_rank, rank)
 
 
-def _trained(objective, params: Any, batch: Any, steps: int) -> Any:
-    optimizer = optax.adam(1e-2)
-
-    def step(carry, _):
-        params, state = carry
-        updates, state = optimizer.update(jax.grad(objective)(params, batch), state)
-        return (optax.apply_updates(params, updates), state), None
-
-    start = (params, optimizer.init(params))
-    return jax.jit(lambda s: jax.lax.scan(step, s, length=steps)[0])(start)[0]
-
-
-def _plot(path: Path, rows: list[Row]) -> None:
+def _plot(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(13, 4), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(LOSSES)), LOSSES, strict=True):
         for samples, color in ((0, "tab:red"), (1, "tab:blue"), (3, "tab:cyan")):
@@ -224,10 +189,8 @@ def _plot(path: Path, rows: list[Row]) -> None:
             label = f"Fisher, {samples} samples" if samples else "Gauss-Newton"
             axes.plot(examples, [r.rank for r in chosen], "o-", color=color, label=label)
             axes.plot(examples, [r.bound for r in chosen], "k:", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(name)
-        axes.set_xlabel("examples (dotted: the bounds)")
+        label = "examples (dotted: the bounds)"
+        axes.set(xscale="log", yscale="log", title=name, xlabel=label)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    return figure

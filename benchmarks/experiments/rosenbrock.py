@@ -7,10 +7,8 @@ paper gives no point to start from: the default is the usual one, (-1.2, 1).
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 import kfgn
-from benchmarks.harness.arguments import OneLineParser, positive_int, positive_number
-from benchmarks.harness.experiment import options, progress, record, table
+from benchmarks.harness.arguments import finite, options, positive_int, positive_number
+from benchmarks.harness.display import figure, table
+from benchmarks.harness.experiment import experiment
+from benchmarks.harness.optimizers import with_gradient
 
 NAME = "rosenbrock"
 # The function has no data: one example without meaning stands for them.
@@ -32,7 +31,7 @@ SEARCH_STEPS = 30  # of a line search, at most
 ROUGH = 1e-3  # a distance from the minimum that is reached by rough methods too
 MARGIN = 4.0  # around the start and the minimum, where the figure shows what steps overshoot
 DIVERGED = 1e9  # what is larger is not plotted
-COLOURS = {
+COLORS = {
     "gradient": "tab:gray",
     "gradient, line search": "tab:orange",
     "Newton": "tab:red",
@@ -62,47 +61,33 @@ class Run(NamedTuple):
         return float(np.log(e[-1] / e[-2]) / np.log(e[-2] / e[-3]))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Runs all methods, and writes the table and the two figures."""
-    given = _parser().parse_args(arguments)
-    console = Console()
-    with jax.enable_x64(True):  # to see the last quadratic steps
-        objective = rosenbrock(given.a, given.b)
-        methods = _methods(objective, given.step)
-        with progress(console, NAME, len(methods)) as ticker:
-            runs = []
-            for name, method in methods.items():
-                runs.append(_run(name, method, objective, given))
-                ticker.step(name)
-        settings = {k: v for k, v in vars(given).items() if k != "out"}
-        measured = [_measured(run, given) for run in runs]
-        record(given.out, NAME, arguments, settings, measured, [_table(runs, given)], console)
-        plot_paths(given.out / "paths.png", runs, objective, given)
-        plot_convergence(given.out / "convergence.png", runs, given)
-    return 0
-
-
-def _parser() -> OneLineParser:
     parser = options(NAME, __doc__, data=False)
     add = parser.add_argument
-    add("--a", type=_finite, default=1.0, help="the minimum is at (a, a^2) (1)")
+    add("--a", type=finite, default=1.0, help="the minimum is at (a, a^2) (1)")
     add("--b", type=positive_number, default=50.0, help="how steep the ravine is (50)")
-    add("--start", type=_finite, nargs=2, default=[-1.2, 1.0], metavar=("X", "Y"))
+    add("--start", type=finite, nargs=2, default=[-1.2, 1.0], metavar=("X", "Y"))
     add("--step", type=positive_number, default=1e-3, help="gradient descent's fixed step (1e-3)")
     add("--iterations", type=positive_int, default=100_000, help="at most so many (100000)")
     add("--tolerance", type=positive_number, default=1e-10, help="distance to stop at (1e-10)")
     add("--epsilon", type=positive_number, default=1e-6, help="of eq. 29, on values (1e-6)")
-    return parser
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
-    return value
+    given = parser.parse_args(arguments)
+    objective = rosenbrock(given.a, given.b)
+    methods, runs = _methods(objective, given.step), []
+    with (
+        experiment(NAME, arguments, given, len(methods)) as experimenting,
+        jax.enable_x64(True),  # to see the last quadratic steps
+    ):
+        for name, method in methods.items():
+            runs.append(_run(name, method, objective, given))
+            experimenting.tick(name)
+        figures = {
+            "paths": plot_paths(runs, objective, given),
+            "convergence": plot_convergence(runs, given),
+        }
+        measured = [_measured(run, given) for run in runs]
+        experimenting.record(measured, [_table(runs, given)], figures)
 
 
 def rosenbrock(a: float, b: float) -> kfgn.Objective:
@@ -143,17 +128,13 @@ def _gauss_newton(objective: kfgn.Objective) -> optax.GradientTransformationExtr
 
 def _run(name: str, method: Any, objective: kfgn.Objective, given: Any) -> Run:
     """Iterates until the minimum is near, the numbers are not finite, or they have been enough."""
-    method = optax.with_extra_args_support(method)
+    made = with_gradient(name, objective, method)
     start = jnp.asarray(given.start)
     minimum = jnp.array([given.a, given.a**2])
 
     def step(carry):
         count, point, state, points = carry
-        value, gradient = jax.value_and_grad(objective)(point, BATCH)
-        updates, state = method.update(
-            gradient, state, point, value=value, grad=gradient, value_fn=objective, batch=BATCH
-        )
-        point = optax.apply_updates(point, updates)
+        point, state, _ = made.step(point, state, BATCH, jax.random.key(0))
         return count + 1, point, state, points.at[count + 1].set(point)
 
     def goes_on(carry):
@@ -162,7 +143,7 @@ def _run(name: str, method: Any, objective: kfgn.Objective, given: Any) -> Run:
         return far & (count < given.iterations) & jnp.all(jnp.isfinite(point))
 
     points = jnp.zeros((given.iterations + 1, 2)).at[0].set(start)
-    carry = (jnp.asarray(0), start, method.init(start), points)
+    carry = (jnp.asarray(0), start, made.init(start), points)
     count, _, _, points = jax.jit(lambda c: jax.lax.while_loop(goes_on, step, c))(carry)
     points = points[: int(count) + 1]
     values = jax.vmap(lambda p: objective(p, BATCH))(points)
@@ -195,18 +176,17 @@ def _table(runs: Sequence[Run], given: Any) -> Table:
     )  # fmt: skip
     rows = []
     for run in runs:
-        order = run.order()
         rows.append([
             run.name, run.iterations_to(ROUGH), run.iterations_to(given.tolerance),
             kfgn.diagnostics.iterations_to_tolerance(run.values, given.epsilon),
-            None if order is None else f"{order:.2f}", f"{np.max(run.values):.4g}",
+            figure(run.order(), ".2f"), f"{np.max(run.values):.4g}",
             f"{run.values[-1]:.2g}", f"{run.distances[-1]:.2g}",
         ])  # fmt: skip
     title = f"Rosenbrock's function, a={given.a:g}, b={given.b:g}: iterations to a distance"
     return table(title, columns, rows)
 
 
-def plot_paths(path: Path, runs: Sequence[Run], objective: kfgn.Objective, given: Any) -> None:
+def plot_paths(runs: Sequence[Run], objective: kfgn.Objective, given: Any) -> Figure:
     """Figure 1 of the paper: the iterates over the function's contours."""
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
@@ -224,14 +204,14 @@ def plot_paths(path: Path, runs: Sequence[Run], objective: kfgn.Objective, given
         points = run.points[np.all(np.abs(run.points) < DIVERGED, axis=1)]
         label = f"{run.name} ({len(run.points) - 1} iterations)"
         marker = "o" if len(points) < 100 else ""
-        axes.plot(*points.T, label=label, color=COLOURS[run.name], marker=marker, markersize=4)
+        axes.plot(*points.T, label=label, color=COLORS[run.name], marker=marker, markersize=4)
     axes.plot(given.a, given.a**2, "k*", markersize=12, label="minimum", linestyle="")
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), xlabel="x", ylabel="y")
     axes.legend(loc="lower left", fontsize="small")
-    figure.savefig(path, dpi=130)
+    return figure
 
 
-def plot_convergence(path: Path, runs: Sequence[Run], given: Any) -> None:
+def plot_convergence(runs: Sequence[Run], given: Any) -> Figure:
     """Figure 2 of the paper, with the distance from the minimum beside the values."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, field, label in zip(
@@ -244,10 +224,10 @@ def plot_convergence(path: Path, runs: Sequence[Run], given: Any) -> None:
             count = 1 + np.arange(len(shown))
             marker = "o" if len(shown) < 100 else ""
             axes.loglog(
-                count, shown, color=COLOURS[run.name], marker=marker, markersize=3, label=run.name
+                count, shown, color=COLORS[run.name], marker=marker, markersize=3, label=run.name
             )
         axes.set(xlabel="iterations + 1", ylabel=label)
         axes.grid(True, alpha=0.25)
         axes.legend(fontsize="small")
     figure.suptitle(f"Rosenbrock's function, a={given.a:g}, b={given.b:g}")
-    figure.savefig(path, dpi=130)
+    return figure

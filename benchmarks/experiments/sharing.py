@@ -8,10 +8,7 @@ example, where the pre-activation matrices are exact and only the product loses 
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +21,10 @@ from rich.table import Table
 
 import kfgn
 from benchmarks.datasets import load
-from benchmarks.harness.experiment import environment
+from benchmarks.harness.arguments import RESULTS, options, positive_int
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import heading, write_json, writing
+from benchmarks.harness.optimizers import trained, with_gradient
 
 METHODS: dict[str, dict[str, Any]] = {
     "kflr expand": {"method": "kflr"},
@@ -88,33 +88,36 @@ MODELS: dict[str, nn.Module] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Measures all models and methods, prints the table and writes it down."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks sharing", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharing.json"))
-    parser.add_argument("--steps", type=int, default=100, help="Adam steps before (100)")
-    options = parser.parse_args(arguments)
-    console = Console()
-    rows = []
+    parser = options("sharing", __doc__, data=False, out=RESULTS / "sharing.json")
+    parser.add_argument("--steps", type=positive_int, default=100, help="Adam steps before (100)")
+    given, console = parser.parse_args(arguments), Console()
+    rows: list[Row] = []
     for name, module in MODELS.items():
         with console.status(f"{name}: training and forming the blocks"):
-            rows += measure(name, module, options.steps)
+            rows += measure(name, module, given.steps, given.seed)
     console.print(_table(rows))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks sharing", *(arguments or [])])
-    report = {"command": command, **environment(), "rows": [row._asdict() for row in rows]}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written to {options.out}")
-    return 0
+    with writing(given.out):
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {**heading("sharing", arguments), "rows": [row._asdict() for row in rows]}
+        write_json(given.out, report)
+    console.print(f"written to {given.out}")
 
 
-def measure(name: str, module: nn.Module, steps: int) -> list[Row]:
+def measure(name: str, module: nn.Module, steps: int, seed: int) -> list[Row]:
     """All methods on one model, a little trained."""
     images, labels = _digits()
-    params = module.init(jax.random.key(0), images[:1])
+    params = module.init(jax.random.key(seed), images[:1])
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
     objective = kfgn.Objective(module.apply, loss)
-    params = _trained(objective, params, images, labels, steps)
+    adam = with_gradient("adam", objective, optax.adam(1e-2))
+
+    def batch_of(k: jax.Array) -> Any:
+        start = (k * 64) % (len(images) - 64)
+        return tuple(jax.lax.dynamic_slice_in_dim(a, start, 64) for a in (images, labels))
+
+    params = trained(adam, params, batch_of, steps)
     rows = []
     for examples in (1, 64):
         batch = images[:examples], labels[:examples]
@@ -139,28 +142,13 @@ def _digits() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(images, jnp.float32), jnp.asarray(labels)
 
 
-def _trained(objective: kfgn.Objective, params: Any, images: Any, labels: Any, steps: int) -> Any:
-    optimizer = optax.adam(1e-2)
-
-    @jax.jit
-    def step(carry, k):
-        params, state = carry
-        start = (k * 64) % (len(images) - 64)
-        batch = [jax.lax.dynamic_slice_in_dim(a, start, 64) for a in (images, labels)]
-        grads = jax.grad(objective)(params, tuple(batch))
-        updates, state = optimizer.update(grads, state)
-        return (optax.apply_updates(params, updates), state), None
-
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), jnp.arange(steps))
-    return params
-
-
 def _table(rows: list[Row]) -> Table:
-    table = Table("model", "layer", "examples", *METHODS, title="distance from the exact block")
-    groups: dict[tuple, dict[str, float]] = {}
+    groups: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
         groups.setdefault((row.model, row.layer, row.examples), {})[row.method] = row.distance
-    for (model, layer, examples), found in groups.items():
-        cells = [f"{found[method]:.2f}" for method in METHODS]
-        table.add_row(model, layer.removeprefix("params/"), str(examples), *cells)
-    return table
+    lines = [
+        [model, layer.removeprefix("params/"), examples, *(f"{found[m]:.2f}" for m in METHODS)]
+        for (model, layer, examples), found in groups.items()
+    ]
+    columns = ("model", "layer", "examples", *METHODS)
+    return table("distance from the exact block", columns, lines)

@@ -7,21 +7,20 @@ this machine reaches in a matrix product of 1000 x 1000, measured in the same ru
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 from rich.console import Console
 from rich.table import Table
 
 import kfgn
-from benchmarks.harness.experiment import environment
+from benchmarks.harness.arguments import RESULTS, one_of, options, positive_int
+from benchmarks.harness.display import figure, table
+from benchmarks.harness.experiment import heading, write_json, writing
+from benchmarks.harness.models import chain, chain_params
+from benchmarks.harness.optimizers import second_order
 from benchmarks.harness.timing import Timed, timed, timed_updates
 
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -43,35 +42,33 @@ class Row(NamedTuple):
     temporary_mib: float
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Measures everything, prints the table and writes it down."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks speed", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
-    parser.add_argument("--blocks", type=int, default=5, help="blocks of 20 updates to time")
-    parser.add_argument("--only", default="", help="measure only rows whose group has this name")
-    options = parser.parse_args(arguments)
-    console = Console()
     groups: dict[str, Callable[[Console, int], list[Row]]] = {
         "autoencoder": autoencoder_rows,
         "classifier": classifier_rows,
         "wide": wide_rows,
     }
+    parser = options("speed", __doc__, seeded=False, data=False, out=RESULTS / "speed.json")
+    add = parser.add_argument
+    add("--blocks", type=positive_int, default=5, help="blocks of 20 updates to time (5)")
+    add("--only", type=one_of("group", groups), help=f"one of {', '.join(groups)}")
+    given, console = parser.parse_args(arguments), Console()
     rows: list[Row] = []
     for name, measure in groups.items():
-        if options.only in ("", name):
-            rows += measure(console, options.blocks)
+        if given.only in (None, name):
+            rows += measure(console, given.blocks)
     console.print(_table(rows))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m benchmarks speed", *(arguments or [])])
-    report = {"command": command, **environment(), "rows": [row._asdict() for row in rows]}
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    console.print(f"written to {options.out}")
-    return 0
+    with writing(given.out):
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {**heading("speed", arguments), "rows": [row._asdict() for row in rows]}
+        write_json(given.out, report)
+    console.print(f"written to {given.out}")
 
 
 def autoencoder_rows(console: Console, blocks: int) -> list[Row]:
     """Whole updates of the paper's MNIST autoencoder."""
-    params, model = _network(AUTOENCODER, code=4)
+    params, model = _network(AUTOENCODER, 4)
     inputs = jax.random.uniform(jax.random.key(1), (BATCH, AUTOENCODER[0]))
     batch = (inputs, inputs)
     objective = kfgn.Objective(model, kfgn.losses.sigmoid_binary_cross_entropy, l2=1e-5)
@@ -91,11 +88,11 @@ def autoencoder_rows(console: Console, blocks: int) -> list[Row]:
         ("KFAC update, with momentum, inverses every 5", "kfac",
          {"momentum": True, "refresh_inverse_every": 5}, ""),
     ]  # fmt: skip
-    for name, method, options, goal in cases:
-        result = _second_order(objective, method, params, batch, options, blocks)
+    for name, method, changed, goal in cases:
+        result = _second_order(objective, method, params, batch, changed, blocks)
         floor = None
         if method == "kfra":
-            flops = _update_flops(AUTOENCODER, **options)
+            flops = _update_flops(AUTOENCODER, **changed)
             floor = flops / rate / sgd.median
         rows.append(_row(name, result, sgd, "SGD step", floor, goal))
         _say(console, rows[-1])
@@ -138,7 +135,7 @@ def classifier_rows(console: Console, blocks: int) -> list[Row]:
 
 def wide_rows(console: Console, blocks: int) -> list[Row]:
     """KFLR of the autoencoder: 784 output columns, one at a time."""
-    params, model = _network(AUTOENCODER, code=4)
+    params, model = _network(AUTOENCODER, 4)
     inputs = jax.random.uniform(jax.random.key(1), (BATCH, AUTOENCODER[0]))
     objective = kfgn.Objective(model, kfgn.losses.sigmoid_binary_cross_entropy)
     gradient = timed(jax.grad(objective), params, (inputs, inputs), repeats=15)
@@ -152,25 +149,9 @@ def wide_rows(console: Console, blocks: int) -> list[Row]:
     return [row]
 
 
-def _network(sizes: Sequence[int], code: int | None = None) -> tuple[Any, Callable]:
-    """Parameters and model of a tanh chain; layer `code` (from 1) and the last are linear."""
-    keys = jax.random.split(jax.random.key(0), len(sizes) - 1)
-    initial = jax.nn.initializers.glorot_uniform()
-    params = {
-        f"layer_{i}": {"kernel": initial(keys[i], (sizes[i], sizes[i + 1])),
-                       "bias": jnp.zeros(sizes[i + 1])}
-        for i in range(len(sizes) - 1)
-    }  # fmt: skip
-
-    def model(params, x):
-        for i in range(len(sizes) - 1):
-            layer = params[f"layer_{i}"]
-            x = x @ layer["kernel"] + layer["bias"]
-            if i + 1 not in (code, len(sizes) - 1):
-                x = jnp.tanh(x)
-        return x
-
-    return params, model
+def _network(sizes: Sequence[int], *linear: int) -> tuple[Any, Callable[..., Any]]:
+    """Parameters and model of a tanh chain; those layers and the last are linear."""
+    return chain_params(sizes, 0), chain(linear=linear)
 
 
 def _sgd_step(objective: kfgn.Objective, params: Any, batch: Any, blocks: int) -> Timed:
@@ -181,18 +162,15 @@ def _sgd_step(objective: kfgn.Objective, params: Any, batch: Any, blocks: int) -
 
 
 def _second_order(
-    objective: kfgn.Objective, method: str, params: Any, batch: Any, options: Any, blocks: int
+    objective: kfgn.Objective, method: str, params: Any, batch: Any, changed: Any, blocks: int
 ) -> Timed:
-    optimizer = getattr(kfgn, method)(objective, params, batch, **options)
-    curvature_fn = kfgn.value_grad_and_curvature(objective, method)
+    optimizer = second_order(method, objective, params, batch, changed)
 
-    def step(carry, batch):
+    def step(carry: Any, batch: Any) -> Any:
         params, state, key = carry
         key, now = jax.random.split(key)
-        extra = {"key": now} if method == "kfac" else {}
-        (_, grads), curvature = curvature_fn(params, batch, **extra)
-        updates, state = optimizer.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state, key
+        params, state, _ = optimizer.step(params, state, batch, now)
+        return params, state, key
 
     carry = (params, optimizer.init(params), jax.random.key(0))
     return timed_updates(step, carry, batch, blocks=blocks)
@@ -245,13 +223,10 @@ def _say(console: Console, row: Row) -> None:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(title="What curvature costs")
-    for column in ("what", "ratio", "to", "FLOP floor", "goal", "ms", "compile s", "temp MiB"):
-        table.add_column(column, justify="left" if column in ("what", "to") else "right")
-    for row in rows:
-        floor = f"{row.floor:.2f}" if row.floor is not None else ""
-        table.add_row(
-            row.name, f"{row.ratio:.2f}", row.yardstick, floor, row.goal,
-            f"{1e3 * row.seconds:.1f}", f"{row.compile_seconds:.1f}", f"{row.temporary_mib:.0f}",
-        )  # fmt: skip
-    return table
+    columns = ("what", "ratio", "to", "FLOP floor", "goal", "ms", "compile s", "temp MiB")
+    cells = [
+        (row.name, f"{row.ratio:.2f}", row.yardstick, figure(row.floor, ".2f"), row.goal,
+         f"{1e3 * row.seconds:.1f}", f"{row.compile_seconds:.1f}", f"{row.temporary_mib:.0f}")
+        for row in rows
+    ]  # fmt: skip
+    return table("What curvature costs", columns, cells)

@@ -11,17 +11,16 @@ eigenvalues within the first layer, too, and smooth maxima.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from benchmarks.harness import experiment
-from benchmarks.harness.arguments import positive_int, positive_number
+from benchmarks.harness.arguments import options, positive_int, positive_number
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import experiment
 
 TRANSFERS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -51,30 +50,26 @@ class Surface(NamedTuple):
         }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Evaluates all surfaces and writes the table and the figure."""
-    parser = experiment.options("surface", __doc__, data=False)
+    parser = options("surface", __doc__, data=False)
     add = parser.add_argument
     add("--inputs", type=positive_int, default=4, help="of the network (4)")
     add("--units", type=positive_int, default=6, help="hidden (6)")
     add("--examples", type=positive_int, default=20, help="(20)")
     add("--points", type=positive_int, default=121, help="of each axis (121)")
     add("--reach", type=positive_number, default=2.0, help="coordinates up to this (2)")
-    given = parser.parse_args(arguments)
-    console, found = Console(), {}
+    given, found = parser.parse_args(arguments), {}
     with (
+        experiment("surface", arguments, given, len(TRANSFERS) * len(PLANES)) as run,
         jax.enable_x64(True),
-        experiment.progress(console, "surface", len(TRANSFERS) * len(PLANES)) as ticker,
     ):
         for name, transfer in TRANSFERS.items():
             for plane, layers in PLANES.items():
                 found[name, plane] = _surface(transfer, layers, given)
-                ticker.step(f"{name}, {plane}")
-    settings = experiment.settings(given)
-    measured = {f"{name}: {plane}": s.shares() for (name, plane), s in found.items()}
-    experiment.record(given.out, "surface", arguments, settings, measured, [_table(found)], console)
-    _plot(given.out / "surfaces.png", found, given.reach)
-    return 0
+                run.tick(f"{name}, {plane}")
+        measured = {f"{name}: {plane}": s.shares() for (name, plane), s in found.items()}
+        run.record(measured, [_table(found)], {"surfaces": _plot(found, given.reach)})
 
 
 def _surface(transfer: Callable[..., Any], layers: tuple[int, int], given: Any) -> Surface:
@@ -120,10 +115,10 @@ def _table(found: dict[tuple[str, str], Surface]) -> Any:
                       f"{shares['negative trace']:.1%}", f"{shares['least eigenvalue']:.2e}",
                       f"{shares['least trace']:.2e}"])  # fmt: skip
     columns = ["plane", "negative eigenvalue", "negative trace", "least eigenvalue", "least trace"]
-    return experiment.table("The Hessian in the plane, over all of its points", columns, lines)
+    return table("The Hessian in the plane, over all of its points", columns, lines)
 
 
-def _plot(path: Path, found: dict[tuple[str, str], Surface], reach: float) -> None:
+def _plot(found: dict[tuple[str, str], Surface], reach: float) -> Figure:
     figure = Figure(figsize=(11, 3.4 * len(TRANSFERS)), layout="constrained")
     places = iter(range(1, len(found) + 1))
     for (name, plane), surface in found.items():
@@ -134,4 +129,4 @@ def _plot(path: Path, found: dict[tuple[str, str], Surface], reach: float) -> No
         axes.set_title(f"{name}, {plane}", fontsize=9)
         axes.view_init(35, -60)
     figure.suptitle("Error of a network of two layers along two random directions")
-    figure.savefig(path, dpi=110)
+    return figure

@@ -1,91 +1,85 @@
-"""What a run shows on the terminal: its progress, and a table at the end."""
+"""What is shown on the terminal: how far the work is, and tables of figures."""
 
-import math
+from __future__ import annotations
+
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Self
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from benchmarks.harness.runs import Result
+from benchmarks.harness import interrupt
 
 LINE_SECONDS = 10.0  # between the lines that stand in for a progress bar
+WIDTH = 110  # of a table in a file, and of one on what is no terminal
 
 
-class Progress:
+class Ticker:
     """A progress bar on a terminal, and now and then a line elsewhere."""
 
-    def __init__(self, console: Console, name: str, updates: int, first: int) -> None:
-        self.console, self.name, self.updates = console, name, updates
-        self._origin: tuple[int, float] | None = None
-        self._last_line = -math.inf
-        figures = TextColumn("{task.fields[figures]}")
-        self._bar = Bar(
-            TextColumn(name), BarColumn(), MofNCompleteColumn(), figures, console=console
-        )
-        self._task = self._bar.add_task("", total=updates, completed=first, figures="")
+    def __init__(self, console: Console, bar: Progress, name: str, total: int, done: int) -> None:
+        self.console, self.bar, self.name, self.total = console, bar, name, total
+        self.done, self._first, self._began = done, done, time.monotonic()
+        self._last = self._began
+        self._task = bar.add_task(name, total=total, completed=done, figures="")
 
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, update: int, loss: float) -> None:
-        """Shows where training is, how fast it goes, evaluations and all, and how long it takes."""
+    def step(self, figures: str = "") -> None:
+        """One more of `total` is done."""
+        self.done += 1
+        self.bar.update(self._task, completed=self.done, figures=figures)
         now = time.monotonic()
-        if self._origin is None:  # what came before was compilation
-            self._origin = update, now
-        first, began = self._origin
-        figures = f"loss {loss:.4g}"
-        if update > first:
-            rate = (update - first) / max(now - began, 1e-9)
-            left = int((self.updates - update) / rate)
-            figures += f"  {rate:.3g} updates/s  {left // 60}:{left % 60:02} left"
-        if self.console.is_terminal:
-            self._bar.update(self._task, completed=update, figures=figures)
-        elif now - self._last_line >= LINE_SECONDS or update == self.updates:
-            self._last_line = now
-            line = f"{self.name}  {update}/{self.updates}  {figures}"
+        due = now - self._last >= LINE_SECONDS or self.done == self.total
+        if due and not self.console.is_terminal:
+            self._last = now
+            each = (now - self._began) / (self.done - self._first)
+            left = round((self.total - self.done) * each)
+            line = f"{self.name}  {self.done}/{self.total}  {figures}"
+            line += f"  {left // 60}:{left % 60:02} left" if left else ""
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    def expect(self, more: int) -> None:
+        """So many more than were announced."""
+        self.total += more
+        self.bar.update(self._task, total=self.total)
 
-def table(results: Sequence[Result], sgd_seconds: float | None) -> Table:
-    """Cost and outcome of every optimizer; ``sgd_seconds`` is the time of one SGD step."""
-    columns = ["optimizer", "updates", "seconds", "s/update", "SGD steps", "train", "test"]
-    shown = Table(*columns, box=box.SIMPLE, title_justify="left")
+
+@contextmanager
+def progress(console: Console, name: str, total: int, done: int = 0) -> Iterator[Ticker]:
+    """Shows how much of `total` is done: `with progress(...) as ticker: ticker.step("loss 3")`.
+
+    Ctrl-C before is heeded here: what comes next has not begun.
+    """
+    interrupt.check()
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        yield Ticker(console, bar, name, total, done)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table whose first column is text and whose others are figures; None shows as a dash."""
+    shown = Table(*columns, title=title or None, title_justify="left", box=box.SIMPLE)
     for column in shown.columns[1:]:
         column.justify = "right"
-    for result in results:
-        latest = result.rows[-1]
-        updates, seconds = latest["update"] or 0, latest["seconds"] or 0.0
-        each = seconds / updates if updates else None
-        ratio = each / sgd_seconds if each and sgd_seconds else None
-        finished = result.outcome == "finished"
-        shown.add_row(
-            result.name if finished else f"{result.name} ({result.outcome})",
-            f"{updates:.0f}",
-            f"{seconds:.1f}",
-            _figure(each, ".4f"),
-            _figure(ratio, ".1f"),
-            _figure(latest.get("train_loss"), ".3f"),
-            _figure(latest.get("test_loss"), ".3f"),
-        )
+    for row in rows:
+        shown.add_row(*("-" if cell is None else str(cell) for cell in row))
     return shown
 
 
-def _figure(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+def figure(value: float | None, form: str) -> str | None:
+    """The number in that form, for a cell; None if there is none."""
+    return None if value is None else format(value, form)
 
 
-def write_table(path: Path, shown: Table) -> None:
-    """Writes the table as plain text."""
+def write_tables(path: Any, tables: Sequence[Table]) -> None:
+    """Writes tables as plain text."""
     with path.open("w") as file:
-        Console(file=file, width=100, color_system=None).print(shown)
+        for shown in tables:
+            Console(file=file, width=WIDTH, color_system=None).print(shown)

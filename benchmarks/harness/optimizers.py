@@ -1,7 +1,6 @@
 """Every optimizer under one interface: ``init(params)`` and ``step(params, state, batch, key)``."""
 
-import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from benchmarks import BenchmarkError
 
 Params = Any
 State = Any
-Batch = tuple[jax.Array, jax.Array]
+Batch = tuple[Any, Any]
 Step = Callable[[Params, State, Batch, jax.Array], tuple[Params, State, jax.Array]]
 
 # name: (make the optax transformation from a learning rate, the learning rate when none is given)
@@ -26,10 +25,6 @@ FIRST_ORDER: dict[str, tuple[Callable[[Any], optax.GradientTransformation], floa
 }
 SECOND_ORDER = ("kfra", "kflr", "kfac")
 NAMES = (*SECOND_ORDER, *FIRST_ORDER)
-
-# How many updates a run makes when the command line does not say. A second-order update costs
-# about five gradient steps, so these take similar times: minutes on two CPU cores.
-DEFAULT_UPDATES = {"second order": 800, "first order": 4000}
 
 # What the second-order methods adapt, recorded with the losses wherever their state has it.
 STATE_METRICS = (
@@ -51,18 +46,6 @@ class Optimizer:
     step: Step
 
 
-def closest(kind: str, name: str, known: Collection[str]) -> BenchmarkError:
-    """The error for an unknown name, with the known name it is most like."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    hint = f"; did you mean {match[0]!r}?" if match else ""
-    return BenchmarkError(f"no {kind} {name!r}{hint} (known: {', '.join(known)})")
-
-
-def default_updates(name: str) -> int:
-    """How long to train with this optimizer unless told otherwise."""
-    return DEFAULT_UPDATES["second order" if name in SECOND_ORDER else "first order"]
-
-
 def default_learning_rate(name: str, given: float | None = None) -> float:
     """The learning rate of a first-order optimizer, unless one is given."""
     return FIRST_ORDER[name][1] if given is None else given
@@ -78,19 +61,35 @@ def learning_rate_schedule(rate: float, decay_period: int | None) -> optax.Scala
 def first_order(
     name: str, objective: Any, learning_rate: float, decay_period: int | None = None
 ) -> Optimizer:
-    """An optax optimizer on the gradient of ``objective``."""
+    """An optimizer of `FIRST_ORDER` on the gradient of ``objective``."""
     make, _ = FIRST_ORDER[name]
-    transformation = make(learning_rate_schedule(learning_rate, decay_period))
+    return with_gradient(name, objective, make(learning_rate_schedule(learning_rate, decay_period)))
+
+
+def with_gradient(
+    name: str, objective: Any, transformation: optax.GradientTransformation
+) -> Optimizer:
+    """A transformation of the gradient, which may ask for the objective: for a line search, or
+    for its Hessian."""
+    extended = optax.with_extra_args_support(transformation)
 
     def step(
         params: Params, state: State, batch: Batch, key: jax.Array
     ) -> tuple[Params, State, jax.Array]:
         del key
-        loss, grads = jax.value_and_grad(objective)(params, batch)
-        updates, state = transformation.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, loss
+        value, grads = jax.value_and_grad(objective)(params, batch)
+        own = on_batch(objective, batch)
+        updates, state = extended.update(
+            grads, state, params, value=value, grad=grads, value_fn=own, obj_fn=own, batch=batch
+        )
+        return optax.apply_updates(params, updates), state, value
 
     return Optimizer(name, transformation.init, step)
+
+
+def on_batch(objective: Any, batch: Batch) -> Callable[[Params], jax.Array]:
+    """The objective as a function of the parameters alone."""
+    return lambda params: objective(params, batch)
 
 
 def second_order(
@@ -99,31 +98,62 @@ def second_order(
     params: Params,
     batch: Batch,
     options: Mapping[str, Any],
-    samples: int = 1,
+    **of_curvature: Any,
 ) -> Optimizer:
     """A kfgn optimizer, with default settings except where ``options`` say otherwise."""
     transformation = getattr(kfgn, name)(objective, params, batch, **options)
-    return with_curvature(name, objective, transformation, samples)
+    return with_curvature(name, objective, transformation, **of_curvature)
 
 
 def with_curvature(
-    name: str,
+    method: str,
     objective: Any,
     transformation: optax.GradientTransformationExtraArgs,
-    samples: int = 1,
+    extra: Callable[..., dict[str, Any]] = lambda batch, value, grads: {},
+    **of_curvature: Any,
 ) -> Optimizer:
-    """A transformation of one's own that takes the curvature of a kfgn method."""
-    curvature_fn = kfgn.value_grad_and_curvature(objective, name, samples=samples)
+    """A transformation of one's own that takes the curvature of a kfgn method.
+
+    Args:
+      method: of `kfgn.value_grad_and_curvature`, and `of_curvature` its options.
+      objective: what is minimized.
+      transformation: of the gradient.
+      extra: more keywords for its update.
+    """
+    curvature_fn = with_key(objective, method, **of_curvature)
 
     def step(
         params: Params, state: State, batch: Batch, key: jax.Array
     ) -> tuple[Params, State, jax.Array]:
-        sampling = {"key": key} if name == "kfac" else {}
-        (loss, grads), curvature = curvature_fn(params, batch, **sampling)
-        updates, state = transformation.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state, loss
+        (value, grads), curvature = curvature_fn(params, batch, key)
+        updates, state = transformation.update(
+            grads, state, params, curvature=curvature, **extra(batch, value, grads)
+        )
+        return optax.apply_updates(params, updates), state, value
 
-    return Optimizer(name, transformation.init, step)
+    return Optimizer(method, transformation.init, step)
+
+
+def with_key(objective: Any, method: str, **options: Any) -> Callable[..., Any]:
+    """`kfgn.value_grad_and_curvature` as `(params, batch, key)`: KFAC alone draws from the key."""
+    curvature_fn = kfgn.value_grad_and_curvature(objective, method, **options)
+    if method == "kfac":
+        return lambda params, batch, key: curvature_fn(params, batch, key=key)
+    return lambda params, batch, key: curvature_fn(params, batch)
+
+
+def trained(
+    optimizer: Optimizer, params: Params, batch: Callable[[Any], Batch], steps: int
+) -> Params:
+    """The parameters after so many steps in one program, the k-th on the batch ``batch(k)``."""
+
+    def step(carry: Any, k: Any) -> Any:
+        params, state = carry
+        params, state, _ = optimizer.step(params, state, batch(k), jax.random.key(0))
+        return (params, state), None
+
+    carry = params, optimizer.init(params)
+    return jax.jit(lambda c: jax.lax.scan(step, c, jax.numpy.arange(steps))[0])(carry)[0]
 
 
 def check_options(

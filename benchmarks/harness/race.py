@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 import kfgn
+from benchmarks.harness import interrupt
 from benchmarks.harness.optimizers import Optimizer, evaluated_params
 
 
@@ -24,9 +25,11 @@ class Point(NamedTuple):
     loss: Any  # a number, or one for each of the trainings that run side by side
 
 
-def batches(images: np.ndarray, targets: np.ndarray, size: int, seed: int) -> Iterator[Any]:
-    """Batches of reshuffled passes over the data, without end."""
-    for batch, _ in kfgn.solvers.batches((images, targets), size, seed=seed):
+def batches(
+    images: np.ndarray, targets: np.ndarray, size: int, seed: int, start: int = 0
+) -> Iterator[Any]:
+    """Batches of reshuffled passes over the data, without end, from the update `start` on."""
+    for batch, _ in kfgn.solvers.batches((images, targets), size, seed=seed, start=start):
         yield jax.device_put(batch)
 
 
@@ -54,13 +57,16 @@ def timed_steps(
     seed: int = 0,
     updates: float = math.inf,
     seconds: float = math.inf,
+    after: tuple[int, float] = (0, 0.0),
 ) -> Iterator[Step]:
     """Steps on batch after batch, for so many updates or seconds, whichever ends first.
 
-    Neither drawing the batches nor what is done between the steps is timed.
+    Neither drawing the batches nor what is done between the steps is timed. A training that goes
+    on is `after` so many updates and seconds, which count. Ctrl-C is heeded between the steps.
     """
-    key, spent = jax.random.key(seed), 0.0
-    for update in itertools.count(1):
+    key, (done, spent) = jax.random.key(seed), after
+    for update in itertools.count(done + 1):
+        interrupt.check()
         batch, draw = next(data), jax.random.fold_in(key, update)
         start = time.perf_counter()
         params, state, value = jax.block_until_ready(step(params, state, batch, draw))
@@ -94,6 +100,15 @@ def run(
             if not np.isfinite(points[-1].loss).any():
                 break
     return points, params
+
+
+def points_of(
+    optimizer: Optimizer, task: Any, updates: int, eval_every: int, seed: int,
+    seconds: float = math.inf,
+) -> list[Point]:  # fmt: skip
+    """`run` on a task, from the start and on the batches of a seed."""
+    own = task.start(seed), task.batches(seed), task.evaluate
+    return run(optimizer, *own, updates, eval_every, seed, seconds)[0]
 
 
 def points(found: Iterable[Any]) -> list[Point]:

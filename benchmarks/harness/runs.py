@@ -1,52 +1,21 @@
-"""What a run keeps on disk: its folder, settings and metrics."""
+"""A training that can stop anywhere and go on: its folder, metrics and checkpoints on disk."""
 
 import csv
-import datetime
 import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import flax
 import jax
-import optax
+import numpy as np
 
-import kfgn
 from benchmarks import BenchmarkError
-from benchmarks.harness.optimizers import STATE_METRICS
 
 Row = dict[str, float | None]
-
-COLUMNS = (
-    "update",
-    "seconds",
-    "batch_loss",
-    "train_loss",
-    "test_loss",
-    *STATE_METRICS,
-)
-
-
-@dataclass
-class Result:
-    """What one optimizer's run gave; ``params`` is None if it was cut off before they were safe."""
-
-    name: str
-    outcome: str  # "finished", "interrupted" or "diverged"
-    rows: list[Row]
-    params: Any
-
-    def curve(self, across: str, up: str) -> tuple[list[float], list[float]]:
-        """The points of one column against another, where both were measured."""
-        pairs = [(row.get(across), row.get(up)) for row in self.rows]
-        points = [(x, y) for x, y in pairs if x is not None and y is not None]
-        return [x for x, _ in points], [y for _, y in points]
 
 
 def check_writable(folder: Path, needed_bytes: int = 0) -> None:
@@ -126,16 +95,6 @@ class RunFolder:
         self.report(f"from here on the run's files are in {self.path}")
         return written
 
-    def write_json(self, name: str, content: Any) -> None:
-        """Writes settings so that a reader never sees half a file."""
-        text = json.dumps(content, indent=2) + "\n"
-
-        def replace(path: Path) -> None:
-            path.with_suffix(".part").write_text(text)
-            path.with_suffix(".part").replace(path)
-
-        self.write(name, replace)
-
     def report(self, problem: str) -> None:
         """Notes a problem, and says so at once."""
         self.problems.append(problem)
@@ -149,10 +108,12 @@ class RunFolder:
 
 
 class Metrics:
-    """The rows of one optimizer's CSV file: on disk as soon as measured, and in memory."""
+    """The rows of a CSV file: on disk as soon as measured, and in memory."""
 
-    def __init__(self, folder: RunFolder, name: str, rows: list[Row]) -> None:
-        self.folder, self.name, self.rows = folder, name, rows
+    def __init__(
+        self, folder: RunFolder, name: str, columns: Sequence[str], rows: list[Row]
+    ) -> None:
+        self.folder, self.name, self.columns, self.rows = folder, name, columns, rows
         self.saved = folder.write(name, self._write_all) is not None
 
     def add(self, row: Row) -> None:
@@ -167,28 +128,27 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         # The last resort: the rows that no disk took.
         if not self.saved:
-            _write_rows(sys.stdout, self.rows, header=True)
+            self._write_rows(sys.stdout, self.rows, header=True)
 
     def _append_last(self, path: Path) -> None:
         # A folder that another file moved here has no rows yet.
         if not path.exists():
             return self._write_all(path)
         with path.open("a", newline="") as file:
-            _write_rows(file, self.rows[-1:], header=False)
+            self._write_rows(file, self.rows[-1:], header=False)
 
     def _write_all(self, path: Path) -> None:
         # Aside and renamed: a full disk must not cost the rows that are already there.
         aside = path.with_suffix(".part")
         with aside.open("w", newline="") as file:
-            _write_rows(file, self.rows, header=True)
+            self._write_rows(file, self.rows, header=True)
         aside.replace(path)
 
-
-def _write_rows(file: Any, rows: Iterable[Row], header: bool) -> None:
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
+    def _write_rows(self, file: Any, rows: Iterable[Row], header: bool) -> None:
+        writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -228,22 +188,40 @@ def check_same(path: Path, now: Mapping[str, Any]) -> None:
             )
 
 
-def environment() -> dict[str, Any]:
-    """What the timings of a run depend on."""
-    return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "device": jax.devices()[0].device_kind,
-        "cpu_count": cpu_count(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "flax": flax.__version__,
-        "kfgn": getattr(kfgn, "__version__", "unknown"),
-    }
+class Checkpoint:
+    """The latest state of a training, in one file: all that it needs to go on as if unstopped."""
 
+    def __init__(self, folder: RunFolder, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._tried: int | None = None
 
-def cpu_count() -> int:
-    """The cores this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    def save(self, update: int, seconds: float, arrays: Any) -> None:
+        """Saves, once for each update; a disk that refuses costs the checkpoint, not the run."""
+        if update == self._tried:
+            return
+        self._tried = update
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
+
+        def write(path: Path) -> None:
+            aside = path.with_suffix(".part.npz")
+            np.savez(aside, update=update, seconds=seconds, *leaves)  # noqa: B026 - as numpy has it
+            aside.replace(path)
+
+        self.folder.write(self.name, write)
+
+    def restore(self, like: Any) -> tuple[int, float, Any] | None:
+        """Updates, seconds and arrays, shaped as in ``like``; None if there is no checkpoint."""
+        path = self.folder.path / self.name
+        if not path.exists():
+            return None
+        before, tree = jax.tree.flatten(like)
+        try:
+            with path.open("rb") as file, np.load(file) as stored:
+                leaves = [stored[f"arr_{k}"] for k in range(len(before))]
+                update, seconds = int(stored["update"]), float(stored["seconds"])
+            if [leaf.shape for leaf in leaves] != [np.shape(leaf) for leaf in before]:
+                raise ValueError("its arrays have other shapes")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise BenchmarkError(f"cannot read the checkpoint in {path}: {error}") from error
+        self._tried = update
+        return update, seconds, jax.tree.unflatten(tree, map(jax.numpy.asarray, leaves))

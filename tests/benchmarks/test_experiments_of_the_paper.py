@@ -229,7 +229,7 @@ def test_ablations(tmp_path, monkeypatch):
     [
         (["alignment", "--data", "mnits"], "did you mean 'mnist'"),
         (["alignment", "--probes", "a"], "--probes"),
-        (["mixture", "--data", "faces"], "mnist or digits"),
+        (["mixture", "--data", "faces"], "mnist, digits"),
         (["mixture", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
         (["peers", "--data", "digits", "--batch-size", "5000"], "fewer than a batch"),
         (["ablations", "--data", "faces"], "faces"),

@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from benchmarks import datasets
 from benchmarks.__main__ import main
 from benchmarks.datasets import DataError, load
 from benchmarks.experiments import fashion
@@ -22,7 +23,7 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def digits_for_fashion(monkeypatch):
-    monkeypatch.setattr(fashion, "load", lambda name, **_: load("digits"))
+    monkeypatch.setattr(datasets, "load", lambda name, **_: load("digits"))
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_data_that_cannot_be_read_and_a_folder_that_cannot_be_made_are_one_line(
     def unreadable(name, **_):
         raise DataError(f"{name}: no such file")
 
-    monkeypatch.setattr(fashion, "load", unreadable)
+    monkeypatch.setattr(datasets, "load", unreadable)
     assert main(["fashion", *SMALL, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: fashion_mnist: no such file\n"
 

@@ -10,13 +10,11 @@ import optax
 import pytest
 
 import kfgn
-from benchmarks import BenchmarkError
 from benchmarks.__main__ import main
 from benchmarks.experiments.grid import settings as grid
 from benchmarks.experiments.grid.report import best_of_adam, claims_table, losses_table
 from benchmarks.experiments.grid.settings import Setting
 from benchmarks.harness import race
-from benchmarks.harness.ledger import Ledger
 from tests.tables.small import OBJECTIVE, make_batch, make_params
 
 # optax's Adam promotes dtypes.
@@ -70,34 +68,6 @@ def test_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     assert ends(found) == pytest.approx(whole, rel=1e-6)
     assert count[0] == 6 + (11 - 5)
     assert not ledger.exists()
-
-
-def test_a_ledger_knows_other_settings_apart(tmp_path):
-    path, here = tmp_path / "measured.jsonl", {"jax": "1"}
-    ledger = Ledger(path, resume=False, environment=here)
-    points = [race.Point(0, 0.0, 1.0), race.Point(1, 0.5, float("inf"))]
-    added = ledger.add({"data": "a", "rate": 0.5}, points)
-    again = Ledger(path, resume=True, environment=here)
-    found = again.find({"rate": 0.5, "data": "a"})
-    assert found == added and race.points(found) == points
-    assert again.find({"rate": 0.25, "data": "a"}) is None
-    elsewhere = Ledger(path, resume=True, environment={"jax": "2"})
-    assert elsewhere.find({"rate": 0.5, "data": "a"}) is None
-    anew = Ledger(path, resume=False, environment=here)
-    assert anew.find({"rate": 0.5, "data": "a"}) is None
-
-
-def test_a_ledger_stays_where_there_is_something_left_to_do(tmp_path, capsys):
-    path = tmp_path / "measured.jsonl"
-    with pytest.raises(BenchmarkError, match="--resume: nothing is unfinished in"):
-        Ledger(path, resume=True, environment={})
-    with pytest.raises(KeyboardInterrupt), Ledger(path, resume=False, environment={}) as ledger:
-        ledger.measure({"k": 1}, lambda: [2])
-        raise KeyboardInterrupt
-    assert "--resume" in capsys.readouterr().err
-    with Ledger(path, resume=True, environment={}) as ledger:
-        assert ledger.measure({"k": 1}, lambda: pytest.fail("was measured")) == [2]
-    assert not path.exists()
 
 
 @pytest.mark.parametrize("method", ["adam", "sgd", "momentum", "nesterov"])

@@ -1,24 +1,50 @@
-"""Trains the paper's deep autoencoder with one optimizer, or compares several."""
+"""``python -m benchmarks autoencoder``: the paper's deep autoencoder by one optimizer or several.
 
-import contextlib
+Without --optimizer and --compare it trains a short while by KFRA and by Adam, from the same start
+on the same batches. Every run has a new folder under --out with its losses (metrics.csv),
+settings, checkpoint, table and plots. Ctrl-C ends it after a step, and --resume goes on from there
+to the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError
-from benchmarks.datasets import DataError, Dataset, load
-from benchmarks.experiments.autoencoder.request import Request
-from benchmarks.harness import plots
-from benchmarks.harness.checkpoints import Checkpoints
-from benchmarks.harness.display import Progress, table, write_table
-from benchmarks.harness.models import ENCODER, Autoencoder, initial_params
+from benchmarks.experiments.autoencoder import report
+from benchmarks.experiments.autoencoder.training import (
+    COLUMNS,
+    Position,
+    Result,
+    Schedule,
+    Training,
+)
+from benchmarks.harness import runs, tasks, timing
+from benchmarks.harness.arguments import (
+    number,
+    one_of,
+    option,
+    options,
+    positive_int,
+    positive_number,
+    some_of,
+    widths,
+)
+from benchmarks.harness.experiment import environment, write_json
+from benchmarks.harness.models import ENCODER
 from benchmarks.harness.optimizers import (
+    NAMES,
     SECOND_ORDER,
     Optimizer,
     check_options,
@@ -27,181 +53,192 @@ from benchmarks.harness.optimizers import (
     first_order,
     second_order,
 )
-from benchmarks.harness.runs import (
-    Metrics,
-    Result,
-    Row,
-    RunFolder,
-    check_same,
-    check_writable,
-    cpu_count,
-    environment,
-    latest_run,
-    new_run,
-    read_rows,
-    read_settings,
-)
-from benchmarks.harness.training import (
-    Position,
-    Problem,
-    StopRequest,
-    Training,
-    compile_step,
-    start,
-    time_sgd_step,
-)
 
-EVALUATED = 10_000  # images at most that a loss is evaluated on
-SHOWN = 10  # images in the plot of reconstructions
+NAME = "autoencoder"
+SHORT = ("kfra", "adam")  # what is trained where no optimizer is named
+# Updates where --updates says nothing. One of second order costs about five gradient steps, so
+# these take similar times: minutes on two CPU cores.
+UPDATES = {"second order": 800, "first order": 4000}
+SHORT_UPDATES = {"second order": 150, "first order": 600}
+EVALUATIONS = 100  # about so many in a run, unless --eval-every says otherwise
 
 
-def load_data(request: Request) -> Dataset:
-    """The data set, checked against the request."""
+def main(arguments: Sequence[str]) -> None:
+    """Trains and reports."""
+    given = _parse(arguments)
     try:
-        dataset = load(request.data, data_dir=request.data_dir)
-    except DataError as error:
+        experiment = Experiment(given, Console())
+        try:
+            experiment.train()
+        finally:  # whatever ended the training, what there is of it is shown
+            experiment.report()
+    except kfgn.errors.KfgnError as error:
         raise BenchmarkError(str(error)) from error
-    if request.batch_size > len(dataset.train):
-        raise BenchmarkError(
-            f"--batch-size {request.batch_size} is more than the {len(dataset.train)} "
-            f"training images of {request.data}"
-        )
-    return dataset
+    if problems := experiment.folder.problems:
+        raise BenchmarkError(problems[0])
 
 
-def make_problem(request: Request, dataset: Dataset, model: Autoencoder) -> Problem:
-    """The objective, the data on the device, and the starting point."""
-    loss = getattr(kfgn.losses, dataset.loss)
-    unregularized = kfgn.Objective(model.apply, loss)
-    train = jax.device_put(dataset.train)
-    return Problem(
-        objective=kfgn.Objective(model.apply, loss, l2=request.l2),
-        mean_loss=jax.jit(lambda params, images: unregularized(params, (images, images))),
-        train=train,
-        evaluated_train=train[:EVALUATED],
-        evaluated_test=jax.device_put(dataset.test[:EVALUATED]),
-        initial_params=initial_params(model, request.seed),
-        batch_size=request.batch_size,
-        seed=request.seed,
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = options(NAME, __doc__, resumable=True, out=Path("runs"))
+    add = parser.add_argument
+    add("--data", default="curves", help="curves, mnist, faces, digits or fashion_mnist (curves)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--optimizer", type=one_of("optimizer", NAMES), help=f"one of {', '.join(NAMES)}"
     )
+    which.add_argument(
+        "--compare", type=some_of("optimizer", NAMES), help="several, as in kfra,kfac (kfra,adam)"
+    )
+    add("--updates", type=positive_int, help="how long to train (minutes on two CPU cores)")
+    add("--batch-size", type=positive_int, default=1000, help="images per update (1000)")
+    add("--learning-rate", type=positive_number, help="for the first-order optimizers")
+    add("--decay-period", type=positive_int, help="halve the learning rate every so many updates")
+    more = "passed to kfgn's optimizer; may be repeated"
+    add("--option", type=option, action="append", default=[], metavar="NAME=VALUE", help=more)
+    add("--l2", type=number, default=1e-5, help="weight of the L2 regularization (1e-5)")
+    add("--layers", type=widths, default=ENCODER, help="widths of the encoder (1000,500,250,30)")
+    add("--eval-every", type=positive_int, help="updates between evaluations (about 100 in all)")
+    add("--checkpoint-every", type=positive_int, help="updates between checkpoints (each minute)")
+    add("--references", type=Path, help="plot the loss curves of this folder's csv files, too")
+    add("--no-sgd-yardstick", action="store_true", help="do not time an SGD step to compare with")
+    given = parser.parse_args(arguments)
+    given.short = given.optimizer is None and given.compare is None
+    given.optimizers = given.compare or ((given.optimizer,) if given.optimizer else SHORT)
+    given.option = dict(given.option)
+    if given.references is not None and not given.references.is_dir():
+        raise BenchmarkError(f"--references must be a folder, found {given.references}")
+    second = [name in SECOND_ORDER for name in given.optimizers]
+    if given.option and not any(second):
+        raise BenchmarkError("--option is for kfra, kflr and kfac; none of them is to be run")
+    if (given.learning_rate or given.decay_period) and all(second):
+        raise BenchmarkError(
+            "--learning-rate and --decay-period are for the first-order optimizers; "
+            f"{' and '.join(given.optimizers)} need neither (see --option)"
+        )
+    return given
 
 
-def make_optimizer(request: Request, problem: Problem, name: str) -> Optimizer:
-    """The optimizer of this name, with what the request says about it."""
-    if name not in SECOND_ORDER:
-        rate = default_learning_rate(name, request.learning_rate)
-        return first_order(name, problem.objective, rate, request.decay_period)
-    images = problem.train[: request.batch_size]
-    given = (name, problem.objective, problem.initial_params, (images, images), request.options)
-    if request.options:
-        check_options(*given)
-    return second_order(*given)
+class Prepared(NamedTuple):
+    """An optimizer, how long it trains, and all that its numbers depend on."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    settings: dict[str, Any]  # what must not change when it is resumed
 
 
-def checkpoint_bytes(problem: Problem, optimizers: Sequence[Optimizer]) -> int:
-    """About the room that checkpoints need: each run keeps one while it writes the next."""
-    params = problem.initial_params
-    total = 0
-    for optimizer in optimizers:
-        kept = (params, jax.eval_shape(optimizer.init, params))
-        total += 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-    return total + 2**24
+def _prepare(name: str, given: argparse.Namespace, task: tasks.Task, checksum: int) -> Prepared:
+    second, rate = name in SECOND_ORDER, None
+    if second:
+        example = name, task.objective, task.start(given.seed), task.example_batch, given.option
+        if given.option:
+            check_options(*example)
+        optimizer = second_order(*example)
+    else:
+        rate = default_learning_rate(name, given.learning_rate)
+        optimizer = first_order(name, task.objective, rate, given.decay_period)
+    usual = SHORT_UPDATES if given.short else UPDATES
+    updates = given.updates or usual["second order" if second else "first order"]
+    every = given.eval_every or max(1, updates // EVALUATIONS)
+    own = {key: getattr(given, key) for key in ("data", "batch_size", "l2", "layers", "seed")}
+    own |= {"data_checksum": checksum, "optimizer": name, "learning_rate": rate}
+    own |= {"options": given.option if second else {}}
+    own |= {"decay_period": None if second else given.decay_period}
+    return Prepared(optimizer, Schedule(updates, every, given.checkpoint_every), own)
 
 
 class Experiment:
-    """The runs of one command: the problem they share, their folder, and what they gave."""
+    """The runs of one command: the task they share, their folder, and what they gave."""
 
-    def __init__(self, request: Request, console: Console) -> None:
-        request.check()
-        check_writable(request.out)
-        self.request, self.console = request, console
-        self.dataset = load_data(request)
-        self.checksum = zlib.crc32(np.ascontiguousarray(self.dataset.train).data)
-        self.model = Autoencoder(self.dataset.train.shape[1], request.layers or ENCODER)
-        self.problem = make_problem(request, self.dataset, self.model)
-        self.optimizers = [make_optimizer(request, self.problem, n) for n in request.optimizers]
-        check_writable(request.out, checkpoint_bytes(self.problem, self.optimizers))
-        self.folder = RunFolder(self._find_folder())
+    def __init__(self, given: argparse.Namespace, console: Console) -> None:
+        self.given, self.console = given, console
+        runs.check_writable(given.out)
+        self.task = tasks.autoencoder(
+            given.data, given.data_dir, given.layers, given.batch_size, given.l2
+        )
+        checksum = zlib.crc32(np.ascontiguousarray(self.task.images).data)
+        self.prepared = [_prepare(n, given, self.task, checksum) for n in given.optimizers]
+        runs.check_writable(given.out, self._checkpoint_bytes())
+        self.folder = runs.RunFolder(self._find_folder())
         self.results: list[Result] = []
         self.sgd_seconds: float | None = None
-        self.stop = StopRequest()
+
+    def _checkpoint_bytes(self) -> int:
+        """About the room that checkpoints need: each run keeps one while it writes the next."""
+        params, total = self.task.start(self.given.seed), 0
+        for optimizer, _, _ in self.prepared:
+            kept = (params, jax.eval_shape(optimizer.init, params))
+            total += 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+        return total + 2**24
 
     def _find_folder(self) -> Path:
-        name = f"{self.request.data}-{'+'.join(self.request.optimizers)}"
-        if not self.request.resume:
-            return new_run(self.request.out, name)
-        folder = latest_run(self.request.out, name)
-        for optimizer in self.request.optimizers:
-            stored = folder / optimizer / "settings.json"
+        name = f"{self.given.data}-{'+'.join(self.given.optimizers)}"
+        if not self.given.resume:
+            return runs.new_run(self.given.out, name)
+        folder = runs.latest_run(self.given.out, name)
+        for optimizer, _, settings in self.prepared:
+            stored = folder / optimizer.name / "settings.json"
             if stored.exists():  # in a comparison, the later ones may not have begun
-                check_same(stored, self.request.settings(optimizer, self.checksum))
+                runs.check_same(stored, settings)
         return folder
 
-    def train(self) -> bool:
-        """Runs one optimizer after the other; returns whether Ctrl-C put an end to it."""
-        self.say(f"{self.dataset.description}\nrun folder: {self.folder.path}")
-        try:
-            with self.stop.listening():
-                if not self.request.no_sgd_yardstick:
-                    self.sgd_seconds = time_sgd_step(self.problem)
-                for optimizer in self.optimizers:
-                    if self.stop.made:
-                        break
-                    # Listed before it is trained: wherever it ends, its rows are to be shown.
-                    self.results.append(Result(optimizer.name, "interrupted", [], None))
-                    self._train_one(optimizer, self.results[-1])
-        except KeyboardInterrupt:
-            return True
-        return self.stop.made
+    def train(self) -> None:
+        """Runs one optimizer after the other."""
+        self.say(f"{self.task.dataset.description}\nrun folder: {self.folder.path}")
+        if not self.given.no_sgd_yardstick:
+            self.sgd_seconds = time_sgd_step(self.task, self.given.seed)
+        for prepared in self.prepared:
+            # Listed before it is trained: wherever it ends, its rows are to be shown.
+            self.results.append(Result(prepared.optimizer.name, "interrupted", [], None))
+            self._train_one(*prepared, self.results[-1])
 
-    def _train_one(self, optimizer: Optimizer, result: Result) -> None:
-        name, schedule = optimizer.name, self.request.schedule(optimizer.name)
-        position = start(self.problem, optimizer)
-        with contextlib.closing(Checkpoints(self.folder, f"{name}/checkpoints")) as checkpoints:
-            result.rows = self._restore(name, position, checkpoints)
-            record = self._record(name, position.update)
-            session = record["sessions"][-1]
-            if position.update < schedule.updates:
-                self.say(f"{name}: compiling")
-                step, session["compile_seconds"] = compile_step(self.problem, optimizer, position)
-                self.folder.write_json(f"{name}/settings.json", record)
-                training = Training(self.problem, step, schedule, position, self.stop)
-                with (
-                    Metrics(self.folder, f"{name}/metrics.csv", result.rows) as metrics,
-                    Progress(self.console, name, schedule.updates, position.update) as progress,
-                ):
-                    result.outcome = training.run(metrics, checkpoints, progress)
-            else:
-                result.outcome = "finished"
+    def _train_one(
+        self, optimizer: Optimizer, schedule: Schedule, settings: dict[str, Any], result: Result
+    ) -> None:
+        name, position = optimizer.name, start(self.task, optimizer, self.given.seed)
+        checkpoint = runs.Checkpoint(self.folder, f"{name}/checkpoint.npz")
+        self._restore(name, position, checkpoint, result)
+        record = self._record(name, settings, schedule, position.update)
+        session = record["sessions"][-1]
+        result.outcome = "finished"
+        if position.update < schedule.updates:
+            self.say(f"{name}: compiling")
+            step, session["compile_seconds"] = compile_step(self.task, optimizer, position)
+            self._write(name, record)
+            training = Training(self.task, step, schedule, position, self.given.seed)
+            with runs.Metrics(self.folder, f"{name}/metrics.csv", COLUMNS, result.rows) as metrics:
+                result.outcome = training.run(metrics, checkpoint, self.console, name)
         if position.usable():
             result.params = evaluated_params(position.params, position.state)
+        session["outcome"] = result.outcome
+        self._write(name, record)
         if result.outcome == "interrupted":
             self.say("interrupted: the same command with --resume goes on from here")
-        session["outcome"] = result.outcome
-        self.folder.write_json(f"{name}/settings.json", record)
+            raise KeyboardInterrupt
 
-    def _restore(self, name: str, position: Position, checkpoints: Checkpoints) -> list[Row]:
-        """Moves ``position`` to the latest checkpoint; returns the rows measured until then."""
-        latest = checkpoints.latest() if self.request.resume else None
-        if latest is None:
-            return []
-        arrays, numbers = checkpoints.restore(position.arrays())
-        position.params, position.state = arrays["params"], arrays["state"]
-        position.update, position.seconds = latest, numbers["seconds"]
-        self.say(f"{name}: continues from update {latest}")
-        rows = read_rows(self.folder.path / name / "metrics.csv")
-        return [row for row in rows if (row["update"] or 0) <= latest]
+    def _restore(
+        self, name: str, position: Position, checkpoint: runs.Checkpoint, result: Result
+    ) -> None:
+        """Moves `position` to the latest checkpoint, and reads the rows measured until then."""
+        found = checkpoint.restore(position.arrays()) if self.given.resume else None
+        if found is None:
+            return
+        position.update, position.seconds, (position.params, position.state) = found
+        self.say(f"{name}: continues from update {position.update}")
+        rows = runs.read_rows(self.folder.path / name / "metrics.csv")
+        result.rows += [row for row in rows if (row["update"] or 0) <= position.update]
 
-    def _record(self, name: str, update: int) -> dict[str, Any]:
+    def _record(
+        self, name: str, settings: dict[str, Any], schedule: Schedule, update: int
+    ) -> dict[str, Any]:
         """What settings.json says: the settings, and every session that trained with them."""
         session = {"from_update": update, "sgd_step_seconds": self.sgd_seconds, **environment()}
         stored = self.folder.path / name / "settings.json"
-        earlier = read_settings(stored)["sessions"] if update else []
-        return {
-            "settings": self.request.settings(name, self.checksum),
-            "schedule": vars(self.request.schedule(name)),
-            "sessions": [*earlier, session],
-        }
+        earlier = runs.read_settings(stored)["sessions"] if update else []
+        said = {"settings": settings, "schedule": schedule._asdict()}
+        return {**said, "sessions": [*earlier, session]}
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        self.folder.write(f"{name}/settings.json", lambda path: write_json(path, record))
 
     def say(self, text: str) -> None:
         """Prints plain text."""
@@ -210,54 +247,39 @@ class Experiment:
     def report(self) -> None:
         """Shows and keeps the table and the plots of whatever was measured."""
         results = [result for result in self.results if result.rows]
-        if not results:
-            return
-        shown = table(results, self.sgd_seconds)
-        self.console.print(shown)
-        self.folder.write("table.txt", lambda path: write_table(path, shown))
-        curves, problems = plots.references(self.request.data)
-        if self.request.references is not None:
-            more, unreadable = plots.references(self.request.data, self.request.references)
-            if not more and not unreadable:
-                self.say(f"no {self.request.data}_*.csv in {self.request.references}")
-            curves, problems = curves + more, problems + unreadable
-        for problem in problems:
-            self.say(problem)
-        title = f"Autoencoder on {self.request.data}, {self.request.batch_size} images per update"
-        where = f"{jax.devices()[0].device_kind}, {cpu_count()} cores"
-        self.folder.write(
-            "losses.png",
-            lambda path: plots.plot_losses(path, results, title, where, curves, self.sgd_seconds),
-        )
-        self._plot_reconstructions(results)
-        self.say(f"table.txt, losses.png and reconstructions.png are in {self.folder.path}")
-
-    def _plot_reconstructions(self, results: Sequence[Result]) -> None:
-        # Spread over the set: neighbors can be the same face, turned a little.
-        count = len(self.dataset.test)
-        originals = self.dataset.test[np.linspace(0, count - 1, min(SHOWN, count)).astype(int)]
-        rows = {}
-        for result in results:
-            if result.params is not None:
-                outputs: Any = self.model.apply(result.params, originals)
-                logits = self.dataset.loss == "sigmoid_binary_cross_entropy"
-                rows[result.name] = np.asarray(jax.nn.sigmoid(outputs) if logits else outputs)
-        self.folder.write(
-            "reconstructions.png",
-            lambda path: plots.plot_reconstructions(
-                path, originals, rows, self.dataset.image_shape
-            ),
-        )
+        if results:
+            folder, given = self.folder, self.given
+            report.write(
+                folder, results, self.task, given.references, self.sgd_seconds, self.console
+            )
+            self.say(f"table.txt, losses.png and reconstructions.png are in {folder.path}")
 
 
-def run(request: Request) -> tuple[list[str], bool]:
-    """Trains and reports; returns what went wrong on the way, and whether it was interrupted."""
-    try:
-        experiment = Experiment(request, Console())
-        try:
-            interrupted = experiment.train()
-        finally:  # whatever ended the training, what there is of it is shown
-            experiment.report()
-    except kfgn.errors.KfgnError as error:
-        raise BenchmarkError(str(error)) from error
-    return experiment.folder.problems, interrupted
+def start(task: tasks.Task, optimizer: Optimizer, seed: int) -> Position:
+    """The position before the first update."""
+    # Copied, because the steps write over these buffers: the next optimizer starts there too, and
+    # a state may begin as the parameters themselves.
+    params = jax.tree.map(jnp.copy, task.start(seed))
+    return Position(params, jax.tree.map(jnp.copy, optimizer.init(params)))
+
+
+def compile_step(task: tasks.Task, optimizer: Optimizer, position: Position) -> tuple[Any, float]:
+    """Compiles one update; also returns the seconds it took."""
+    began = time.perf_counter()
+    step = jax.jit(optimizer.step, donate_argnums=(0, 1))
+    key = jax.random.key(0)
+    lowered = step.lower(position.params, position.state, task.example_batch, key)
+    return lowered.compile(), time.perf_counter() - began
+
+
+def time_sgd_step(task: tasks.Task, seed: int) -> float:
+    """The time of an SGD step, in seconds: the unit that updates are measured in."""
+    sgd = first_order("sgd", task.objective, default_learning_rate("sgd"))
+    params, key = task.start(seed), jax.random.key(seed)
+
+    def step(carry: Any, batch: Any) -> Any:
+        params, state = carry
+        return sgd.step(params, state, batch, key)[:2]
+
+    carry = params, sgd.init(params)
+    return timing.timed_updates(step, carry, task.example_batch, blocks=1).median

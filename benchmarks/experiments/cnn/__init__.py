@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import kfgn
 from benchmarks import BenchmarkError
-from benchmarks.datasets import DataError, load
+from benchmarks.datasets import NAMES, load
 from benchmarks.experiments.cnn.lecture import (
     CLASSES,
     LOSSES,
@@ -35,8 +34,17 @@ from benchmarks.experiments.cnn.lecture import (
     problem,
 )
 from benchmarks.experiments.cnn.plots import plot_part
-from benchmarks.harness.arguments import names, positive_int, positive_number, widths
-from benchmarks.harness.experiment import ledger, options, progress, record, settings, table
+from benchmarks.harness.arguments import (
+    options,
+    positive_int,
+    positive_number,
+    settings,
+    some_of,
+    up_to,
+    widths,
+)
+from benchmarks.harness.display import figure, table
+from benchmarks.harness.experiment import experiment
 from benchmarks.harness.race import timed_steps
 
 NAME = "cnn"
@@ -55,33 +63,33 @@ class Part(NamedTuple):
     first: Row  # the figures at the start
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Runs every method on every data set under every loss; writes after each run."""
     given = _parse(arguments)
-    console = Console()
     images = {name: _images(name, given) for name in given.data}
     network = Network(given.channels)
-    said = {**settings(given), "c": given.c_factor * given.images, "rates": RATES}
+    said = {"c": given.c_factor * given.images, "rates": RATES}
     runs: list[dict[str, Any]] = []
     tables: list[Table] = []
-    with ledger(given) as kept:
+    figures: dict[str, Any] = {}
+    with experiment(NAME, arguments, given) as experimenting:
         for part, made in _parts(given, images, network):
             own: list[dict[str, Any]] = []
-            with progress(console, f"{part.data}, {part.loss}", len(made)) as ticker:
+            with experimenting.progress(f"{part.data}, {part.loss}", len(made)) as ticker:
                 for method in made:
                     what = {**_determining(given), "part": part[:2], "method": method.name}
-                    own.append(kept.measure(what, functools.partial(_run, method, part, given)))
-                    last = own[-1]["curve"][-1]
-                    ticker.step(f"{own[-1]['method']}  {_figures(last)}")
+                    run = functools.partial(_run, method, part, given)
+                    own.append(experimenting.measure(what, run))
+                    ticker.step(f"{own[-1]['method']}  {_figures(own[-1]['curve'][-1])}")
                     now = [*tables, _table(part, own)]
-                    record(given.out, NAME, arguments, said, runs + own, now, _QUIET)
+                    experimenting.record(runs + own, now, figures, said, quiet=True)
             runs += own
             tables.append(_table(part, own))
-            console.print(tables[-1])
+            experimenting.console.print(tables[-1])
             title = f"{part.data}, {part.loss} loss"
-            plot_part(given.out / f"{part.data}-{part.loss}.png", title, own)
-    console.print(f"written to {given.out}")
-    return 0
+            figures[f"{part.data}-{part.loss}"] = plot_part(title, own)
+        experimenting.record(runs, tables, figures, said, quiet=True)
+        experimenting.console.print(f"written to {given.out}")
 
 
 def _parts(given: Any, images: Any, network: Network) -> Iterator[tuple[Part, list[Method]]]:
@@ -107,51 +115,34 @@ def _determining(given: Any) -> dict[str, Any]:
     return {k: v for k, v in settings(given).items() if k not in ("data", "losses", "methods")}
 
 
-_QUIET = Console(quiet=True)
-
-
-def _parse(arguments: Sequence[str] | None) -> Any:
+def _parse(arguments: Sequence[str]) -> Any:
     parser = options(NAME, __doc__, resumable=True)
     add = parser.add_argument
-    add("--data", type=names, default=("mnist", "fashion_mnist"), help="(mnist,fashion_mnist)")
-    add("--losses", type=names, default=LOSSES, help=f"({','.join(LOSSES)})")
-    add("--methods", type=names, default=METHODS, help=f"({','.join(METHODS)})")
+    data, losses = some_of("data set", NAMES), some_of("loss", LOSSES)
+    chosen = some_of("method", METHODS)
+    add("--data", type=data, default=("mnist", "fashion_mnist"), help="(mnist,fashion_mnist)")
+    add("--losses", type=losses, default=LOSSES, help=f"({','.join(LOSSES)})")
+    add("--methods", type=chosen, default=METHODS, help=f"({','.join(METHODS)})")
     add("--images", type=positive_int, default=5000, help="l, to train on (5000)")
     add("--seconds", type=positive_number, default=10.0, help="of training for every method (10)")
     add("--trial-seconds", type=positive_number, default=1.0, help="for a step size (1)")
     add("--iterations", type=positive_int, default=10**9, help="end after so many in any case")
     add("--evaluations", type=positive_int, default=6, help="during a run, at most (6)")
     every = "of the images that the Gauss-Newton matrix is of, a run for each (1,5,10)"
-    add("--percent", type=_percentages, default=(1.0, 5.0, 10.0), help=every)
+    add("--percent", type=up_to(100), default=(1.0, 5.0, 10.0), help=every)
     add("--batch-size", type=positive_int, default=128, help="of first-order methods (128)")
     add("--kronecker-batch-size", type=positive_int, default=500, help="of KFLR, KFRA (500)")
     add("--channels", type=widths, default=(4, 8, 8), help="of the convolutions (4,8,8)")
     add("--c-factor", type=positive_number, default=0.01, help="C / l (0.01)")
     given = parser.parse_args(arguments)
-    for option, known in (("losses", LOSSES), ("methods", METHODS)):
-        found = getattr(given, option)
-        if not found or not set(found) <= set(known):
-            raise BenchmarkError(f"--{option} takes some of {', '.join(known)}")
-    if not given.data:
-        raise BenchmarkError("--data takes names of data sets with labels")
     if len(given.channels) != 3:
         raise BenchmarkError("--channels takes three numbers, one for each convolution")
     return given
 
 
-def _percentages(text: str) -> tuple[float, ...]:
-    found = tuple(positive_number(part) for part in text.split(","))
-    if max(found) > 100:
-        raise BenchmarkError(f"--percent takes numbers up to 100, not {text!r}")
-    return found
-
-
 def _images(name: str, given: Any) -> tuple[Any, Any]:
     """`(images, labels)` for training and for testing, in [0, 1] less the mean training image."""
-    try:
-        data = load(name, data_dir=given.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
+    data = load(name, data_dir=given.data_dir)
     if data.train_labels is None or data.test_labels is None:
         raise BenchmarkError(f"the data set {name!r} has no labels to classify by")
     if max(data.train_labels.max(), data.test_labels.max()) >= CLASSES:
@@ -231,7 +222,7 @@ def _figures(row: Row) -> str:
 
 
 def _shown(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+    return figure(value, form) or "not finite"
 
 
 def _table(part: Part, runs: Sequence[dict[str, Any]]) -> Table:

@@ -15,6 +15,7 @@ import optax
 from flax import linen as nn
 
 import kfgn
+from benchmarks.harness.optimizers import Optimizer, on_batch, second_order, with_curvature
 
 PyTree = Any
 CLASSES = 10
@@ -138,8 +139,6 @@ def newton(task: Problem, images: int, percent: float) -> Method:
     settings = dict(kfgn.transforms.HESSIAN_FREE_PRESETS["cnn"])
     damping = settings["damping"]
     settings["damping"] = dataclasses.replace(damping, initial=damping.initial / task.scale)
-    # Unused factors are never computed: XLA drops them.
-    curvature_fn = kfgn.value_grad_and_curvature(objective, "empirical", model_examples=examples)
     search = optax.scale_by_backtracking_linesearch(
         20, slope_rtol=SUFFICIENT_DECREASE, decrease_factor=0.5, increase_factor=math.inf
     )
@@ -149,14 +148,13 @@ def newton(task: Problem, images: int, percent: float) -> Method:
         kfgn.transforms.without_curvature(search),
     )
 
-    def step(params, state, batch, rate):
-        del rate
-        (value, grads), curvature = curvature_fn(params, batch)
-        updates, state = transformation.update(
-            grads, state, params, curvature=curvature,
-            value=value, grad=grads, value_fn=lambda p: objective(p, batch),
-        )  # fmt: skip
-        return optax.apply_updates(params, updates), state
+    def searching(batch: PyTree, value: Any, grads: PyTree) -> dict[str, Any]:
+        return {"value": value, "grad": grads, "value_fn": on_batch(objective, batch)}
+
+    # Unused factors are never computed: XLA drops them.
+    made = with_curvature(
+        "empirical", objective, transformation, searching, model_examples=examples
+    )
 
     def inside(state):
         solved, _, searched = state
@@ -166,23 +164,20 @@ def newton(task: Problem, images: int, percent: float) -> Method:
             "step": float(searched.learning_rate),
         }
 
-    return Method(f"newton {percent:g}%", images, transformation.init, step, inside)
+    return Method(f"newton {percent:g}%", images, made.init, _without_rate(made), inside)
 
 
 def kronecker(name: str, task: Problem, params: PyTree, batch: PyTree, batch_size: int) -> Method:
     """KFLR or KFRA with kfgn's defaults."""
     # The joint recursion has matrices over all channels and positions of an image.
     spatial: dict[str, Any] = {"spatial": "homogeneous"} if name == "kfra" else {}
-    curvature_fn = kfgn.value_grad_and_curvature(task.objective, name, **spatial)
-    optimizer = getattr(kfgn, name)(task.objective, params, batch)
+    made = second_order(name, task.objective, params, batch, {}, **spatial)
+    return Method(name, batch_size, made.init, _without_rate(made))
 
-    def step(params, state, batch, rate):
-        del rate
-        (_, grads), curvature = curvature_fn(params, batch)
-        updates, state = optimizer.update(grads, state, params, curvature=curvature)
-        return optax.apply_updates(params, updates), state
 
-    return Method(name, batch_size, optimizer.init, step)
+def _without_rate(made: Optimizer) -> Callable[..., tuple[PyTree, PyTree]]:
+    """A step that takes a rate, as those of first-order methods do, and draws nothing."""
+    return lambda params, state, batch, rate: made.step(params, state, batch, jax.random.key(0))[:2]
 
 
 def first_order(name: str, task: Problem, batch_size: int) -> Method:

@@ -12,22 +12,29 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
 from rich.table import Table
 
 import kfgn
-from benchmarks import BenchmarkError
-from benchmarks.datasets import DataError, load
 from benchmarks.experiments.curvature.plots import plot_layers, plot_network
-from benchmarks.harness.arguments import OneLineParser, names, positive_int, positive_number, widths
-from benchmarks.harness.experiment import Ticker, ledger, options, progress, record, settings, table
+from benchmarks.harness import tasks
+from benchmarks.harness.arguments import (
+    options,
+    positive_int,
+    positive_number,
+    settings,
+    some_of,
+    widths,
+)
+from benchmarks.harness.display import Ticker, table
+from benchmarks.harness.experiment import experiment
+from benchmarks.harness.models import chain, chain_params
+from benchmarks.harness.optimizers import with_gradient
 
 NAME = "curvature"
 TRANSFERS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -55,49 +62,37 @@ class Look(NamedTuple):
     layers: dict[str, dict[str, float]]  # what `_of_layer` gathers
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Trains all networks, and writes the table and the figures."""
-    given = _parser().parse_args(arguments)
-    unknown = [name for name in given.transfers if name not in TRANSFERS]
-    if unknown or not given.transfers:
-        raise BenchmarkError(f"--transfers must be some of {', '.join(TRANSFERS)}")
-    try:
-        data = load("digits", data_dir=given.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
-    if max(given.batch_size, given.examples) > len(data.train):
-        raise BenchmarkError(f"the digits are {len(data.train)}: ask for no more of them")
-    console, found = Console(), {}
-    at = looks(given.updates, given.looks)
-    total, said = len(at) * len(given.transfers), settings(given)
-    with ledger(given) as kept:
-        with jax.enable_x64(True), progress(console, NAME, total) as ticker:
+    given = _parse(arguments)
+    data = tasks.images("digits", given.data_dir, max(given.batch_size, given.examples))
+    at, found = looks(given.updates, given.looks), {}
+    total = len(at) * len(given.transfers)
+    with experiment(NAME, arguments, given) as run:
+        with jax.enable_x64(True), run.progress(NAME, total) as ticker:
             for name in given.transfers:
-                what = {**said, "transfers": name}
-                if kept.find(what) is not None:  # nothing of it will tick
+                what = {**settings(given), "transfers": name}
+                if run.find(what) is not None:  # nothing of it will tick
                     ticker.expect(-len(at))
                 train = functools.partial(_train, name, data, given, at, ticker)
-                seen = kept.measure(what, train)
-                found[name] = [Look(*look) for look in seen]
+                found[name] = [Look(*look) for look in run.measure(what, train)]
         measured = {name: [look._asdict() for look in seen] for name, seen in found.items()}
-        tables = [_layer_table(found), _network_table(found)]
-        record(given.out, NAME, arguments, said, measured, tables, console)
-    plot_layers(given.out / "layers.png", found)
-    plot_network(given.out / "network.png", found)
-    return 0
+        figures = {"layers": plot_layers(found), "network": plot_network(found)}
+        run.record(measured, [_layer_table(found), _network_table(found)], figures)
 
 
-def _parser() -> OneLineParser:
+def _parse(arguments: Sequence[str]) -> Any:
     parser = options(NAME, __doc__, resumable=True)
     add = parser.add_argument
-    add("--transfers", type=names, default=tuple(TRANSFERS), help=f"of {','.join(TRANSFERS)} (all)")
+    every = some_of("transfer", TRANSFERS)
+    add("--transfers", type=every, default=tuple(TRANSFERS), help=f"of {','.join(TRANSFERS)} (all)")
     add("--layers", type=widths, default=(10, 10), help="widths of the hidden layers (10,10)")
     add("--updates", type=positive_int, default=1000, help="of every network (1000)")
     add("--looks", type=positive_int, default=10, help="at the curvature, about so many (10)")
     add("--batch-size", type=positive_int, default=100, help="images per update (100)")
     add("--examples", type=positive_int, default=200, help="images to look at (200)")
     add("--learning-rate", type=positive_number, default=3e-3, help="Adam's (0.003)")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def looks(updates: int, count: int) -> list[int]:
@@ -106,45 +101,21 @@ def looks(updates: int, count: int) -> list[int]:
     return sorted({0, updates, *(round(x) for x in spaced)})
 
 
-def _network(name: str, sizes: Sequence[int], seed: int) -> tuple[Any, kfgn.Objective]:
-    transfer = TRANSFERS[name]
-    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
-    initial = jax.nn.initializers.glorot_uniform()
-    params = {
-        f"layer {k + 1}": {"w": initial(key, shape, jnp.float64), "b": jnp.zeros(shape[1])}
-        for k, (key, shape) in enumerate(zip(keys, pairwise(sizes), strict=True))
-    }
-
-    def model(params, x):
-        *hidden, last = params.values()
-        for layer in hidden:
-            x = transfer(x @ layer["w"] + layer["b"])
-        return x @ last["w"] + last["b"]
-
-    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
-    return params, kfgn.Objective(model, loss)
-
-
 def _train(name: str, data: Any, given: Any, at: Sequence[int], ticker: Ticker) -> list[Look]:
-    sizes = (data.train.shape[1], *given.layers, 10)
-    params, objective = _network(name, sizes, given.seed)
+    params = chain_params((data.train.shape[1], *given.layers, 10), given.seed, dtype=jnp.float64)
+    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
+    objective = kfgn.Objective(chain(TRANSFERS[name]), loss)
     train = data.train.astype(np.float64), data.train_labels
     batches = kfgn.solvers.batches(train, given.batch_size, seed=given.seed)
-    method = optax.adam(given.learning_rate)
-    state, look, seen = method.init(params), _looker(objective), []
+    adam = with_gradient("adam", objective, optax.adam(given.learning_rate))
+    state, step, look, seen = adam.init(params), jax.jit(adam.step), _looker(objective), []
     shown = jax.tree.map(lambda a: a[: given.examples], train)
-
-    @jax.jit
-    def step(params, state, batch):
-        updates, state = method.update(jax.grad(objective)(params, batch), state)
-        return optax.apply_updates(params, updates), state
-
     for update in range(given.updates + 1):
         if update in at:
             found = jax.device_get(look(params, shown))
             seen.append(_gathered(update, found))
             ticker.step(f"{name}, update {update}, loss {seen[-1].loss:.3f}")
-        params, state = step(params, state, next(batches)[0])
+        params, state, _ = step(params, state, next(batches)[0], jax.random.key(0))
     return seen
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ SHARES = ("negative_share", "term_negative_share")
 LINEAR_BELOW = 1e-6  # of the axes with both signs
 
 
-def plot_layers(path: Path, found: Mapping[str, Sequence[Any]]) -> None:
+def plot_layers(found: Mapping[str, Sequence[Any]]) -> Figure:
     """A column for each network, a row for each measure, a line for each layer."""
     size = (3.0 * len(found) + 1, 2.0 * len(ROWS))
     figure = Figure(figsize=size, layout="constrained")
@@ -44,10 +43,10 @@ def plot_layers(path: Path, found: Mapping[str, Sequence[Any]]) -> None:
             axes.grid(True, alpha=0.25)
         row[0].set_ylabel(label)
     grid[0][0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    return figure
 
 
-def plot_network(path: Path, found: Mapping[str, Sequence[Any]]) -> None:
+def plot_network(found: Mapping[str, Sequence[Any]]) -> Figure:
     """The loss, and the least eigenvalue of the whole Hessian beside the blocks' least."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     losses, whole, blocks = figure.subplots(1, 3)
@@ -69,4 +68,4 @@ def plot_network(path: Path, found: Mapping[str, Sequence[Any]]) -> None:
         axes.set(xlabel="updates", xscale="symlog", xlim=(-0.2, None))
         axes.grid(True, alpha=0.25)
     losses.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    return figure

@@ -21,11 +21,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 import kfgn
 from benchmarks import BenchmarkError
-from benchmarks.datasets import DataError, load
 from benchmarks.experiments.fashion import depth as depths
 from benchmarks.experiments.fashion.depth import Depth
 from benchmarks.experiments.fashion.hessian_free import (
@@ -33,17 +31,18 @@ from benchmarks.experiments.fashion.hessian_free import (
     conditioned_iterations,
     train_hessian_free,
 )
-from benchmarks.experiments.fashion.plots import plot_all
+from benchmarks.experiments.fashion.plots import all_figures
 from benchmarks.experiments.fashion.tables import all_tables
 from benchmarks.experiments.fashion.training import Classifier, Problem, Run, minimize, train
+from benchmarks.harness import tasks
 from benchmarks.harness.arguments import (
-    OneLineParser,
     number,
+    options,
     positive_int,
     positive_number,
     widths,
 )
-from benchmarks.harness.experiment import options, progress, record
+from benchmarks.harness.experiment import Experiment, experiment
 from benchmarks.harness.optimizers import first_order, second_order
 
 NAME = "fashion"
@@ -76,27 +75,24 @@ class Found:
         }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Measures everything, and writes it down after every part."""
-    given = _parser().parse_args(arguments)
-    data = _data(given)
-    found, console = Found(), Console()
-    settings = {**vars(given), "out": str(given.out), "data_dir": str(given.data_dir or "")}
-    settings |= {"gradient_descent_rates": RATES, "adam_rate": ADAM_RATE}
+    given = _parse(arguments)
+    data, found = _data(given), Found()
+    said = {"gradient_descent_rates": RATES, "adam_rate": ADAM_RATE}
+    with experiment(NAME, arguments, given) as run:
 
-    def save(target: Console) -> None:
-        tables = all_tables(found, given)
-        record(given.out, NAME, arguments, settings, found.report(), tables, target)
-        plot_all(given.out, found)
+        def save(quiet: bool = True) -> None:
+            tables, figures = all_tables(found, given), all_figures(found)
+            run.record(found.report(), tables, figures, said, quiet)
 
-    save(Console(quiet=True))  # a folder that cannot be written is found before the work
-    for _ in _parts(given, data, found, console):
-        save(Console(quiet=True))
-    save(console)
-    return 0
+        save()  # a folder that cannot be written is found before the work
+        for _ in _parts(given, data, found, run):
+            save()
+        save(quiet=False)
 
 
-def _parser() -> OneLineParser:
+def _parse(arguments: Sequence[str]) -> Any:
     parser = options(NAME, __doc__)
     add = parser.add_argument
     add("--images", type=positive_int, default=5000, help="to train on (5000)")
@@ -109,15 +105,12 @@ def _parser() -> OneLineParser:
     add("--depths", type=widths, default=(2, 4, 8, 12), help="on the digits (2,4,8,12)")
     add("--updates", type=positive_int, default=400, help="on the digits (400)")
     add("--paper-only", action="store_true", help="the paper's own methods, and nothing else")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _data(given: Any) -> tuple[Sequence[Any], Any]:
     """The fixed batches and the dev images."""
-    try:
-        data = load("fashion_mnist", data_dir=given.data_dir)
-    except DataError as error:
-        raise BenchmarkError(str(error)) from error
+    data = tasks.images("fashion_mnist", given.data_dir, 1)
     count = len(data.train)
     if not given.batch_size <= given.images <= count or given.images % given.batch_size:
         raise BenchmarkError(
@@ -131,13 +124,13 @@ def _data(given: Any) -> tuple[Sequence[Any], Any]:
     return [batch for batch, _ in chosen], (data.test, data.test_labels)
 
 
-def _parts(given: Any, data: Any, found: Found, console: Console) -> Iterator[None]:
+def _parts(given: Any, data: Any, found: Found, run: Experiment) -> Iterator[None]:
     """Yields whenever something more has been measured."""
     batches, dev = data
     for hidden in given.hidden:
         module = Classifier(hidden, given.width)
         problem = Problem(module, given.l2, batches, dev, given.seed)
-        yield from _compare(hidden, problem, given, found, console)
+        yield from _compare(hidden, problem, given, found, run)
         if given.paper_only:
             continue
         lbfgs = _named(found.networks[hidden], "L-BFGS-B")
@@ -148,9 +141,9 @@ def _parts(given: Any, data: Any, found: Found, console: Console) -> Iterator[No
         found.conditioned |= conditioned_iterations(problem, places)
         yield
     if not given.paper_only:
-        yield from _explain_gaps(given, data, found, console)
+        yield from _explain_gaps(given, data, found, run)
         jobs = len(given.depths) * len(depths.METHODS)
-        with progress(console, f"{NAME}, depth", jobs) as ticker:
+        with run.progress(f"{NAME}, depth", jobs) as ticker:
             for hidden in given.depths:
                 depth = depths.measure(hidden, given.updates, given.seed, ticker.step)
                 found.depths.append(depth)
@@ -158,13 +151,13 @@ def _parts(given: Any, data: Any, found: Found, console: Console) -> Iterator[No
 
 
 def _compare(
-    hidden: int, problem: Problem, given: Any, found: Found, console: Console
+    hidden: int, problem: Problem, given: Any, found: Found, run: Experiment
 ) -> Iterator[None]:
     """The paper's methods for so many iterations, and the others for as long as L-BFGS-B took."""
     runs = found.networks.setdefault(hidden, [])
     jobs = _paper_methods(problem, given.iterations)
     others = [] if given.paper_only else list(_other_methods(problem))
-    with progress(console, f"{NAME}, {hidden} hidden", len(jobs) + len(others)) as ticker:
+    with run.progress(f"{NAME}, {hidden} hidden", len(jobs) + len(others)) as ticker:
         for job in jobs:
             runs.append(job())
             ticker.step(_figures(runs[-1]))
@@ -180,9 +173,9 @@ def _compare(
 def _paper_methods(problem: Problem, iterations: int) -> list[Callable[[], Run]]:
     def descend(rate: float) -> Run:
         optimizer = first_order("sgd", problem.objective, rate)
-        run = train(problem, optimizer, [problem.train], iterations=iterations)
-        run.method = f"GD, {rate:g}"
-        return run
+        return train(
+            problem, optimizer, [problem.train], iterations=iterations, name=f"GD, {rate:g}"
+        )
 
     return [
         *(functools.partial(descend, rate) for rate in RATES),
@@ -197,22 +190,18 @@ def _other_methods(problem: Problem) -> Iterator[Callable[[float], Run]]:
 
     def kronecker(name: str, seconds: float) -> Run:
         method = second_order(name.lower(), problem.objective, problem.params, batch, {})
-        run = train(problem, method, problem.batches, seconds=seconds)
-        run.method = name
-        return run
+        return train(problem, method, problem.batches, seconds=seconds, name=name)
 
     def adam(seconds: float) -> Run:
         method = first_order("adam", problem.objective, ADAM_RATE)
-        run = train(problem, method, problem.batches, seconds=seconds)
-        run.method = "Adam"
-        return run
+        return train(problem, method, problem.batches, seconds=seconds, name="Adam")
 
     yield from (functools.partial(kronecker, name) for name in KRONECKER)
     yield from (functools.partial(train_hessian_free, problem, name) for name in PRECONDITIONERS)
     yield adam
 
 
-def _explain_gaps(given: Any, data: Any, found: Found, console: Console) -> Iterator[None]:
+def _explain_gaps(given: Any, data: Any, found: Found, run: Experiment) -> Iterator[None]:
     """L-BFGS-B with and without the penalty, on all images and on few: what closes the gap."""
     batches, dev = data
     seen = {image.tobytes() for images, _ in batches for image in np.asarray(images)}
@@ -220,14 +209,14 @@ def _explain_gaps(given: Any, data: Any, found: Found, console: Console) -> Iter
     few = max(1, FEW // given.batch_size)
     cases = [(l2, count) for count in (len(batches), few) for l2 in (given.l2, 0.0)]
     cases = list(dict.fromkeys(cases))
-    with progress(console, f"{NAME}, gaps", len(cases)) as ticker:
+    with run.progress(f"{NAME}, gaps", len(cases)) as ticker:
         for l2, count in cases:
             module = Classifier(given.hidden[0], given.width)
             problem = Problem(module, l2, batches[:count], dev, given.seed)
-            run = minimize(problem, "L-BFGS-B", "l-bfgs-b", given.iterations)
+            fit = minimize(problem, "L-BFGS-B", "l-bfgs-b", given.iterations)
             case = {"hidden": given.hidden[0], "l2": l2, "images": len(problem.train[0])}
-            found.gaps.append({**case, **run.report()})
-            ticker.step(_figures(run))
+            found.gaps.append({**case, **fit.report()})
+            ticker.step(_figures(fit))
             yield
 
 

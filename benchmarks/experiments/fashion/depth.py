@@ -65,9 +65,7 @@ def _run(name: str, problem: Problem, updates: int) -> Run:
         return _better(name, problem, updates, kind, rates)
     batch = problem.train
     method = second_order(name.lower(), problem.objective, problem.params, batch, {})
-    run = train(problem, method, [batch], iterations=updates)
-    run.method = name
-    return run
+    return train(problem, method, [batch], iterations=updates, name=name)
 
 
 def _better(name: str, problem: Problem, updates: int, kind: str, rates: Sequence[float]) -> Run:
@@ -75,7 +73,7 @@ def _better(name: str, problem: Problem, updates: int, kind: str, rates: Sequenc
     runs = []
     for rate in rates:
         optimizer: Optimizer = first_order(kind, problem.objective, rate)
-        runs.append(train(problem, optimizer, [problem.train], iterations=updates))
-        runs[-1].method, runs[-1].note = name, f"{runs[-1].note} rate {rate:g}".strip()
+        runs.append(train(problem, optimizer, [problem.train], iterations=updates, name=name))
+        runs[-1].note = f"{runs[-1].note} rate {rate:g}".strip()
     finite = [run for run in runs if run.last.objective < float("inf")]
     return min(finite or runs, key=lambda run: run.last.objective)

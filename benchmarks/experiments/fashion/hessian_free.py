@@ -11,7 +11,7 @@ import optax
 
 import kfgn
 from benchmarks.experiments.fashion.training import Arrays, Problem, Run, train
-from benchmarks.harness.optimizers import Optimizer
+from benchmarks.harness.optimizers import Optimizer, with_curvature
 
 # By the names in tables: nothing, the empirical Fisher's diagonal, the layers' factors.
 PRECONDITIONERS = {"none": None, "diagonal": "diagonal", "Kronecker": "kronecker"}
@@ -34,17 +34,9 @@ def hessian_free(problem: Problem, name: str) -> Optimizer:
         ),
         optax.scale(-1.0),
     )
-    curvature_fn = kfgn.value_grad_and_curvature(objective, "kfra")
-
-    def step(params: Any, state: Any, batch: Arrays, key: jax.Array) -> tuple[Any, Any, jax.Array]:
-        del key
-        (value, grads), curvature = curvature_fn(params, batch)
-        updates, state = transformation.update(
-            grads, state, params, curvature=curvature, batch=batch
-        )
-        return optax.apply_updates(params, updates), state, value
-
-    return Optimizer(method_name(name), transformation.init, step)
+    return with_curvature(
+        "kfra", objective, transformation, lambda batch, value, grads: {"batch": batch}
+    )
 
 
 def train_hessian_free(problem: Problem, name: str, seconds: float) -> Run:
@@ -57,7 +49,9 @@ def train_hessian_free(problem: Problem, name: str, seconds: float) -> Run:
         dampings.append(float(state[0].damping))
 
     optimizer = hessian_free(problem, name)
-    run = train(problem, optimizer, problem.batches, seconds=seconds, tell=tell)
+    run = train(
+        problem, optimizer, problem.batches, seconds=seconds, name=method_name(name), tell=tell
+    )
     run.cg_iterations, run.damping = cg_iterations, dampings[-1] if dampings else None
     return run
 

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 
-from benchmarks import BenchmarkError
 from benchmarks.experiments.fashion.hessian_free import DAMPINGS, PRECONDITIONERS, method_name
 from benchmarks.experiments.fashion.training import Run
+from benchmarks.harness.plots import against, curve, log_scale
 
-COLOURS = {
+COLORS = {
     "GD, 0.1": "silver",
     "GD, 1": "tab:gray",
     "gradient descent": "tab:gray",
@@ -31,42 +27,28 @@ COLOURS = {
 }
 
 
-def plot_all(folder: Path, found: Any) -> None:
+def all_figures(found: Any) -> dict[str, Figure]:
     """Those for which there are measurements."""
-    figures = {f"{k}_hidden.png": _curves(k, runs) for k, runs in found.networks.items() if runs}
+    figures = {f"{k}_hidden": _curves(k, runs) for k, runs in found.networks.items() if runs}
     if found.networks:
-        figures["gaps.png"] = _gaps(found.networks)
+        figures["gaps"] = _gaps(found.networks)
     if found.conditioned:
-        figures["cg_iterations.png"] = _cg_iterations(found)
+        figures["cg_iterations"] = _cg_iterations(found)
     if found.depths:
-        figures["depth.png"] = _depth(found.depths)
-    try:
-        for name, figure in figures.items():
-            figure.savefig(folder / name, dpi=130)
-    except OSError as error:
-        raise BenchmarkError(f"cannot write plots to {folder}: {error}") from error
+        figures["depth"] = _depth(found.depths)
+    return figures
 
 
 def _curves(hidden: int, runs: Sequence[Run]) -> Figure:
     """Objective and dev accuracy, against iterations and seconds."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    for run in runs:
-        style = {"color": COLOURS.get(run.method), "label": run.method}
-        for line, name in zip(grid, ("objective", "dev_accuracy"), strict=True):
-            for axes, across in zip(line, ("iteration", "seconds"), strict=True):
-                axes.plot(run.column(across), run.column(name), **style)
-    _log(grid[0, 0], [p for run in runs for p in run.column("objective")])
-    grid[0, 0].set_ylabel("objective on the training images")
-    grid[1, 0].set_ylabel("accuracy on the dev images")
-    grid[1, 0].set_xlabel("iterations or updates")
+    curves = [curve(run.method, run.points, color=COLORS.get(run.method)) for run in runs]
+    up = {"objective": "objective on the training images"}
+    up |= {"dev_accuracy": "accuracy on the dev images"}
+    across = {"iteration": "iterations or updates", "seconds": "seconds of training"}
+    title = f"Fashion-MNIST, {hidden} hidden layer{'s' if hidden > 1 else ''}"
+    figure, grid = against(curves, up, across, title)
     grid[1, 0].set_xscale("symlog", linthresh=10)
     grid[1, 0].set_xlim(left=0)
-    grid[1, 1].set_xlabel("seconds of training")
-    for axes in grid.flat:
-        axes.grid(True, which="both", alpha=0.25)
-    grid[1, 1].legend(fontsize="small")
-    figure.suptitle(f"Fashion-MNIST, {hidden} hidden layer{'s' if hidden > 1 else ''}")
     return figure
 
 
@@ -76,7 +58,7 @@ def _gaps(networks: dict[int, list[Run]]) -> Figure:
     for axes, (hidden, runs) in zip(grid, networks.items(), strict=True):
         for run in runs:
             gaps = [100 * point.gap for point in run.points]
-            axes.plot(run.column("seconds"), gaps, color=COLOURS.get(run.method), label=run.method)
+            axes.plot(run.column("seconds"), gaps, color=COLORS.get(run.method), label=run.method)
         axes.set_title(f"{hidden} hidden")
         axes.set_xlabel("seconds of training")
         axes.grid(True, alpha=0.25)
@@ -94,11 +76,11 @@ def _cg_iterations(found: Any) -> Figure:
         for run in found.networks[hidden]:
             if run.cg_iterations:
                 label = f"{run.method}, {hidden} hidden"
-                color = COLOURS.get(run.method)
+                color = COLORS.get(run.method)
                 along.plot(run.cg_iterations, style, color=color, label=label, lw=1)
     place, counts = next(reversed(found.conditioned.items()))
     for name in PRECONDITIONERS:
-        color = COLOURS.get(method_name(name))
+        color = COLORS.get(method_name(name))
         at_one_place.plot(DAMPINGS, counts[name], "o-", color=color, label=name)
     at_one_place.set_xscale("log")
     at_one_place.set_xlabel("damping λ")
@@ -125,23 +107,15 @@ def _depth(depths: Sequence[Any]) -> Figure:
     hidden = [depth.hidden for depth in depths]
     for number, run in enumerate(depths[0].runs):
         ends = [depth.runs[number].last.dev_accuracy for depth in depths]
-        accuracy.plot(hidden, ends, "o-", color=COLOURS.get(run.method), label=run.method)
+        accuracy.plot(hidden, ends, "o-", color=COLORS.get(run.method), label=run.method)
     accuracy.set_xlabel("hidden layers")
     accuracy.set_ylabel("accuracy on the test digits")
     accuracy.legend()
     for run in depths[-1].runs:
-        way.plot(run.column("iteration"), run.column("objective"), color=COLOURS.get(run.method))
-    _log(way, [p for run in depths[-1].runs for p in run.column("objective")])
+        way.plot(run.column("iteration"), run.column("objective"), color=COLORS.get(run.method))
+    log_scale(way)
     way.set_xlabel("updates")
     way.set_ylabel(f"training loss, {depths[-1].hidden} hidden")
     for axes in (layers, accuracy, way):
         axes.grid(True, which="both", alpha=0.25)
     return figure
-
-
-def _log(axes: Axes, values: Sequence[float]) -> None:
-    # A log axis needs something above zero to show.
-    if np.any(np.asarray(values) > 0):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))

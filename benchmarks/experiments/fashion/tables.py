@@ -11,7 +11,7 @@ from rich.table import Table
 
 from benchmarks.experiments.fashion.hessian_free import DAMPINGS, PRECONDITIONERS, method_name
 from benchmarks.experiments.fashion.training import Point, Run
-from benchmarks.harness.experiment import table
+from benchmarks.harness.display import table
 
 # Tables 3 and 4 of the paper, by hidden layers and method: accuracy on training and dev images
 # after 100 iterations, and seconds of an iteration.

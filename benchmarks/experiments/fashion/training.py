@@ -163,10 +163,11 @@ def train(
     batches: Sequence[Arrays],
     iterations: int | None = None,
     seconds: float = math.inf,
+    name: str | None = None,
     tell: Callable[[Any], Any] = lambda state: None,
 ) -> Run:
     """Steps on the batches in turn, so many of them or for so long; `tell` sees every state."""
-    run, params = Run(optimizer.name), jax.tree.map(jnp.copy, problem.params)
+    run, params = Run(name or optimizer.name), jax.tree.map(jnp.copy, problem.params)
     began = time.perf_counter()
     state = optimizer.init(params)
     example = params, state, batches[0], jax.random.key(problem.seed)

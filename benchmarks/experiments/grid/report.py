@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.experiments.grid.settings import ADAM_DEFAULT, Setting
-from benchmarks.harness import experiment
-from benchmarks.harness.plots import COLOURS
+from benchmarks.harness.display import table
+from benchmarks.harness.plots import COLORS, against, curve
 from benchmarks.harness.race import Point
 
 Runs = dict[Setting, dict[int, list[Point]]]  # by setting and seed
@@ -71,7 +70,7 @@ def losses_table(data: str, runs: Runs) -> Any:
     ):
         add(f"best: {ranked(runs, method)[0].label}", ranked(runs, method)[0])
     columns = ["optimizer", "updates", "seconds", "ms/update", "half way", "end", "other seeds"]
-    return experiment.table(f"{data}: training loss", columns, rows)
+    return table(f"{data}: training loss", columns, rows)
 
 
 def reached(points: Sequence[Point], loss: float) -> Point | None:
@@ -102,7 +101,7 @@ def claims_table(data: str, runs: Runs) -> Any:
         "ratio",
         "seconds' ratio",
     ]
-    return experiment.table(f"{data}: Adam's updates and seconds over ours", columns, rows)
+    return table(f"{data}: Adam's updates and seconds over ours", columns, rows)
 
 
 def _mean(runs: Sequence[Sequence[Point]]) -> list[Point]:
@@ -114,45 +113,28 @@ def _mean(runs: Sequence[Sequence[Point]]) -> list[Point]:
     ]  # fmt: skip
 
 
-def plot(path: Path, data: str, runs: Runs) -> None:
+def plot(data: str, runs: Runs) -> Figure:
     """Losses against updates and seconds: second order, Adam's default, best and means."""
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    by_update, by_time = figure.subplots(1, 2, sharey=True)
     adam = best_of_adam(runs)
-    for axes, field in ((by_update, "update"), (by_time, "seconds")):
-
-        def draw(
-            points: Sequence[Point], axes: Any = axes, field: str = field, **style: Any
-        ) -> None:
-            axes.plot([getattr(p, field) for p in points], [p.loss for p in points], **style)
-
-        for setting in runs:
-            if setting.rate is None:
-                line = "-" if setting.average else ":"
-                draw(_first(runs, setting), color=COLOURS[setting.method], linestyle=line,
-                     label=setting.label)  # fmt: skip
-        draw(_first(runs, adam[0]), color=COLOURS["adam"], label=f"best: {adam[0].label}")
-        draw(_first(runs, Setting("adam", ADAM_DEFAULT, 1.0)), color="black", label="adam, default")
-        for many, line in zip(MEANS, ("--", ":"), strict=True):
-            kept = [_first(runs, s) for s in adam[:many] if np.isfinite(end(_first(runs, s)))]
-            if len(kept) == many:
-                draw(
-                    _mean(kept),
-                    color=COLOURS["adam"],
-                    linestyle=line,
-                    label=f"adam, mean of {many}",
-                )
-        for method in OTHERS:
-            if own := ranked(runs, method):
-                draw(_first(runs, own[0]), color=COLOURS[method], alpha=0.6, label=own[0].label)
+    curves = []
+    for setting in runs:
+        if setting.rate is None:
+            style = {"color": COLORS[setting.method], "linestyle": "-" if setting.average else ":"}
+            curves.append(curve(setting.label, _first(runs, setting), **style))
+    best, default = _first(runs, adam[0]), _first(runs, Setting("adam", ADAM_DEFAULT, 1.0))
+    curves.append(curve(f"best: {adam[0].label}", best, color=COLORS["adam"]))
+    curves.append(curve("adam, default", default, color="black"))
+    for many, line in zip(MEANS, ("--", ":"), strict=True):
+        kept = [_first(runs, s) for s in adam[:many] if np.isfinite(end(_first(runs, s)))]
+        if len(kept) == many:
+            style = {"color": COLORS["adam"], "linestyle": line}
+            curves.append(curve(f"adam, mean of {many}", _mean(kept), **style))
+    for method in OTHERS:
+        if own := ranked(runs, method):
+            style = {"color": COLORS[method]}
+            curves.append(curve(own[0].label, _first(runs, own[0]), alpha=0.6, **style))
+    title = f"Autoencoder on {data}: first order at its best, second order by default"
+    figure, grid = against(curves, title=title)
     ends = [end(points) for seeds in runs.values() for points in seeds.values()]
-    start = _first(runs, adam[0])[0].loss
-    by_update.set_ylim(0.95 * min(ends), min(start, 6 * min(ends)))
-    by_update.set_ylabel("training loss per example")
-    for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
-        axes.set_xlabel(label)
-        axes.set_yscale("log")
-        axes.grid(True, which="both", alpha=0.25)
-    by_time.legend(fontsize=7)
-    figure.suptitle(f"Autoencoder on {data}: first order at its best, second order by default")
-    figure.savefig(path, dpi=130)
+    grid[0, 0].set_ylim(0.95 * min(ends), min(best[0].loss, 6 * min(ends)))
+    return figure

@@ -19,8 +19,8 @@ from benchmarks.experiments.grid.settings import (
     second_order_optimizer,
 )
 from benchmarks.harness import race
-from benchmarks.harness.ledger import Ledger
-from benchmarks.harness.task import Task
+from benchmarks.harness.experiment import Experiment
+from benchmarks.harness.tasks import Task
 
 EVALUATIONS = 30  # of every training
 TIMED = 40  # updates, of one setting where many train side by side
@@ -29,13 +29,13 @@ Found = dict[Setting, list[race.Point]]
 
 
 class Trainer:
-    """One task with the numbers of updates, and the ledger of what is done.
+    """One task with the numbers of updates, and the experiment that keeps what is done.
 
     Args:
       task: the data set's.
       updates: of first-order methods.
       second_order_updates: of the others.
-      ledger: read before and written after every run.
+      run: whose ledger is read before and written after every training.
       identity: what runs depend on beside the task, the setting, the seed and the updates.
     """
 
@@ -44,12 +44,12 @@ class Trainer:
         task: Task,
         updates: int,
         second_order_updates: int,
-        ledger: Ledger,
+        run: Experiment,
         identity: dict[str, Any],
     ) -> None:
         self.task, self.updates = task, updates
         self.second_order_updates = second_order_updates
-        self.ledger, self.identity = ledger, identity
+        self.run, self.identity = run, identity
         # One program for all settings of a method, and one for all seeds of a setting.
         self._step = functools.cache(lambda method: first_order_step(method, task.objective))
         self._made = functools.cache(
@@ -62,7 +62,7 @@ class Trainer:
         """One run of KFRA or KFAC."""
         key = self._key(setting, seed, self.second_order_updates)
         start, updates = self.task.start(seed), self.second_order_updates
-        found = self.ledger.measure(
+        found = self.run.measure(
             key, lambda: self._train(self._made(setting), start, seed, updates)
         )
         return {setting: race.points(found)}
@@ -70,12 +70,12 @@ class Trainer:
     def first_order(self, group: Sequence[Setting], seed: int) -> Found:
         """Runs of settings of one method: those that are not in the ledger, at once."""
         keys = {setting: self._key(setting, seed, self.updates) for setting in group}
-        found = {setting: self.ledger.find(key) for setting, key in keys.items()}
+        found = {setting: self.run.find(key) for setting, key in keys.items()}
         missing = [setting for setting, points in found.items() if points is None]
         if missing:
             trained = self._alone if len(missing) == 1 else self._side_by_side
             for setting, points in zip(missing, trained(missing, seed), strict=True):
-                found[setting] = self.ledger.add(keys[setting], points)
+                found[setting] = self.run.add(keys[setting], points)
         return {setting: race.points(points or ()) for setting, points in found.items()}
 
     def _alone(self, group: Sequence[Setting], seed: int) -> list[list[race.Point]]:
@@ -111,7 +111,7 @@ class Trainer:
         return [p._replace(loss=_lost_is_infinite(p.loss)) for p in points]
 
     def _key(self, setting: Setting, seed: int, updates: int) -> dict[str, Any]:
-        own = {"data": self.task.data, "seed": seed, "updates": updates}
+        own = {"data": self.task.dataset.name, "seed": seed, "updates": updates}
         return {**own, **setting._asdict(), **self.identity}
 
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import BenchmarkError
 from benchmarks.experiments.logistic.plots import TITLES, plot_boundaries, plot_losses
 from benchmarks.experiments.logistic.solvers import Outcome, Points, Solvers
-from benchmarks.harness.arguments import OneLineParser, number, positive_int, positive_number
-from benchmarks.harness.experiment import options, progress, record, table
+from benchmarks.harness.arguments import number, options, positive_int, positive_number
+from benchmarks.harness.display import figure, table
+from benchmarks.harness.experiment import Experiment, experiment
 
 NAME = "logistic"
 # Tables 1 and 2 of the paper: iterations, training loss, and accuracy (headed "Test error" there).
@@ -40,33 +40,23 @@ PAPER: dict[tuple[str, str], tuple[int | None, float, float]] = {
 RESHUFFLED = ("reshuffled", "each value")  # the samplings that depend on chance
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Runs all solvers with all samplings on both sets of points, and writes what came out."""
-    given = _parser().parse_args(arguments)
-    if given.batch_size * given.batches > given.points:
-        raise BenchmarkError("--batches of --batch-size points must not be more than --points")
-    if given.points % given.batch_size:
-        raise BenchmarkError("--points must be a multiple of --batch-size")
-    console = Console()
+    given = _parse(arguments)
     places = {"around the origin": 0.0, f"at ({given.offset:g}, {given.offset:g})": given.offset}
-    data, found = {}, {}
-    tables: list[Table] = []
-    with jax.enable_x64(True):  # as scipy's solvers compute
-        for place, offset in places.items():
-            data[place] = clouds(given.points, given.test_points, offset, given)
-            found[place] = _run_all(data[place], given, console, place)
+    found, tables, figures = {}, [], {}
+    with experiment(NAME, arguments, given) as run, jax.enable_x64(True):  # as scipy computes
+        for label, (place, offset) in zip(("centered", "shifted"), places.items(), strict=True):
+            points = clouds(given.points, given.test_points, offset, given)
+            found[place] = _run_all(points, given, run, place)
             tables += _tables(place, found[place])
-    settings = {k: str(v) if k == "out" else v for k, v in vars(given).items()}
-    measured = {place: [o.report() for o in outcomes] for place, outcomes in found.items()}
-    record(given.out, NAME, arguments, settings, measured, tables, console)
-    for k, (place, outcomes) in enumerate(found.items()):
-        name = ("centered", "shifted")[k]
-        plot_losses(given.out / f"losses_{name}.png", outcomes, f"two clouds {place}")
-        plot_boundaries(given.out / f"boundaries_{name}.png", outcomes, data[place])
-    return 0
+            figures[f"losses_{label}"] = plot_losses(found[place], f"two clouds {place}")
+            figures[f"boundaries_{label}"] = plot_boundaries(found[place], points)
+        measured = {place: [o.report() for o in outcomes] for place, outcomes in found.items()}
+        run.record(measured, tables, figures)
 
 
-def _parser() -> OneLineParser:
+def _parse(arguments: Sequence[str]) -> Any:
     parser = options(NAME, __doc__, data=False)
     add = parser.add_argument
     add("--points", type=positive_int, default=800, help="to train on (800)")
@@ -79,7 +69,12 @@ def _parser() -> OneLineParser:
     add("--epsilon", type=positive_number, default=1e-6, help="of eq. 29 (1e-6)")
     add("--newton-step", type=positive_number, default=0.01, help="the short fixed step (0.01)")
     add("--runs", type=positive_int, default=10, help="of every sampling by chance (10)")
-    return parser
+    given = parser.parse_args(arguments)
+    if given.batch_size * given.batches > given.points:
+        raise BenchmarkError("--batches of --batch-size points must not be more than --points")
+    if given.points % given.batch_size:
+        raise BenchmarkError("--points must be a multiple of --batch-size")
+    return given
 
 
 def clouds(count: int, test_count: int, offset: float, given: Any) -> Points:
@@ -97,7 +92,7 @@ def clouds(count: int, test_count: int, offset: float, given: Any) -> Points:
     return Points(draw(count), draw(test_count))
 
 
-def _run_all(points: Points, given: Any, console: Console, place: str) -> list[Outcome]:
+def _run_all(points: Points, given: Any, experimenting: Experiment, place: str) -> list[Outcome]:
     """One run where the sampling is no matter of chance, and several where it is."""
     solvers = Solvers(points, given)
     jobs = [
@@ -107,7 +102,7 @@ def _run_all(points: Points, given: Any, console: Console, place: str) -> list[O
         for run in range(given.runs if sampling in RESHUFFLED else 1)
     ]
     outcomes = []
-    with progress(console, f"{NAME}, {place}", len(jobs)) as ticker:
+    with experimenting.progress(f"{NAME}, {place}", len(jobs)) as ticker:
         for sampling, solver, run in jobs:
             outcomes.append(solvers.run(sampling, solver, given.seed + run))
             ticker.step(f"{sampling}, {solver}")
@@ -136,8 +131,8 @@ def _row(sampling: str, solver: str, runs: Sequence[Outcome]) -> list[Any]:
     return [
         solver, _range([o.iterations for o in runs], "g"), iterations,
         None if None in equation else _range(equation, "g"),
-        _range([o.losses[-1] for o in runs], ".4f"), _figure(loss, ".4f"),
-        _range([o.test_accuracy for o in runs], ".2f"), _figure(accuracy, ".2f"),
+        _range([o.losses[-1] for o in runs], ".4f"), figure(loss, ".4f"),
+        _range([o.test_accuracy for o in runs], ".2f"), figure(accuracy, ".2f"),
         _median([o.milliseconds for o in runs]), _median([o.seconds for o in runs]),
     ]  # fmt: skip
 
@@ -152,7 +147,3 @@ def _range(values: Sequence[Any], form: str) -> str:
 def _median(values: Sequence[float | None]) -> str | None:
     known = [value for value in values if value is not None]
     return f"{np.median(known):.2f}" if known else None
-
-
-def _figure(value: Any, form: str) -> str | None:
-    return None if value is None else format(value, form)

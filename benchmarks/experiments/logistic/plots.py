@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.experiments.logistic.solvers import Outcome, Points
 
-COLOURS = {
+COLORS = {
     "Newton, search": "tab:red",
     "Newton, unit": "tab:purple",
     "Newton, short": "tab:gray",
@@ -26,7 +25,7 @@ TITLES = {
 }
 
 
-def plot_losses(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
+def plot_losses(outcomes: Sequence[Outcome], title: str) -> Figure:
     """The training loss against iterations, a panel for each sampling (figures 4 and 5)."""
     samplings = list(dict.fromkeys(o.sampling for o in outcomes))
     figure = Figure(figsize=(4 * len(samplings), 3.8), layout="constrained")
@@ -37,7 +36,7 @@ def plot_losses(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
             label = None if outcome.solver in seen else outcome.solver
             seen.add(outcome.solver)
             count = np.arange(len(outcome.losses))
-            color, style = COLOURS[outcome.solver], STYLES.get(outcome.solver, "-")
+            color, style = COLORS[outcome.solver], STYLES.get(outcome.solver, "-")
             axes.plot(
                 count, outcome.losses, style, color=color, linewidth=1.3, alpha=0.8, label=label
             )
@@ -49,10 +48,10 @@ def plot_losses(path: Path, outcomes: Sequence[Outcome], title: str) -> None:
     panels[0].set(ylim=(least - 0.02, 1.1 * highest), ylabel="loss of all training points")
     panels[0].legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
-def plot_boundaries(path: Path, outcomes: Sequence[Outcome], points: Points) -> None:
+def plot_boundaries(outcomes: Sequence[Outcome], points: Points) -> Figure:
     """The test points with every solver's decision boundary (figure 3)."""
     samplings = list(dict.fromkeys(o.sampling for o in outcomes))
     figure = Figure(figsize=(4 * len(samplings), 4), layout="constrained")
@@ -72,7 +71,7 @@ def plot_boundaries(path: Path, outcomes: Sequence[Outcome], points: Points) -> 
             label_of = None if outcome.solver in seen else outcome.solver
             seen.add(outcome.solver)
             y = -(first * x + bias) / second
-            axes.plot(x, y, color=COLOURS[outcome.solver], linewidth=1, label=label_of)
+            axes.plot(x, y, color=COLORS[outcome.solver], linewidth=1, label=label_of)
         axes.set(title=TITLES[sampling], xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    return figure

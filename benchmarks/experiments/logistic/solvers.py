@@ -15,6 +15,7 @@ import optax
 from jax.experimental import io_callback
 
 import kfgn
+from benchmarks.harness.optimizers import with_gradient
 
 MINIMIZERS = {"NLCG": "cg", "L-BFGS": "l-bfgs-b"}
 SEARCH_STEPS = 20  # of Newton's line search, at most
@@ -165,7 +166,7 @@ class Solvers:
         path, times = [params], [time.perf_counter()]
         for _ in range(self.given.iterations):
             batch = jax.tree.map(lambda a: a[draws.current], self.points.train)
-            params, state, value = step(params, state, batch)
+            params, state, value = step(params, state, batch, jax.random.key(0))
             values.append(float(value))
             if len(values) > 1 and abs(values[-1] - values[-2]) <= self.given.epsilon:
                 return path, times, "the value changed by no more than epsilon"
@@ -176,18 +177,8 @@ class Solvers:
 
     @cache  # noqa: B019 - one compilation for all runs; the solvers live as long as the experiment
     def _step(self, solver: str) -> tuple[Callable, Callable]:
-        method = optax.with_extra_args_support(self.newtons()[solver])
-
-        @jax.jit
-        def step(params, state, batch):
-            value, gradient = jax.value_and_grad(self.objective)(params, batch)
-            updates, state = method.update(
-                gradient, state, params, value=value, grad=gradient,
-                value_fn=self.objective, batch=batch,
-            )  # fmt: skip
-            return optax.apply_updates(params, updates), state, value
-
-        return method.init, step
+        made = with_gradient(solver, self.objective, self.newtons()[solver])
+        return made.init, jax.jit(made.step)
 
 
 def _stacked(path: list[Any]) -> Any:

@@ -13,20 +13,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import optax
 from matplotlib.figure import Figure
-from rich.console import Console
+from rich.table import Table
 
 from benchmarks.experiments.peers import outside
-from benchmarks.harness import experiment, race, task
-from benchmarks.harness.arguments import number, positive_int, positive_number, whole, widths
-from benchmarks.harness.ledger import Ledger
+from benchmarks.harness import race, tasks
+from benchmarks.harness.arguments import (
+    all_seeds,
+    number,
+    options,
+    positive_int,
+    positive_number,
+    whole,
+    widths,
+)
+from benchmarks.harness.display import table
+from benchmarks.harness.experiment import Experiment, experiment
 from benchmarks.harness.models import ENCODER
-from benchmarks.harness.optimizers import Optimizer, second_order
+from benchmarks.harness.optimizers import Optimizer, second_order, with_gradient
+from benchmarks.harness.plots import against, curve
 
 # Makers of optax optimizers and the rates that are tried first.
 TRIED: dict[str, tuple[Callable[[float], Any], tuple[float, ...]]] = {
@@ -39,34 +47,26 @@ KFAC_JAX = "kfac-jax, damping"  # and the value
 BETWEEN = math.sqrt(10)  # a further rate and the last
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> None:
     """Trains all, prints the table and writes everything down."""
-    options, console = _parse(arguments), Console()
-    given = task.autoencoder(
-        options.data, options.data_dir, options.layers, options.batch_size, options.l2
-    )
-    contestants = _contestants(given.objective, given.start(options.seed), given.example_batch)
-    dampings = () if options.no_kfac_jax else outside.DAMPINGS
+    given = _parse(arguments)
+    task = tasks.autoencoder(given.data, given.data_dir, given.layers, given.batch_size, given.l2)
+    contestants = _contestants(task.objective, task.start(given.seed), task.example_batch)
+    dampings = () if given.no_kfac_jax else outside.DAMPINGS
     total = len(contestants) + len(dampings)
-    total += (options.seeds - 1) * (len(TRIED) + 3 + bool(dampings))
-    with (
-        experiment.ledger(options) as ledger,
-        experiment.progress(console, "peers", total) as ticker,
-    ):
-        trainer = _Trainer(given, contestants, options, ledger, ticker)
+    total += (given.seeds - 1) * (len(TRIED) + 3 + bool(dampings))
+    with experiment("peers", arguments, given, total) as run:
+        trainer = _Trainer(task, contestants, given, run)
         kfac_jax = trainer.first_seed(dampings)
-        for seed in experiment.all_seeds(options)[1:]:
+        for seed in all_seeds(given)[1:]:
             trainer.further_seed(seed)
-        said, runs = experiment.settings(options), trainer.runs
-        said |= {"kfac-jax": kfac_jax} if kfac_jax else {}
-        shown = _table(runs, options.seconds, kfac_jax)
-        experiment.record(options.out, "peers", arguments, said, runs, [shown], console)
-    _plot(options.out / "losses.png", runs, options.data)
-    return 0
+        runs, said = trainer.runs, {"kfac-jax": kfac_jax} if kfac_jax else {}
+        shown = _table(runs, given.seconds, kfac_jax)
+        run.record(runs, [shown], {"losses": _plot(runs, given.data)}, said)
 
 
-def _parse(arguments: Sequence[str] | None) -> Any:
-    parser = experiment.options("peers", __doc__, resumable=True)
+def _parse(arguments: Sequence[str]) -> Any:
+    parser = options("peers", __doc__, resumable=True)
     add = parser.add_argument
     add("--data", default="mnist", help="curves, mnist, faces, digits or fashion_mnist (mnist)")
     add("--seconds", type=positive_number, default=25.0, help="of updates, for each (25)")
@@ -83,35 +83,33 @@ class _Trainer:
     """Trains one after the other; `runs` has the points of every seed by name."""
 
     def __init__(
-        self, given: task.Task, contestants: dict[str, Optimizer], options: Any,
-        ledger: Ledger, ticker: experiment.Ticker,
-    ) -> None:  # fmt: skip
-        self.given, self.contestants, self.options = given, contestants, options
-        self.ledger, self.ticker = ledger, ticker
+        self, task: tasks.Task, contestants: dict[str, Optimizer], given: Any, run: Experiment
+    ) -> None:
+        self.task, self.contestants, self.given, self.run = task, contestants, given, run
         self.runs: dict[str, list[list[race.Point]]] = {}
         self.versions: dict[str, str] = {}  # of kfac-jax and its jax
 
     def first_seed(self, dampings: Sequence[float]) -> str | None:
         """Tunes every kind; returns the versions of kfac-jax, or why it was skipped."""
-        seed = self.options.seed
+        seed = self.given.seed
         for name in list(self.contestants):
             self.train(name, seed)
         for kind, (make, rates) in TRIED.items():
             ends = {rate: _end(self.runs[f"{kind} {rate:g}"]) for rate in rates}
-            for _ in range(self.options.further):
+            for _ in range(self.given.further):
                 rate = _next_rate(ends)
                 if rate is None:
                     break
                 label = f"{kind} {rate:g}"
-                self.contestants[label] = _of_optax(label, make(rate), self.given.objective)
-                self.ticker.expect(1)
+                self.contestants[label] = with_gradient(label, self.task.objective, make(rate))
+                self.run.expect(1)
                 self.train(label, seed)
                 ends[rate] = _end(self.runs[label])
         try:
             for damping in dampings:
                 self.train(f"{KFAC_JAX} {damping:g}", seed)
         except outside.Skipped as reason:
-            self.ticker.step(f"kfac-jax is skipped: {reason}")
+            self.run.tick(f"kfac-jax is skipped: {reason}")
             return f"skipped: {reason}"
         return ", ".join(f"{n} {v}" for n, v in self.versions.items()) or None
 
@@ -121,30 +119,27 @@ class _Trainer:
             try:
                 self.train(name, seed)
             except outside.Skipped as reason:
-                self.ticker.step(f"kfac-jax is skipped: {reason}")
+                self.run.tick(f"kfac-jax is skipped: {reason}")
 
     def train(self, name: str, seed: int) -> None:
         """One run, or what an interrupted command measured of it."""
         own = "data", "seconds", "layers", "batch_size", "l2"
-        what = {**{key: getattr(self.options, key) for key in own}, "name": name, "seed": seed}
-        run = self._kfac_jax if name.startswith(KFAC_JAX) else self._ours
-        found, versions = self.ledger.measure(what, lambda: run(name, seed))
+        what = {**{key: getattr(self.given, key) for key in own}, "name": name, "seed": seed}
+        train = self._kfac_jax if name.startswith(KFAC_JAX) else self._ours
+        found, versions = self.run.measure(what, lambda: train(name, seed))
         self.versions |= versions
         self.runs.setdefault(name, []).append(race.points(found))
-        self.ticker.step(f"{name}: {self.runs[name][-1][-1].loss:.2f}")
+        self.run.tick(f"{name}: {self.runs[name][-1][-1].loss:.2f}")
 
     def _ours(self, name: str, seed: int) -> tuple[list[race.Point], dict[str, str]]:
-        given = self.given
-        points, _ = race.run(
-            self.contestants[name], given.start(seed), given.batches(seed), given.evaluate, 10**6,
-            _every(name), seed, self.options.seconds,
-        )  # fmt: skip
-        return points, {}
+        made, most, every = self.contestants[name], 10**6, _every(name)
+        return race.points_of(made, self.task, most, every, seed, self.given.seconds), {}
 
     def _kfac_jax(self, name: str, seed: int) -> tuple[list[race.Point], dict[str, str]]:
-        given, damping = self.given, float(name.rpartition(" ")[2])
+        task, damping = self.task, float(name.rpartition(" ")[2])
+        start, loss = task.start(seed), task.dataset.loss
         return outside.kfac_jax_run(
-            given.images, given.start(seed), given.loss, damping, seed, self.options, task.EVALUATED
+            task.images, start, loss, damping, seed, self.given, tasks.EVALUATED
         )
 
 
@@ -172,26 +167,9 @@ def _contestants(objective: Any, params: Any, batch: Any) -> dict[str, Optimizer
     for name, (make, rates) in TRIED.items():
         for rate in rates:
             label = f"{name} {rate:g}"
-            found[label] = _of_optax(label, make(rate), objective)
-    found["l-bfgs"] = _of_optax("l-bfgs", optax.lbfgs(), objective)
+            found[label] = with_gradient(label, objective, make(rate))
+    found["l-bfgs"] = with_gradient("l-bfgs", objective, optax.lbfgs())
     return found
-
-
-def _of_optax(name: str, transformation: Any, objective: Any) -> Optimizer:
-    """An optimizer that may ask for the objective itself: for a line search, or its Hessian."""
-
-    def step(params, state, batch, key):
-        del key
-        loss, grads = jax.value_and_grad(objective)(params, batch)
-        extra: dict[str, Any] = {}
-        if name.startswith("sophia"):
-            extra = {"obj_fn": lambda p: objective(p, batch)}
-        if name == "l-bfgs":
-            extra = {"value": loss, "grad": grads, "value_fn": lambda p: objective(p, batch)}
-        updates, state = transformation.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state, loss
-
-    return Optimizer(name, transformation.init, step)
 
 
 def _best(runs: dict[str, Any]) -> dict[str, str]:
@@ -204,7 +182,7 @@ def _best(runs: dict[str, Any]) -> dict[str, str]:
     return best
 
 
-def _table(runs: dict[str, Any], seconds: float, kfac_jax: str | None) -> Any:
+def _table(runs: dict[str, Any], seconds: float, kfac_jax: str | None) -> Table:
     best = set(_best(runs).values())
     lines = []
     for name, (points, *others) in runs.items():
@@ -220,22 +198,12 @@ def _table(runs: dict[str, Any], seconds: float, kfac_jax: str | None) -> Any:
     if kfac_jax:
         title += f"; {kfac_jax}"
     columns = ["optimizer", "updates", "ms/update", "half way", "end", "other seeds"]
-    return experiment.table(title, columns, lines)
+    return table(title, columns, lines)
 
 
-def _plot(path: Path, runs: dict[str, Any], data: str) -> None:
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    by_update, by_time = figure.subplots(1, 2, sharey=True)
-    for name in _best(runs).values():
-        points = runs[name][0]
-        for axes, field in ((by_update, "update"), (by_time, "seconds")):
-            axes.plot([getattr(p, field) for p in points], [p.loss for p in points], label=name)
-    for axes, label in ((by_update, "updates"), (by_time, "seconds of training")):
-        axes.set_yscale("log")
-        axes.set_xlabel(label)
-        axes.grid(True, which="both", alpha=0.25)
-        axes.legend()
-    by_update.set_xscale("symlog", linthresh=10)
-    by_update.set_ylabel("training loss per example")
-    figure.suptitle(f"Autoencoder on {data}: every optimizer at its best rate")
-    figure.savefig(path, dpi=130)
+def _plot(runs: dict[str, Any], data: str) -> Figure:
+    curves = [curve(name, runs[name][0]) for name in _best(runs).values()]
+    title = f"Autoencoder on {data}: every optimizer at its best rate"
+    figure, grid = against(curves, title=title)
+    grid[0, 0].set_xscale("symlog", linthresh=10)
+    return figure
