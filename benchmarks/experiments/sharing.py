@@ -23,8 +23,8 @@ import kfgn
 from benchmarks.datasets import load
 from benchmarks.harness.arguments import RESULTS, options, positive_int
 from benchmarks.harness.display import table
-from benchmarks.harness.experiment import heading, write_json, writing
 from benchmarks.harness.optimizers import trained, with_gradient
+from benchmarks.harness.record import write_rows
 
 METHODS: dict[str, dict[str, Any]] = {
     "kflr expand": {"method": "kflr"},
@@ -98,10 +98,7 @@ def main(arguments: Sequence[str]) -> None:
         with console.status(f"{name}: training and forming the blocks"):
             rows += measure(name, module, given.steps, given.seed)
     console.print(_table(rows))
-    with writing(given.out):
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {**heading("sharing", arguments), "rows": [row._asdict() for row in rows]}
-        write_json(given.out, report)
+    write_rows(given.out, "sharing", arguments, rows)
     console.print(f"written to {given.out}")
 
 

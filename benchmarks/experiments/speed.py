@@ -18,9 +18,9 @@ from rich.table import Table
 import kfgn
 from benchmarks.harness.arguments import RESULTS, one_of, options, positive_int
 from benchmarks.harness.display import figure, table
-from benchmarks.harness.experiment import heading, write_json, writing
 from benchmarks.harness.models import chain, chain_params
 from benchmarks.harness.optimizers import second_order
+from benchmarks.harness.record import write_rows
 from benchmarks.harness.timing import Timed, timed, timed_updates
 
 AUTOENCODER = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -59,10 +59,7 @@ def main(arguments: Sequence[str]) -> None:
         if given.only in (None, name):
             rows += measure(console, given.blocks)
     console.print(_table(rows))
-    with writing(given.out):
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        report = {**heading("speed", arguments), "rows": [row._asdict() for row in rows]}
-        write_json(given.out, report)
+    write_rows(given.out, "speed", arguments, rows)
     console.print(f"written to {given.out}")
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from benchmarks import BenchmarkError
+from benchmarks.harness.record import writing
 
 
 class Ledger:
@@ -19,26 +20,26 @@ class Ledger:
     file stays, and `resume` reads it.
 
     Args:
-      path: of the file.
+      path: of the file; None keeps nothing on disk.
       resume: whether to go on from what the file has; else it is started anew.
       environment: versions and machine: what was measured elsewhere is measured again.
     """
 
-    def __init__(self, path: Path, resume: bool, environment: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, resume: bool, environment: Mapping[str, Any]) -> None:
         self.path, self._environment = path, dict(environment)
         self._done: dict[str, Any] = {}
+        if path is None:
+            return
         if resume and not path.exists():
             raise BenchmarkError(
                 f"--resume: nothing is unfinished in {path.parent}; leave out --resume to start"
             )
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if resume:
-                self._read()
+                self._read(path)
             else:
                 path.write_text("")
-        except OSError as error:
-            raise BenchmarkError(f"cannot write results to {path}: {error}") from error
 
     def measure(self, what: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What was measured before with just these settings, or else is measured now.
@@ -56,24 +57,22 @@ class Ledger:
         """Keeps a measurement, and returns it as `find` will."""
         key = self._key(what)
         line = json.dumps({"what": key, "measured": measured})
-        try:
-            with self.path.open("a") as file:
+        if self.path is not None:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(line + "\n")
-        except OSError as error:
-            raise BenchmarkError(f"cannot write results to {self.path}: {error}") from error
         self._done[key] = json.loads(line)["measured"]
         return self._done[key]
 
-    def _read(self) -> None:
+    def _read(self, path: Path) -> None:
         whole = []
-        for line in self.path.read_text().splitlines():
+        for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
                 self._done[entry["what"]] = entry["measured"]
                 whole.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # the line that an interruption cut short
-        self.path.write_text("".join(line + "\n" for line in whole))
+        path.write_text("".join(line + "\n" for line in whole))
 
     def _key(self, what: Mapping[str, Any]) -> str:
         return json.dumps({**self._environment, **what}, sort_keys=True, default=repr)
@@ -84,6 +83,8 @@ class Ledger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        if self.path is None:
+            return
         if kind is None:
             self.path.unlink(missing_ok=True)
         elif self._done:

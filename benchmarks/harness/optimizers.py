@@ -87,9 +87,12 @@ def with_gradient(
     return Optimizer(name, transformation.init, step)
 
 
-def on_batch(objective: Any, batch: Batch) -> Callable[[Params], jax.Array]:
-    """The objective as a function of the parameters alone."""
-    return lambda params: objective(params, batch)
+def on_batch(objective: Any, batch: Batch) -> Callable[..., jax.Array]:
+    """The objective as a function of the parameters alone.
+
+    optax's line searches hand on what else an update was given, and insist that it is taken.
+    """
+    return lambda params, batch=batch, obj_fn=None: objective(params, batch)
 
 
 def second_order(

@@ -41,7 +41,6 @@ from benchmarks.harness.arguments import (
     some_of,
     widths,
 )
-from benchmarks.harness.experiment import environment, write_json
 from benchmarks.harness.models import ENCODER
 from benchmarks.harness.optimizers import (
     NAMES,
@@ -53,6 +52,7 @@ from benchmarks.harness.optimizers import (
     first_order,
     second_order,
 )
+from benchmarks.harness.record import environment, write_json
 
 NAME = "autoencoder"
 SHORT = ("kfra", "adam")  # what is trained where no optimizer is named

@@ -16,8 +16,8 @@ from rich.table import Table
 from benchmarks.experiments.autoencoder.training import Result
 from benchmarks.harness.arguments import RESULTS
 from benchmarks.harness.display import figure, table, write_tables
-from benchmarks.harness.experiment import cores
 from benchmarks.harness.plots import COLORS, Curve, against
+from benchmarks.harness.record import cores
 from benchmarks.harness.runs import RunFolder
 from benchmarks.harness.tasks import Task
 

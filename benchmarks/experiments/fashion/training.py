@@ -91,7 +91,7 @@ class Run:
             "evaluations": self.evaluations,
             "compile_seconds": self.compile_seconds,
             "damping": self.damping,
-            "points": [dict(zip(Point._fields, map(_finite, p), strict=True)) for p in self.points],
+            "points": [point._asdict() for point in self.points],
             "cg_iterations": self.cg_iterations,
         }
 
@@ -196,7 +196,3 @@ def train(
 def _on_device(batch: Any) -> Arrays:
     inputs, labels = batch
     return jnp.asarray(inputs), jnp.asarray(labels)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -102,7 +102,7 @@ class _Trainer:
                     break
                 label = f"{kind} {rate:g}"
                 self.contestants[label] = with_gradient(label, self.task.objective, make(rate))
-                self.run.expect(1)
+                self.run.ticker.expect(1)
                 self.train(label, seed)
                 ends[rate] = _end(self.runs[label])
         try:
