@@ -23,14 +23,7 @@ from rich.table import Table
 
 import kfgn
 from benchmarks.harness import tasks
-from benchmarks.harness.arguments import (
-    all_seeds,
-    options,
-    positive_int,
-    some_of,
-    wholes,
-    widths,
-)
+from benchmarks.harness.arguments import all_seeds, options, positive_int, some_of, wholes, widths
 from benchmarks.harness.display import table
 from benchmarks.harness.experiment import experiment
 from benchmarks.harness.optimizers import SECOND_ORDER, second_order, with_key

@@ -10,7 +10,6 @@ import tempfile
 import types
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,22 +23,6 @@ from benchmarks.harness.runs import Checkpoint, Metrics
 
 # optax's Adam raises a float to an integer power, which strict promotion forbids.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.loose_dtypes]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Lets the tests share what XLA compiles: most of them run the same programs."""
-    names = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 FEW_LAYERS = ["--layers", "4"]  # for the tests of kfgn's optimizers: their layers are slow to trace
@@ -277,6 +260,16 @@ def test_a_bad_command_line_is_one_clear_line(tmp_path, capsys, arguments, messa
 def test_a_bad_option_of_kfgn_is_one_clear_line(tmp_path, capsys, option, message):
     assert run(tmp_path, "--optimizer", "kfra", "--option", option, *FEW_LAYERS) == 2
     assert message in error_line(capsys)
+
+
+def test_without_an_optimizer_kfra_and_adam_train_a_short_while():
+    given = autoencoder._parse([])
+    task = autoencoder.tasks.autoencoder("digits", None, (4,), 100, 0.0)
+    short = [autoencoder._prepare(name, given, task, 0).schedule for name in given.optimizers]
+    assert given.optimizers == ("kfra", "adam")
+    assert [s.updates for s in short] == list(autoencoder.SHORT_UPDATES.values())
+    named = autoencoder._parse(["--optimizer", "kfra"])
+    assert autoencoder._prepare("kfra", named, task, 0).schedule.updates == 800
 
 
 def test_options_reach_kfgn(tmp_path):

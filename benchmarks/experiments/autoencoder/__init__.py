@@ -9,7 +9,6 @@ to the same numbers.
 from __future__ import annotations
 
 import argparse
-import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,8 +58,9 @@ SHORT = ("kfra", "adam")  # what is trained where no optimizer is named
 # Updates where --updates says nothing. One of second order costs about five gradient steps, so
 # these take similar times: minutes on two CPU cores.
 UPDATES = {"second order": 800, "first order": 4000}
-SHORT_UPDATES = {"second order": 150, "first order": 600}
-EVALUATIONS = 100  # about so many in a run, unless --eval-every says otherwise
+SHORT_UPDATES = {"second order": 120, "first order": 480}
+# About so many in a run, unless --eval-every says otherwise.
+EVALUATIONS, SHORT_EVALUATIONS = 100, 40
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -136,9 +136,9 @@ def _prepare(name: str, given: argparse.Namespace, task: tasks.Task, checksum: i
     else:
         rate = default_learning_rate(name, given.learning_rate)
         optimizer = first_order(name, task.objective, rate, given.decay_period)
-    usual = SHORT_UPDATES if given.short else UPDATES
+    usual, looks = (SHORT_UPDATES, SHORT_EVALUATIONS) if given.short else (UPDATES, EVALUATIONS)
     updates = given.updates or usual["second order" if second else "first order"]
-    every = given.eval_every or max(1, updates // EVALUATIONS)
+    every = given.eval_every or max(1, updates // looks)
     own = {key: getattr(given, key) for key in ("data", "batch_size", "l2", "layers", "seed")}
     own |= {"data_checksum": checksum, "optimizer": name, "learning_rate": rate}
     own |= {"options": given.option if second else {}}
@@ -265,11 +265,9 @@ def start(task: tasks.Task, optimizer: Optimizer, seed: int) -> Position:
 
 def compile_step(task: tasks.Task, optimizer: Optimizer, position: Position) -> tuple[Any, float]:
     """Compiles one update; also returns the seconds it took."""
-    began = time.perf_counter()
-    step = jax.jit(optimizer.step, donate_argnums=(0, 1))
     key = jax.random.key(0)
-    lowered = step.lower(position.params, position.state, task.example_batch, key)
-    return lowered.compile(), time.perf_counter() - began
+    example = position.params, position.state, task.example_batch, key
+    return timing.compiled(optimizer.step, *example, donate_argnums=(0, 1))[:2]
 
 
 def time_sgd_step(task: tasks.Task, seed: int) -> float:

@@ -35,13 +35,7 @@ from benchmarks.experiments.fashion.plots import all_figures
 from benchmarks.experiments.fashion.tables import all_tables
 from benchmarks.experiments.fashion.training import Classifier, Problem, Run, minimize, train
 from benchmarks.harness import tasks
-from benchmarks.harness.arguments import (
-    number,
-    options,
-    positive_int,
-    positive_number,
-    widths,
-)
+from benchmarks.harness.arguments import number, options, positive_int, positive_number, widths
 from benchmarks.harness.experiment import Experiment, experiment
 from benchmarks.harness.optimizers import first_order, second_order
 
@@ -186,19 +180,18 @@ def _paper_methods(problem: Problem, iterations: int) -> list[Callable[[], Run]]
 
 def _other_methods(problem: Problem) -> Iterator[Callable[[float], Run]]:
     """Each takes the seconds it has."""
-    batch = problem.batches[0]
+    objective, params, batch = problem.objective, problem.params, problem.batches[0]
 
-    def kronecker(name: str, seconds: float) -> Run:
-        method = second_order(name.lower(), problem.objective, problem.params, batch, {})
+    def fit(name: str, seconds: float) -> Run:
+        if name == "Adam":
+            method = first_order("adam", objective, ADAM_RATE)
+        else:
+            method = second_order(name.lower(), objective, params, batch, {})
         return train(problem, method, problem.batches, seconds=seconds, name=name)
 
-    def adam(seconds: float) -> Run:
-        method = first_order("adam", problem.objective, ADAM_RATE)
-        return train(problem, method, problem.batches, seconds=seconds, name="Adam")
-
-    yield from (functools.partial(kronecker, name) for name in KRONECKER)
+    yield from (functools.partial(fit, name) for name in KRONECKER)
     yield from (functools.partial(train_hessian_free, problem, name) for name in PRECONDITIONERS)
-    yield adam
+    yield functools.partial(fit, "Adam")
 
 
 def _explain_gaps(given: Any, data: Any, found: Found, run: Experiment) -> Iterator[None]:

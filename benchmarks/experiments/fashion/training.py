@@ -21,6 +21,7 @@ from flax import linen as nn
 import kfgn
 from benchmarks.harness.optimizers import Optimizer
 from benchmarks.harness.race import timed_steps
+from benchmarks.harness.timing import compiled
 
 Arrays = tuple[jax.Array, jax.Array]
 MEASUREMENTS = 20  # of a run that goes by iterations, about
@@ -168,11 +169,9 @@ def train(
 ) -> Run:
     """Steps on the batches in turn, so many of them or for so long; `tell` sees every state."""
     run, params = Run(name or optimizer.name), jax.tree.map(jnp.copy, problem.params)
-    began = time.perf_counter()
     state = optimizer.init(params)
     example = params, state, batches[0], jax.random.key(problem.seed)
-    step = jax.jit(optimizer.step).lower(*example).compile()
-    run.compile_seconds = time.perf_counter() - began
+    step, run.compile_seconds, _ = compiled(optimizer.step, *example)
     run.points.append(problem.measure(params, 0, 0.0))
     every = max(1, iterations // MEASUREMENTS) if iterations else None
     pause, most = 0.01 * seconds, math.inf if iterations is None else iterations
