@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from rich.console import Console
 from rich.table import Table
 
 import kfgn
 from benchmarks.datasets import load
 from benchmarks.harness.arguments import RESULTS, options, positive_int
-from benchmarks.harness.display import table
+from benchmarks.harness.display import make_console, table
 from benchmarks.harness.optimizers import trained, with_gradient
 from benchmarks.harness.record import write_rows
 
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measures all models and methods, prints the table and writes it down."""
     parser = options("sharing", __doc__, data=False, out=RESULTS / "sharing.json")
     parser.add_argument("--steps", type=positive_int, default=100, help="Adam steps before (100)")
-    given, console = parser.parse_args(arguments), Console()
+    given, console = parser.parse_args(arguments), make_console()
     rows: list[Row] = []
     for name, module in MODELS.items():
         with console.status(f"{name}: training and forming the blocks"):

@@ -17,7 +17,7 @@ from rich.table import Table
 
 import kfgn
 from benchmarks.harness.arguments import RESULTS, one_of, options, positive_int
-from benchmarks.harness.display import figure, table
+from benchmarks.harness.display import figure, make_console, table
 from benchmarks.harness.models import chain, chain_params
 from benchmarks.harness.optimizers import second_order
 from benchmarks.harness.record import write_rows
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--blocks", type=positive_int, default=5, help="blocks of 20 updates to time (5)")
     add("--only", type=one_of("group", groups), help=f"one of {', '.join(groups)}")
-    given, console = parser.parse_args(arguments), Console()
+    given, console = parser.parse_args(arguments), make_console()
     rows: list[Row] = []
     for name, measure in groups.items():
         if given.only in (None, name):

@@ -18,6 +18,12 @@ LINE_SECONDS = 10.0  # between the lines that stand in for a progress bar
 WIDTH = 110  # of a table in a file, and of one on what is no terminal
 
 
+def make_console() -> Console:
+    """As wide as the terminal, or as a table in a file is."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)
+
+
 class Ticker:
     """A progress bar on a terminal, and now and then a line elsewhere."""
 

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.arguments import settings
-from benchmarks.harness.display import Ticker, progress, write_tables
+from benchmarks.harness.display import Ticker, make_console, progress, write_tables
 from benchmarks.harness.ledger import Ledger
 from benchmarks.harness.record import environment, heading, write_json, writing
 
@@ -31,7 +30,7 @@ class Experiment:
         self, name: str, arguments: Sequence[str], given: argparse.Namespace, ledger: Ledger
     ) -> None:
         self.name, self.arguments, self.given = name, arguments, given
-        self.console = Console()
+        self.console = make_console()
         self.measure, self.find, self.add = ledger.measure, ledger.find, ledger.add
 
     @contextmanager

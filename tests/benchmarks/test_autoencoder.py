@@ -250,7 +250,7 @@ def test_a_bad_command_line_is_one_clear_line(tmp_path, capsys, arguments, messa
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("facter_damping=1", "unknown option(s) 'facter_damping'"),
+        ("facter_damping=1", "unexpected keyword argument 'facter_damping'"),
         ("factor_damping=-1", "factor_damping"),
         ("factor_damping=high", "kfra: "),
         ("refresh_inverse_every=0", "refresh_inverse_every"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.__main__ import EXPERIMENTS, main
 from benchmarks.harness import interrupt, optimizers, race
@@ -59,6 +60,9 @@ def test_a_ledger_knows_other_settings_apart(tmp_path):
     assert again.find({"rate": 0.25, "data": "a"}) is None
     elsewhere = Ledger(path, resume=True, environment={"jax": "2"})
     assert elsewhere.find({"rate": 0.5, "data": "a"}) is None
+    paper = kfgn.transforms.PRESETS["paper"]  # has rules that are no JSON
+    again.add(paper, 3)
+    assert again.find(dict(paper)) == 3 and again.find({**paper, "step_damping": 1.0}) is None
     anew = Ledger(path, resume=False, environment=here)
     assert anew.find({"rate": 0.5, "data": "a"}) is None
 

@@ -40,6 +40,7 @@ from benchmarks.harness.arguments import (
     some_of,
     widths,
 )
+from benchmarks.harness.display import make_console
 from benchmarks.harness.models import ENCODER
 from benchmarks.harness.optimizers import (
     NAMES,
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     """Trains and reports."""
     given = _parse(arguments)
     try:
-        experiment = Experiment(given, Console())
+        experiment = Experiment(given, make_console())
         try:
             experiment.train()
         finally:  # whatever ended the training, what there is of it is shown
