@@ -1,8 +1,9 @@
 """Layers: how parameters form blocks, what a block's factors are, kinds of your own."""
 
 from kfgn.curvature.factors import Diagonal, Factors
+from kfgn.model.layer_kinds import register_layer
 from kfgn.model.parameter_use import Form
-from kfgn.model.registry import register_layer, register_primitive
+from kfgn.model.primitives import register_primitive
 from kfgn.optimizers.layer_blocks import LayerBlocks, find_blocks
 
 __all__ = [

@@ -18,8 +18,8 @@ from kfgn.curvature.methods import METHODS, UseCost
 from kfgn.model.flat_model import Equation, size
 from kfgn.model.graph import Graph, Node, build_graph
 from kfgn.model.layer import Layer
-from kfgn.model.parameter_path import keeps_order
 from kfgn.model.parameter_use import Use
+from kfgn.model.primitives import keeps_order
 from kfgn.objective.objective import Objective, check_batch, require_batch
 
 

@@ -2,14 +2,14 @@
 
 An *item* is an equation, or a whole use. Items that are not linear are
 merged wherever a path without layers connects them, together with what lies
-between; a merge that would put the graph into a cycle is left undone.
+between; a merge that would take in a layer is left undone.
 """
 
 from __future__ import annotations
 
 from kfgn.model.flat_model import Equation, FlatModel, Role, is_complex, variables
 from kfgn.model.parameter_use import Use
-from kfgn.model.primitives import is_heavy, is_linear, joins_freely
+from kfgn.model.primitives import is_linear, joins_freely, row_of
 
 Item = tuple[tuple[Equation, ...], Use | None]
 
@@ -19,27 +19,95 @@ def cluster_items(model: FlatModel, items: list[Item]) -> list[set[int]]:
     parents = _parents(model, items)
     # Blocks of the curvature are real: complex values have to stay inside nodes.
     inner = [use is None and _is_complex(equations[0]) for equations, use in items]
+    roles, first = model.roles, [equations[0] for equations, _ in items]
+    linear = [is_linear(equation, roles) for equation in first]
     barrier = [
-        use is not None
-        or (is_linear(model, equations[0]) and is_heavy(equations[0]) and not inner[i])
-        for i, (equations, use) in enumerate(items)
+        use is not None or (linear[i] and row_of(first[i]).heavy and not inner[i])
+        for i, (_, use) in enumerate(items)
     ]
     seed = [
-        not barrier[i] and (inner[i] or joins_freely(model, e[0]) or not is_linear(model, e[0]))
-        for i, (e, _) in enumerate(items)
+        not barrier[i] and (inner[i] or not linear[i] or joins_freely(first[i], roles))
+        for i in range(len(items))
     ]
-    cluster_of = {i: {i} for i in range(len(items))}
+    clusters = _Clusters(parents)
     for j in range(len(items)):
         if not seed[j]:
             continue
         for i in _upstream_seeds(j, parents, barrier, seed):
-            if cluster_of[i] is cluster_of[j]:
-                continue
-            merged = _closure(cluster_of[i] | cluster_of[j], parents, cluster_of)
-            if not any(barrier[k] for k in merged) and _acyclic(merged, parents, cluster_of):
-                cluster_of.update(dict.fromkeys(merged, merged))
-    _absorb_inner(model, items, parents, barrier, cluster_of)
-    return _in_order(parents, cluster_of)
+            between = clusters.between(i, j)
+            if not any(barrier[k] for k in between):
+                clusters.merge(between)
+    _absorb_inner(model, items, parents, barrier, clusters)
+    return clusters.in_order()
+
+
+class _Clusters:
+    """A partition of the items whose quotient graph is acyclic; a cluster goes by an item of it.
+
+    `rank` is a topological order of the clusters. A merge changes it between
+    the merged clusters only (Pearce & Kelly 2006, "A dynamic topological sort
+    algorithm for directed acyclic graphs"), so that a merge costs what lies
+    between, however deep the model is.
+    """
+
+    def __init__(self, parents: list[set[int]]):
+        count = range(len(parents))
+        self.of, self.members = list(count), {i: {i} for i in count}
+        self.rank, self.above = list(count), {i: set(parents[i]) for i in count}
+        self.below: dict[int, set[int]] = {i: set() for i in count}
+        for j in count:
+            for i in parents[j]:
+                self.below[i].add(j)
+
+    def between(self, i: int, j: int) -> set[int]:
+        """The clusters of both items, and those on paths between the two."""
+        ends = {self.of[i], self.of[j]}
+        return ends | (self._reached(ends, self.below) & self._reached(ends, self.above))
+
+    def _reached(self, ends: set[int], neighbors: dict[int, set[int]]) -> set[int]:
+        """What lies below, or above, of the ends, and not beyond them."""
+        ranks = [self.rank[c] for c in ends]
+        found: set[int] = set()
+        stack = list(ends)
+        while stack:
+            for c in neighbors[stack.pop()] - found:
+                if min(ranks) < self.rank[c] < max(ranks) and c not in ends:
+                    found.add(c)
+                    stack.append(c)
+        return found
+
+    def merge(self, merged: set[int]) -> None:
+        """Makes one cluster of some between which no path leads through another one."""
+        if len(merged) == 1:
+            return
+        below, above = (self._reached(merged, n) for n in (self.below, self.above))
+        (name, *others), by_rank = sorted(merged), self.rank.__getitem__
+        ranks = sorted(map(by_rank, merged | below | above))
+        order = [*sorted(above, key=by_rank), name, *sorted(below, key=by_rank)]
+        # The clusters above first, those below last; the numbers in the middle fall out.
+        for c, rank in zip(order, ranks[: len(above) + 1] + ranks[len(ranks) - len(below) :]):  # noqa: B905
+            self.rank[c] = rank
+        for c in others:
+            for own, back in ((self.above, self.below), (self.below, self.above)):
+                for neighbor in own.pop(c):
+                    back[neighbor].discard(c)
+                    if neighbor != name:
+                        back[neighbor].add(name)
+                        own[name].add(neighbor)
+            self.members[name] |= self.members.pop(c)
+        for k in self.members[name]:
+            self.of[k] = name
+        self.above[name] -= merged
+        self.below[name] -= merged
+
+    def in_order(self) -> list[set[int]]:
+        """The clusters by the longest path that leads to each, then by their first item."""
+        depth: dict[int, int] = {}
+        for c in sorted(self.members, key=self.rank.__getitem__):
+            depth[c] = 1 + max((depth[a] for a in self.above[c]), default=0)
+        return [
+            self.members[c] for c in sorted(depth, key=lambda c: (depth[c], min(self.members[c])))
+        ]
 
 
 def _absorb_inner(
@@ -47,7 +115,7 @@ def _absorb_inner(
     items: list[Item],
     parents: list[set[int]],
     barrier: list[bool],
-    cluster_of: dict[int, set[int]],
+    clusters: _Clusters,
 ) -> None:
     """Takes in linear items that lie between a cluster's inputs and the cluster alone.
 
@@ -55,21 +123,16 @@ def _absorb_inner(
     one more value between which and the others the walk carries blocks.
     """
     returned = set(variables(model.outputs))
-    children: dict[int, set[int]] = {}
-    for j, above in enumerate(parents):
-        for i in above:
-            children.setdefault(i, set()).add(j)
     for j in reversed(range(len(items))):
-        if barrier[j] or len(cluster_of[j]) > 1 or returned.intersection(items[j][0][0].outvars):
+        own, below = clusters.of[j], clusters.below[clusters.of[j]]
+        alone = len(clusters.members[own]) == 1 == len(below)
+        if barrier[j] or not alone or returned.intersection(items[j][0][0].outvars):
             continue
-        below = children.get(j, set())
-        targets = {id(cluster_of[k]): cluster_of[k] for k in below}
-        if len(targets) != 1:
-            continue
-        (cluster,) = targets.values()
-        reads = {v for k in cluster for v in _reads(model, items[k])}
-        if len(cluster) > 1 and _reads(model, items[j]) <= reads:
-            cluster_of.update(dict.fromkeys(cluster | {j}, cluster | {j}))
+        (target,) = below
+        inside = clusters.members[target]
+        reads = {v for k in inside for v in _reads(model, items[k])}
+        if len(inside) > 1 and _reads(model, items[j]) <= reads:
+            clusters.merge({own, target})
 
 
 def _reads(model: FlatModel, item: Item) -> set:
@@ -109,49 +172,3 @@ def _upstream_seeds(j, parents, barrier, seed) -> list[int]:
         else:
             stack.extend(parents[i])
     return sorted(found, reverse=True)
-
-
-def _closure(members: set[int], parents: list[set[int]], cluster_of: dict) -> set[int]:
-    """The smallest union of clusters around `members` that no path leaves and re-enters."""
-    while True:
-        first = min(members)
-        below = set(members)  # descendants of members
-        for k in range(first, max(members) + 1):
-            if parents[k] & below:
-                below.add(k)
-        above = set(members)  # ancestors of members
-        for k in range(max(members), first - 1, -1):
-            if k in above:
-                above |= {p for p in parents[k] if p >= first}
-        grown = set().union(*(cluster_of[k] for k in (below & above) | members))
-        if grown == members:
-            return members
-        members = grown
-
-
-def _acyclic(merged: set[int], parents: list[set[int]], cluster_of: dict) -> bool:
-    try:
-        _in_order(parents, {**cluster_of, **dict.fromkeys(merged, merged)})
-    except _Cycle:
-        return False
-    return True
-
-
-class _Cycle(Exception):
-    pass
-
-
-def _in_order(parents: list[set[int]], cluster_of: dict[int, set[int]]) -> list[set[int]]:
-    """The clusters in topological order."""
-    order: list[set[int]] = []
-    done: set[int] = set()
-    waiting = list({id(c): c for c in cluster_of.values()}.values())
-    while waiting:
-        ready = [c for c in waiting if all(parents[k] <= done | c for k in c)]
-        if not ready:
-            raise _Cycle
-        for cluster in ready:
-            done |= cluster
-            order.append(cluster)
-        waiting = [c for c in waiting if not c <= done]
-    return order

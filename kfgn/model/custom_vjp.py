@@ -26,20 +26,10 @@ from kfgn.model.equations import (
     is_differentiated,
     variables,
 )
+from kfgn.model.primitives import row_of
 
 # Of a closed jaxpr, on arguments with roles.
 Evaluate = Callable[[Any, Sequence[Any], Sequence[Role]], list[Any]]
-
-# Sums of their operands, or of the parts that a predicate or the place chooses,
-# with the position of the first such operand.
-_SUMS = {"add": 0, "add_any": 0, "sub": 0, "concatenate": 0, "pad": 0, "select_n": 1}
-
-# Zero wherever one, or where all, of the operands are.
-_ZERO_IF_ANY = {"mul", "dot_general", "conv_general_dilated"}
-_ZERO_IF_ALL = {
-    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "convert_element_type",
-    "copy", "copy_p", "neg", "slice", "add", "add_any", "sub", "concatenate",
-}  # fmt: skip
 
 
 def with_forward_rule(
@@ -154,13 +144,15 @@ def _vanishes_at_zero(closed: jex.ClosedJaxpr, cotangents: Iterable[Var]) -> boo
         return atom in moved or atom in zeros
 
     for equation in jaxpr.eqns:
-        name, operands = equation.primitive.name, equation.invars
+        row, operands = row_of(equation), equation.invars
+        terms = [atom for k, atom in enumerate(operands) if k in row.linear_in]
         if moved.intersection(variables(operands)):
             moved.update(equation.outvars)
-            if name in _SUMS and not all(map(vanishes, operands[_SUMS[name] :])):
+            # What is linear in several operands together is a sum.
+            if len(equation.outvars) == 1 and not all(map(vanishes, terms)):
                 return False
-        elif (name in _ZERO_IF_ANY and any(map(vanishes, operands))) or (
-            name in _ZERO_IF_ALL and all(map(vanishes, operands))
+        elif (row.multilinear and any(map(vanishes, operands))) or (
+            terms and all(map(vanishes, terms))
         ):
             zeros.update(equation.outvars)
     return all(map(vanishes, jaxpr.outvars))

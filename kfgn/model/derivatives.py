@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kfgn.base.errors import ModelError, UnknownPrimitiveWarning
 from kfgn.model.flat_model import Equation, FlatModel, Role, Var, as_function, variables
-from kfgn.model.primitives import is_known, surely_differentiable
+from kfgn.model.layer_kinds import LAYERS
+from kfgn.model.primitives import is_differentiable, is_known
 
 _DIFFERENTIATED = (Role.PARAMETER, Role.ACTIVE)
 
@@ -33,11 +34,12 @@ def check_derivatives(model: FlatModel) -> None:
         results = [v for v in equation.outvars if v in needed]
         if not operands:
             continue
-        if not surely_differentiable(equation):
+        if not is_differentiable(equation):
             _check_derivative(equation, operands, results)
         if results:
             needed.update(operands)
-        if not is_known(equation) and any(model.roles[v] is Role.ACTIVE for v in results):
+        known = is_known(equation) or equation.primitive.name in LAYERS
+        if not known and any(model.roles[v] is Role.ACTIVE for v in results):
             _announce(equation.primitive.name)
 
 
@@ -88,7 +90,7 @@ def _announce(name: str) -> None:
         "its own, which is correct, but slower than need be if the primitive is linear, or acts "
         "on every entry alone. To say so, or to silence this warning: "
         f'kfgn.layers.register_primitive({name!r}, kind), with kind "linear", "multilinear", '
-        '"elementwise" or "general".',
+        '"elementwise", "reshape" or "general".',
         UnknownPrimitiveWarning,
         stacklevel=2,
     )

@@ -9,12 +9,11 @@ import numpy as np
 
 from kfgn.model.flat_model import Equation, FlatModel, Role, Var, differentiated, variables
 from kfgn.model.layer_kinds import read_form
-from kfgn.model.parameter_path import Source, keeps_order, relabeled, relabels
+from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use
+from kfgn.model.primitives import keeps_order, moved, moves_entries, row_of
 
 Sources = dict[Var, Source]
-
-_SUMS = ("add", "add_any", "sub")
 
 
 def find_uses(model: FlatModel, sources: Sources, without_bias: frozenset[Var]) -> list[Use]:
@@ -100,9 +99,15 @@ def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
     kernel = equation.invars[side]
     data = next(v for v in variables(equation.invars) if v is not kernel)
     source = sources[kernel]
-    if form.kind == "shift" and equation.primitive.name == "sub" and side == 1:
-        source = dataclasses.replace(source, factor=-source.factor)
+    if form.kind == "shift":
+        source = _signed(source, equation, side)
     return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
+
+
+def _signed(source: Source, equation: Equation, side: int) -> Source:
+    """The source with the sign of operand `side` of a sum; of what else there is, as it is."""
+    signs = row_of(equation).signs
+    return dataclasses.replace(source, factor=signs[side] * source.factor) if signs else source
 
 
 def _consumers(model: FlatModel) -> dict[Var, list[Equation | None]]:
@@ -122,13 +127,12 @@ def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | 
     moves: list[Equation] = []
     while len(consumers.get(value, ())) == 1 and (equation := consumers[value][0]) is not None:
         chain.append(equation)
-        if equation.primitive.name in _SUMS:
+        if len(row_of(equation).signs) == 2:
             bias = _bias(use, moves, equation, value, sources)
             if bias is None:
                 return use
-            where, kernel = _places(use, moves), use.kernel
-            if equation.primitive.name == "sub" and equation.invars[0] is not value:
-                kernel = dataclasses.replace(kernel, factor=-kernel.factor)
+            where = _places(use, moves)
+            kernel = _signed(use.kernel, equation, equation.invars.index(value))
             return dataclasses.replace(
                 use,
                 kernel=kernel,
@@ -137,7 +141,7 @@ def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | 
                 equations=(*use.equations, *chain),
                 order=where,
             )
-        if not relabels(equation) or equation.outvars[0].aval.size != value.aval.size:
+        if not moves_entries(equation) or equation.outvars[0].aval.size != value.aval.size:
             return use
         moves.append(equation)
         value = equation.outvars[0]
@@ -150,7 +154,7 @@ def _moved(use: Use, moves: list[Equation], labels: np.ndarray) -> np.ndarray:
     """Labels of the product's entries, moved as its entries are."""
     labels = labels.reshape(use.output.aval.shape)
     for equation in moves:
-        labels = relabeled(equation, labels)
+        labels = moved(equation, labels)
     return labels
 
 
@@ -184,6 +188,4 @@ def _bias(
     order[units] = added
     if np.any(order[units] != added) or np.unique(order).size != count:
         return None
-    if equation.primitive.name == "sub" and side == 1:
-        source = dataclasses.replace(source, factor=-source.factor)
-    return Bias(source, order.reshape(form.groups, form.d_out))
+    return Bias(_signed(source, equation, side), order.reshape(form.groups, form.d_out))

@@ -227,8 +227,8 @@ def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> 
 
 
 def _kind(model: FlatModel, equations: tuple[Equation, ...]) -> str:
-    if all(is_linear(model, e) for e in equations):
+    if all(is_linear(e, model.roles) for e in equations):
         return "linear"
-    if all(is_elementwise(model, e) for e in equations):
+    if all(is_elementwise(e, model.roles) for e in equations):
         return "elementwise"
     return "general"

@@ -16,17 +16,7 @@ import jax.numpy as jnp
 
 from kfgn.model.custom_vjp import with_forward_rule
 from kfgn.model.equations import Equation, Role, Var, as_array, bind, is_differentiated, joined
-
-# Calls that only group equations, with the parameter that holds their body.
-_TRANSPARENT = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
+from kfgn.model.primitives import row_of
 
 
 class Value(NamedTuple):
@@ -54,9 +44,9 @@ def _value(env: dict[Var, Value], atom: Any) -> Value:
 
 
 def _evaluate(equation: Equation, operands: list[Value]) -> list[Value]:
-    body = equation.params.get(_TRANSPARENT.get(equation.primitive.name, ""))
-    if body is not None:
-        return inline(body, operands)
+    row = row_of(equation)
+    if row.inlined and row.body in equation.params:
+        return inline(equation.params[row.body], operands)
     name, arrays = equation.primitive.name, [v.array for v in operands]
     if name == "scan" and _differentiated(operands):
         return _unroll(equation, operands)

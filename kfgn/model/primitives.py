@@ -1,174 +1,261 @@
-"""What each primitive's Jacobian looks like: one line per primitive.
+"""What kfgn knows of primitives: one table, a row for each.
 
-The rules only classify; every Jacobian itself comes from automatic
-differentiation. A primitive that is neither named here nor registered with
-`kfgn.layers.register_primitive` is *general*: correct, and treated by its
-vector-Jacobian product example by example. Those of jax that are rightly
-general are named, too, so that only unknown ones are announced.
+A row only classifies; every Jacobian itself comes from automatic
+differentiation. A primitive without a row is *general*: correct, and treated
+by its vector-Jacobian product example by example.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
-from kfgn.model.flat_model import Equation, FlatModel, Role, variables
-from kfgn.model.parameter_path import keeps_order
-from kfgn.model.registry import LAYERS, PRIMITIVES
+from kfgn.base.errors import OptionError
+from kfgn.model.equations import Equation, Role, Var, variables
 
-# Linear in all differentiable operands together.
-_LINEAR = {
-    "add", "add_any", "sub", "neg", "copy", "copy_p", "convert_element_type", "real", "imag",
-    "reshape", "squeeze", "expand_dims", "transpose", "broadcast_in_dim", "rev", "slice", "pad",
-    "concatenate", "split", "reduce_sum", "cumsum", "reduce_window_sum", "reduce_precision",
-    "optimization_barrier", "stack", "unstack", "tile", "name", "device_put",
-    "sharding_constraint", "layout_constraint", "reshard",
-}  # fmt: skip
+Roles = Mapping[Var, Role]
+# `(labels of the operand's entries, equation, number of the output) -> labels`
+Moves = Callable[[np.ndarray, Equation, int], np.ndarray]
 
-# Linear in one operand where the others are the same for every example.
-_MULTILINEAR = {"mul", "dot_general", "conv_general_dilated"}
+ALL = range(10**6)  # positions of operands
 
-# Linear in the operands at these positions; the others must be the same for
-# every example (a denominator, a predicate, indices).
-_LINEAR_IN = {
-    "div": (0,),
-    "select_n": (1, 2, 3, 4, 5, 6, 7, 8),
-    "gather": (0,),
-    "dynamic_slice": (0,),
-    "dynamic_update_slice": (0, 1),
-    "scatter-add": (0, 2),
-    "scatter-sub": (0, 2),
+
+@dataclasses.dataclass(frozen=True)
+class Primitive:
+    """The row of a primitive; what is left out does not hold of it.
+
+    Args:
+      linear_in: linear in the operands at these positions together, where the
+        others (a denominator, a predicate, indices) are the same for every example.
+      multilinear: linear in one operand where the others are the same.
+      elementwise: entry i of the output depends on entry i of each operand alone.
+      heavy: a linear map that mixes many entries: cheaper as a node of its own
+        than inside a chain, whose Jacobian is applied example by example.
+      moves: how it moves, repeats or drops the entries of its one operand.
+      keeps_order: if the sizes are equal, entries keep their row-major order.
+      casts: it changes the dtype only.
+      signs: an entrywise sum of its operands with these signs.
+      by_number: an elementwise product; the factor that a number makes.
+      body: the parameter that holds the jaxpr of a call.
+      inlined: a call that only groups equations.
+    """
+
+    linear_in: Sequence[int] = ()
+    multilinear: bool = False
+    elementwise: bool = False
+    heavy: bool = False
+    moves: Moves | None = None
+    keeps_order: bool = False
+    casts: bool = False
+    signs: tuple[float, ...] = ()
+    by_number: Callable[[float], float] | None = None
+    body: str = ""
+    inlined: bool = False
+
+
+def _reshaped(labels: np.ndarray, equation: Equation, output: int) -> np.ndarray:
+    return labels.reshape(equation.outvars[output].aval.shape)
+
+
+def _sliced(labels: np.ndarray, equation: Equation, output: int) -> np.ndarray:
+    options = equation.params
+    strides = options["strides"] or (1,) * labels.ndim
+    limits = zip(options["start_indices"], options["limit_indices"], strides, strict=True)
+    return labels[tuple(slice(*limit) for limit in limits)]
+
+
+def _split(labels: np.ndarray, equation: Equation, output: int) -> np.ndarray:
+    edges = np.cumsum(equation.params["sizes"])[:-1]
+    return np.split(labels, edges, equation.params["axis"])[output]
+
+
+def _broadcast(labels: np.ndarray, equation: Equation, output: int) -> np.ndarray:
+    shape = equation.outvars[output].aval.shape
+    spread = [1] * len(shape)
+    for axis, length in zip(equation.params["broadcast_dimensions"], labels.shape, strict=True):
+        spread[axis] = length
+    return np.broadcast_to(labels.reshape(spread), shape)
+
+
+_linear = functools.partial(Primitive, linear_in=ALL)
+_moving = functools.partial(_linear, moves=_reshaped)
+_in_order = functools.partial(_moving, keeps_order=True)
+
+_ROWS = {
+    # Entries moved.
+    "reshape squeeze expand_dims": _in_order(),
+    "copy copy_p optimization_barrier name device_put sharding_constraint layout_constraint "
+    "reshard": _in_order(),
+    "convert_element_type reduce_precision": _in_order(casts=True),
+    "broadcast_in_dim": _in_order(moves=_broadcast),
+    "tile": _in_order(moves=lambda x, e, _: np.tile(x, e.params["reps"])),
+    "transpose": _moving(moves=lambda x, e, _: np.transpose(x, e.params["permutation"])),
+    "rev": _moving(moves=lambda x, e, _: np.flip(x, e.params["dimensions"])),
+    "slice": _moving(moves=_sliced),
+    "split": _moving(moves=_split),
+    "unstack": _moving(moves=lambda x, e, k: np.take(x, k, axis=e.params["axis"])),
+    "dynamic_slice gather": _linear(linear_in=(0,)),
+    "dynamic_update_slice": _linear(linear_in=(0, 1)),
+    "concatenate pad stack real imag": _linear(),
+    # Sums and products.
+    "add add_any": _linear(elementwise=True, signs=(1.0, 1.0)),
+    "sub": _linear(elementwise=True, signs=(1.0, -1.0)),
+    "neg": _linear(elementwise=True, signs=(-1.0,)),
+    "mul": Primitive(multilinear=True, elementwise=True, by_number=float),
+    "div": _linear(linear_in=(0,), elementwise=True, by_number=lambda x: 1 / float(x)),
+    "select_n": _linear(linear_in=range(1, 10**6), elementwise=True),
+    "reduce_sum": _linear(),
+    "cumsum reduce_window_sum": _linear(heavy=True),
+    "dot_general conv_general_dilated": Primitive(multilinear=True, heavy=True),
+    "scatter-add scatter-sub": _linear(linear_in=(0, 2)),
+    # Functions of every entry.
+    "abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp cos cosh "
+    "digamma erf erf_inv erfc exp exp2 expm1 floor integer_pow is_finite lgamma log log1p "
+    "logistic max min pow rem round rsqrt sign sin sinh sqrt square stop_gradient tan tanh "
+    "xor and or not eq ne lt le gt ge": Primitive(elementwise=True),
+    # Calls.
+    "jit pjit remat remat2 checkpoint": Primitive(body="jaxpr", inlined=True),
+    "closed_call core_call": Primitive(body="call_jaxpr", inlined=True),
+    "custom_jvp_call custom_vjp_call": Primitive(body="call_jaxpr"),
+    "custom_vjp_call_jaxpr": Primitive(body="fun_jaxpr"),
 }
 
-# Linear maps that mix many entries: cheaper as a node of their own than inside
-# a chain, whose Jacobian is then applied example by example.
-_HEAVY = {"dot_general", "conv_general_dilated", "reduce_window_sum", "cumsum", "fft"}
+_TABLE = {name: row for names, row in _ROWS.items() for name in names.split()}
+_GENERAL = Primitive()
 
-_ELEMENTWISE = {
-    "abs", "acos", "acosh", "add", "add_any", "asin", "asinh", "atan", "atan2", "atanh",
-    "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos",
-    "cosh", "digamma", "div", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor",
-    "integer_pow", "is_finite", "lgamma", "log", "log1p", "logistic", "max", "min", "mul", "neg",
-    "nextafter", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin",
-    "sinh", "sqrt", "square", "stop_gradient", "sub", "tan", "tanh", "xor", "and", "or", "not",
-    "eq", "ne", "lt", "le", "gt", "ge",
-}  # fmt: skip
+# What `register_primitive` adds: deleting a name undoes its registration.
+REGISTERED: dict[str, Primitive] = {}
 
-_CUSTOM_RULES = {
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
+_KINDS = {
+    "linear": _linear(),
+    "multilinear": Primitive(multilinear=True, heavy=True),
+    "elementwise": Primitive(elementwise=True),
+    "reshape": _in_order(),
+    "general": _GENERAL,
 }
-_CALLS = {"jit": "jaxpr", "pjit": "jaxpr", **_CUSTOM_RULES}
+PRIMITIVE_KINDS = tuple(_KINDS)
 
-# Primitives of jax whose Jacobian differs per example, or which have none.
-_GENERAL = {
-    # arrays
-    "after_all", "argmax", "argmin", "bitcast_convert_type", "broadcast_to", "clz", "complex",
-    "conj", "create_token", "cumlogsumexp", "cummax", "cummin", "cumprod", "dce_sink", "empty",
-    "empty2", "eq_to", "fft", "igamma", "igamma_grad_a", "igammac", "iota", "le_to", "lt_to",
-    "mulhi", "polygamma", "population_count", "ragged_dot_general", "random_gamma_grad",
-    "reduce", "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_xor",
-    "reduce_window", "reduce_window_max", "reduce_window_min", "regularized_incomplete_beta",
-    "scaled_dot", "scaled_matmul", "scaled_matmul_wrapper", "scatter", "scatter-max",
-    "scatter-min", "scatter-mul", "select_and_gather_add", "select_and_scatter",
-    "select_and_scatter_add", "shift_left", "shift_right_arithmetic", "shift_right_logical",
-    "sort", "stage", "tie", "top_k", "approx_top_k", "zeros_like", "zeta",
-    # linear algebra
-    "cholesky", "cholesky_update", "custom_linear_solve", "eig", "eigh", "geqp3", "geqrf",
-    "hessenberg", "householder_product", "lu", "lu_pivots_to_permutation", "ormqr", "qr", "schur",
-    "svd", "symmetric_product", "triangular_solve", "tridiagonal", "tridiagonal_solve",
-    # random numbers
-    "philox2x32", "philox4x32", "random_bits", "random_clone", "random_fold_in", "random_gamma",
-    "random_seed", "random_split", "random_unwrap", "random_wrap", "rng_bit_generator",
-    "rng_uniform", "threefry2x32", "threefry4x32",
-    # loops, calls and rules of the user's own
-    "addupdate", "call", "call_exported", "checkpoint", "closed_call", "composite", "cond",
-    "core_call", "custom_lin", "custom_partitioning", "custom_vmap_call", "debug_callback",
-    "debug_print", "ffi_call", "get", "io_callback", "linear_call", "pallas_call",
-    "platform_index", "pure_callback", "remat", "remat2", "remat_opt", "run_state", "scan",
-    "shard_map", "swap", "while",
-    # several devices
-    "all_gather", "all_gather_invariant", "all_to_all", "axis_index", "pbroadcast", "pmax",
-    "pmin", "ppermute", "psum", "psum_invariant", "pvary", "ragged_all_to_all", "reduce_scatter",
-    "with_memory_space_constraint",
-    # sparse matrices, fused attention
-    "bcoo_dot_general", "bcoo_dot_general_sampled", "bcoo_extract", "bcoo_fromdense",
-    "bcoo_sort_indices", "bcoo_spdot_general", "bcoo_sum_duplicates", "bcoo_todense",
-    "bcoo_transpose", "bcsr_dot_general", "bcsr_extract", "bcsr_fromdense", "bcsr_todense",
-    "coo_fromdense", "coo_matmat", "coo_matvec", "coo_todense", "csr_fromdense", "csr_matmat",
-    "csr_matvec", "csr_todense", "spsolve", "todense",
-    "dot_product_attention_fwd_wrapper", "dot_product_attention_fwd",
-}  # fmt: skip
 
-# Those of them whose derivative does not exist, or only with some options.
-_PARTLY_DIFFERENTIABLE = {
-    "approx_top_k", "broadcast_to", "call_exported", "cholesky_update", "composite", "cond",
-    "custom_partitioning", "custom_vmap_call", "dot_product_attention_fwd",
-    "dot_product_attention_fwd_wrapper", "eig", "ffi_call", "geqp3", "geqrf", "hessenberg",
-    "householder_product", "igamma_grad_a", "io_callback", "lu_pivots_to_permutation",
-    "nextafter", "ormqr", "pallas_call", "pmax", "pmin", "polygamma", "pure_callback", "qr",
-    "reduce", "reduce_window", "regularized_incomplete_beta", "rng_uniform", "scaled_dot",
-    "scaled_matmul", "scaled_matmul_wrapper", "scatter", "scatter-mul", "schur",
-    "select_and_gather_add", "select_and_scatter", "svd", "symmetric_product", "tridiagonal",
-    "while", "zeta",
-}  # fmt: skip
+def register_primitive(name: str, kind: str, *, moves: Moves | None = None) -> None:
+    """Tells kfgn how the output of a primitive depends on its operands.
 
-_KNOWN = {*_LINEAR, *_MULTILINEAR, *_LINEAR_IN, *_ELEMENTWISE, *_CALLS, *_GENERAL}
+    kfgn takes every derivative from the primitive's own rules; the kind says
+    only what the derivatives of all examples have in common. A primitive that
+    kfgn does not know is "general": correct, at the cost of one vector-Jacobian
+    product per example, and announced once by an `UnknownPrimitiveWarning`.
+
+    A wrong kind gives wrong curvature. kfgn knows primitives by their names:
+    give yours a name that jax does not use. Of several registrations of a name
+    the last one counts, and any counts more than what kfgn knows itself. What
+    `jax.jit` has traced before keeps what was registered then.
+
+    Args:
+      name: the primitive's name in a jaxpr, `primitive.name`.
+      kind: one of
+
+        - "linear": linear in all its floating-point operands together, as a
+          sum or a Fourier transform is.
+        - "multilinear": linear in each differentiable operand while the others
+          are held fixed, as a product is.
+        - "elementwise": entry i of the one output depends on entry i of every
+          operand of the output's size alone, entries counted in row-major
+          order; further operands have one entry.
+        - "reshape": the entries of its one operand, in their row-major order.
+          A parameter may pass through it on its way to a layer.
+        - "general": anything else. Registering it silences the warning.
+      moves: for a "linear" primitive that only moves, repeats or drops the
+        entries of its one operand, so that a parameter may pass through it, too:
+        `(labels, equation, output) -> labels` makes of a numpy array like the
+        operand one like the output of that number.
+
+    Raises:
+      OptionError: the name is not a string, there is no such kind, or `moves`
+        comes with another kind than "linear", or is no function.
+
+    Example:
+      Primitives that cube every entry, and that transpose a matrix:
+
+      >>> from kfgn.layers import register_primitive
+      >>> register_primitive("cube", "elementwise")
+      >>> register_primitive("turn", "linear", moves=lambda labels, equation, output: labels.T)
+    """
+    check_name(name, "register_primitive")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        known = ", ".join(f'"{k}"' for k in PRIMITIVE_KINDS)
+        raise OptionError(f"kind of primitive {name!r} must be one of {known}, found {kind!r}")
+    if moves is not None and (kind != "linear" or not callable(moves)):
+        raise OptionError(
+            f'moves of primitive {name!r} must be a function, of a primitive of kind "linear", '
+            f'found {moves!r} for kind "{kind}"'
+        )
+    row = _KINDS[kind]
+    REGISTERED[name] = row if moves is None else dataclasses.replace(row, moves=moves)
+
+
+def check_name(name: Any, function: str) -> None:
+    """Raises OptionError unless it can be the name of a primitive."""
+    if not isinstance(name, str) or not name:
+        hint = f"; pass its name, {name.name!r}" if isinstance(name, jex.Primitive) else ""
+        raise OptionError(
+            f"{function} expects the name of a primitive, a string that is not empty, found "
+            f"{name!r}{hint}"
+        )
+
+
+def row_of(equation: Equation) -> Primitive:
+    """The row of the equation's primitive; an empty one where there is none."""
+    name = equation.primitive.name
+    return REGISTERED.get(name) or _TABLE.get(name, _GENERAL)
 
 
 def is_known(equation: Equation) -> bool:
-    """Whether the primitive is named here or registered."""
+    """Whether the primitive has a row, or is one of jax's own."""
     name = equation.primitive.name
-    return name in _KNOWN or name in PRIMITIVES or name in LAYERS
+    return name in REGISTERED or name in _TABLE or _is_of_jax(equation.primitive)
 
 
-def surely_differentiable(equation: Equation) -> bool:
-    """Whether the primitive is one of jax's that always have a derivative."""
-    name = equation.primitive.name
-    return name in _KNOWN and name not in _PARTLY_DIFFERENTIABLE
+def is_differentiable(equation: Equation) -> bool:
+    """Whether the primitive is surely one of jax's that always have a derivative."""
+    return equation.primitive.name in _TABLE
 
 
-def is_linear(model: FlatModel, equation: Equation) -> bool:
+def _is_of_jax(primitive: jex.Primitive) -> bool:
+    """Whether jax's own modules say how the primitive is evaluated."""
+    function = primitive.impl
+    if getattr(function, "__func__", None) is jex.Primitive.impl:
+        return False  # which says that nobody does
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0] in ("jax", "jaxlib")
+
+
+def is_linear(equation: Equation, roles: Roles) -> bool:
     """Whether the Jacobian is the same for every example (offsets may differ)."""
-    name = equation.primitive.name
-    roles = [_role(model, atom) for atom in equation.invars]
-    if name in PRIMITIVES:
-        return _is_linear_as_registered(equation, roles)
-    if name in _LINEAR:
-        return True
-    if name in _MULTILINEAR:
-        return _has_one_factor(roles)
-    allowed = _LINEAR_IN.get(name)
-    if allowed is None:
-        return False
-    # A passive operand in a linear position is an offset, elsewhere a factor.
-    return all(role < Role.PASSIVE or i in allowed for i, role in enumerate(roles))
+    row, found = row_of(equation), [_role(roles, atom) for atom in equation.invars]
+    if row.multilinear:
+        return found.count(Role.ACTIVE) == 1 and Role.PASSIVE not in found
+    # A passive operand in a linear position is an offset, elsewhere a factor. Data that
+    # are no floating-point numbers, such as indices, are no offsets.
+    return bool(row.linear_in) and all(
+        role < Role.PASSIVE or (k in row.linear_in and _is_real_or_complex(atom))
+        for k, (role, atom) in enumerate(zip(found, equation.invars, strict=True))
+    )
 
 
-def _is_linear_as_registered(equation: Equation, roles: list[Role]) -> bool:
-    kind = PRIMITIVES[equation.primitive.name]
-    if kind == "linear":
-        # Data that are no floating-point numbers, such as indices, are no offsets.
-        passive = [a for a, r in zip(equation.invars, roles, strict=True) if r is Role.PASSIVE]
-        return all(jnp.issubdtype(atom.aval.dtype, jnp.inexact) for atom in passive)
-    return kind == "multilinear" and _has_one_factor(roles)
+def _is_real_or_complex(atom: Any) -> bool:
+    return bool(jnp.issubdtype(atom.aval.dtype, jnp.inexact))
 
 
-def _has_one_factor(roles: list[Role]) -> bool:
-    """Whether the operands but one are the same for every example."""
-    return roles.count(Role.ACTIVE) == 1 and Role.PASSIVE not in roles
-
-
-def is_heavy(equation: Equation) -> bool:
-    """Whether a linear equation should stay a node of its own."""
-    name = equation.primitive.name
-    return PRIMITIVES[name] == "multilinear" if name in PRIMITIVES else name in _HEAVY
-
-
-def is_elementwise(model: FlatModel, equation: Equation) -> bool:
+def is_elementwise(equation: Equation, roles: Roles) -> bool:
     """Whether output entry i depends on entry i of each differentiable operand alone."""
     entries = equation.outvars[0].aval.size
-    active = [a for a in equation.invars if _role(model, a) is Role.ACTIVE]
+    active = [a for a in equation.invars if _role(roles, a) is Role.ACTIVE]
     # A differentiable value that is broadcast has a column, no diagonal.
     return all(v.aval.size == entries for v in active) and _acts_by_entry(equation)
 
@@ -179,26 +266,69 @@ def _acts_by_entry(equation: Equation) -> bool:
     entries = equation.outvars[0].aval.size
     if any(v.aval.size not in (1, entries) for v in variables(equation.invars)):
         return False
-    name = equation.primitive.name
-    if name in PRIMITIVES:
-        return PRIMITIVES[name] == "elementwise"
-    if name in _ELEMENTWISE or keeps_order(equation):
+    row = row_of(equation)
+    if row.elementwise or keeps_order(equation):
         return True
-    body = equation.params.get(_CALLS.get(name, ""))
-    if body is None:
-        return False
-    return all(_acts_by_entry(inner) for inner in getattr(body, "jaxpr", body).eqns)
+    body = equation.params.get(row.body)
+    return body is not None and all(map(_acts_by_entry, getattr(body, "jaxpr", body).eqns))
 
 
-def joins_freely(model: FlatModel, equation: Equation) -> bool:
+def joins_freely(equation: Equation, roles: Roles) -> bool:
     """Whether a chain of elementwise operations should take this equation in.
 
     A sum of several differentiable values stays outside: as a linear node it
     merely copies the curvature to its summands.
     """
-    active = [a for a in equation.invars if _role(model, a) is Role.ACTIVE]
-    return is_elementwise(model, equation) and (len(active) == 1 or not is_linear(model, equation))
+    active = [a for a in equation.invars if _role(roles, a) is Role.ACTIVE]
+    return is_elementwise(equation, roles) and (len(active) == 1 or not is_linear(equation, roles))
 
 
-def _role(model: FlatModel, atom) -> Role:
-    return model.roles[atom] if variables([atom]) else Role.CONSTANT
+def _role(roles: Roles, atom: Any) -> Role:
+    return roles[atom] if variables([atom]) else Role.CONSTANT
+
+
+def keeps_order(equation: Equation) -> bool:
+    """Whether the equation only reshapes or casts its one operand."""
+    atoms = equation.invars
+    if len(atoms) != 1 or len(equation.outvars) != 1:
+        return False
+    if equation.primitive.name == "transpose" and "permutation" in equation.params:
+        # Axes of one entry may go anywhere: vmap of `W @ x` leaves such a transpose.
+        shape = atoms[0].aval.shape
+        long = [axis for axis in equation.params["permutation"] if shape[axis] != 1]
+        return long == sorted(long)
+    return row_of(equation).keeps_order and atoms[0].aval.size == equation.outvars[0].aval.size
+
+
+def moves_entries(equation: Equation) -> bool:
+    """Whether the equation only moves, repeats or drops the entries of its one operand."""
+    return row_of(equation).moves is not None and len(variables(equation.invars)) == 1 == len(
+        equation.invars
+    )
+
+
+def moved(equation: Equation, labels: np.ndarray, output: int = 0) -> np.ndarray:
+    """Labels of the operand's entries, moved as the equation moves the entries."""
+    moves, shape = row_of(equation).moves, equation.outvars[output].aval.shape
+    assert moves is not None
+    found = np.asarray(moves(labels, equation, output))
+    if found.shape != shape:
+        raise OptionError(
+            f"moves of primitive {equation.primitive.name!r} makes {found.shape} of "
+            f"{labels.shape}, expected {shape}"
+        )
+    return found
+
+
+def scaling(equation: Equation) -> float | None:
+    """The factor of an operation with one number, such as `2 W`, `W / 3` or `1 + W`."""
+    row, atoms = row_of(equation), equation.invars
+    own = [k for k, atom in enumerate(atoms) if variables([atom])]
+    numbers: list[Any] = [atom.val for atom in atoms if not variables([atom])]
+    if len(own) != 1 or len(numbers) != len(atoms) - 1 or any(map(np.ndim, numbers)):
+        return None
+    if len(row.signs) == len(atoms):
+        return row.signs[own[0]]
+    if row.by_number is None or not (row.multilinear or own[0] in row.linear_in):
+        return None
+    return row.by_number(*numbers)

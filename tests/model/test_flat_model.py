@@ -415,7 +415,7 @@ def test_rules_of_elementwise_functions():
     for function, expected in ((relu, True), (softplus, True), (looped, True), (averaged, False)):
         flat = flatten_model(affine(function), LAYER, X)
         (equation,) = called(flat, "custom_jvp_call")
-        assert is_elementwise(flat, equation) == expected
+        assert is_elementwise(equation, flat.roles) == expected
 
 
 @jax.custom_vjp
