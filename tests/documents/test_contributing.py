@@ -33,7 +33,9 @@ def test_examples_run_and_are_short():
     for name, section in sections:
         blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
         assert blocks, name
-        lines = [x for x in blocks[0].splitlines() if x.strip() and not x.startswith(("import", "from"))]
+        lines = [
+            x for x in blocks[0].splitlines() if x.strip() and not x.startswith(("import", "from"))
+        ]
         assert len(lines) <= 20, (name, len(lines))
         for block in blocks:
             exec(compile(block, f"CONTRIBUTING.md, {name}", "exec"), scope)
