@@ -13,7 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from tests.tables.comparison import OPERATORS, close, setting
-from tests.tables.dense import quick_jit
+from tests.tables.comparison import compare as compare_with_truth
+from tests.tables.dense import quick_jit, submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.models import chain
 
@@ -38,18 +39,20 @@ def split(verb):
 
 
 class Setup(NamedTuple):
-    """A network of three layers, and the Hessian of every example's loss."""
+    """A network of three layers, and the matrices of every example's loss."""
 
     objective: kfgn.Objective
     params: Any
     batch: Any
-    places: dict[str, dict[str, np.ndarray]]  # of each parameter in the vector of all
+    entries: dict[str, dict[str, np.ndarray]]  # of each parameter in the vector of all
     hessian: np.ndarray  # `[N, P, P]`
+    gauss_newton: np.ndarray  # `J'BJ`, likewise
+    empirical_fisher: np.ndarray  # the outer products of the gradients, likewise
 
-    def block(self, layer: str, row: str, column: str) -> np.ndarray:
+    def block(self, layer: str, row: str, column: str, kind: str = "hessian") -> np.ndarray:
         """The rows of one parameter and the columns of another, `[N, R, C]`."""
-        rows, columns = (self.places[layer][name].ravel() for name in (row, column))
-        return self.hessian[:, rows[:, None], columns]
+        rows, columns = (self.entries[layer][name].ravel() for name in (row, column))
+        return getattr(self, kind)[:, rows[:, None], columns]
 
 
 @functools.cache
@@ -65,14 +68,26 @@ def setup(activation: str, loss: str) -> Setup:
     flat, unravel = ravel_pytree(params)
 
     def one(x, y):
-        return jax.hessian(lambda p: row.reference(model(unravel(p), x[None])[0], y))(flat)
+        def outputs(p):
+            return model(unravel(p), x[None])[0]
 
-    hessian = np.asarray(quick_jit(jax.vmap(one))(inputs, targets))
-    places = jax.tree.map(np.asarray, unravel(jnp.arange(flat.size, dtype=flat.dtype)))
-    places = jax.tree.map(lambda a: a.astype(int), places)
-    return Setup(
-        kfgn.Objective(model, row.loss, l2=0.1), params, (inputs, targets), places, hessian
-    )
+        def loss(p):
+            return row.reference(outputs(p), y)
+
+        jacobian = jax.jacobian(outputs)(flat)
+        curved = jax.hessian(lambda o: row.reference(o, y))(outputs(flat))
+        gradient = jax.grad(loss)(flat)
+        return (
+            jax.hessian(loss)(flat),
+            jacobian.T @ curved @ jacobian,
+            gradient[:, None] * gradient,
+        )
+
+    truth = map(np.asarray, quick_jit(jax.vmap(one))(inputs, targets))
+    entries = jax.tree.map(np.asarray, unravel(jnp.arange(flat.size, dtype=flat.dtype)))
+    entries = jax.tree.map(lambda a: a.astype(int), entries)
+    objective = kfgn.Objective(model, row.loss, l2=0.1)
+    return Setup(objective, params, (inputs, targets), entries, *truth)
 
 
 @functools.cache
@@ -111,8 +126,31 @@ def test_blocks(activation, loss):
             assert np.max(np.abs(mean - np.mean(expected, axis=0))) < 1e-12 * scale
 
 
+@pytest.mark.parametrize("kind", OPERATORS)
 @pytest.mark.parametrize("per_example", [False, True])
-def test_products(per_example):
+def test_blocks_of_every_operator(kind, per_example):
+    """By weights and biases, and whole, for every example and on average."""
+    case = setup("tanh", "one_hot")
+    operator = OPERATORS[kind](case.objective)
+
+    @quick_jit
+    def everything(params, batch):
+        verb = functools.partial(operator.blocks, params, batch, per_example=per_example)
+        return verb(split_bias=True), verb()
+
+    parts, whole = everything(case.params, case.batch)
+    for name, entries in case.entries.items():
+        for found, (row, column) in zip(parts[name], ("ww", "wb", "bb"), strict=True):
+            expected = case.block(name, row, column, kind)
+            close(found, expected if per_example else expected.mean(axis=0), name)
+        order = np.concatenate([entries["w"], entries["b"][None]]).ravel()
+        expected = getattr(case, kind)[:, order[:, None], order]
+        close(whole[name], expected if per_example else expected.mean(axis=0), name)
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+@pytest.mark.parametrize("per_example", [False, True])
+def test_products(kind, per_example):
     """The same blocks times random vectors."""
     case = setup("tanh", "one_hot")
     rng = np.random.default_rng(2)
@@ -123,7 +161,7 @@ def test_products(per_example):
 
     @quick_jit
     def everything(params, batch, vectors):
-        matvecs = kfgn.hessian(case.objective).block_matvecs(
+        matvecs = OPERATORS[kind](case.objective).block_matvecs(
             params, batch, per_example=per_example, split_bias=True
         )
         return {
@@ -138,24 +176,26 @@ def test_products(per_example):
 
     for name, products in everything(case.params, case.batch, vectors).items():
         for (row, column), product in products.items():
-            each = case.block(name, row, column) @ vectors[name][column].ravel()
+            each = case.block(name, row, column, kind) @ vectors[name][column].ravel()
             each = each.reshape(COUNT, *vectors[name][row].shape)
             close(product, each if per_example else np.mean(each, axis=0), f"{name} {row}{column}")
 
 
 def test_layers_without_bias():
     """Their one block is the layer's whole block."""
+    compared = compare_with_truth("tanh_without_bias")
     case, objective, batch = setting("tanh_without_bias")
+    mean = np.mean(compared.truth.hessian, axis=0)
     ours = quick_jit(split(kfgn.hessian(objective).blocks))(case.params, batch)
-    blocks = quick_jit(kfgn.hessian(objective).blocks)(case.params, batch)
     matvecs = split(kfgn.hessian(objective).block_matvecs)(case.params, batch)
-    for name, block in blocks.items():
+    assert set(ours) == set(matvecs) == set(compared.index)
+    for name, place in compared.index.items():
         assert ours[name].weight_bias is ours[name].bias_bias is None
         assert matvecs[name].weight_bias is matvecs[name].bias_weight is None
-        close(ours[name].weight_weight, block)
+        close(ours[name].weight_weight, submatrix(mean, place.block))
     kernel = jnp.ones(case.params["out"]["w"].shape)
     product = quick_jit(matvecs["out"].weight_weight)(kernel)
-    close(product.ravel(), blocks["out"] @ kernel.ravel())
+    close(product.ravel(), submatrix(mean, compared.index["out"].block) @ np.ones(kernel.size))
 
 
 def scales_and_stacks(params, x):
@@ -244,13 +284,12 @@ def test_second_order_terms(activation, loss):
 
 
 def test_pre_activation_diagnosis():
-    """Beside the eigenvalues of the matrices themselves."""
+    """Beside the eigenvalues of the matrices, which are those in the biases."""
     case, ours = setup("tanh", "one_hot"), found("tanh", "one_hot")["negative"]
-    exact = quick_jit(kfgn.hessian(case.objective).pre_activation)(case.params, case.batch)
-    positive = quick_jit(kfgn.gauss_newton(case.objective).pre_activation)(case.params, case.batch)
     assert any(own.negative_share > 0 for own in ours.values())
     for name, own in ours.items():
-        compare(own, exact[name], positive[name], COUNT)
+        exact, positive = (case.block(name, "b", "b", k) for k in ("hessian", "gauss_newton"))
+        compare(own, exact, positive, COUNT)
 
 
 def test_block_diagnosis():
@@ -258,13 +297,13 @@ def test_block_diagnosis():
     case = setup("tanh", "one_hot")
     function = quick_jit(kfgn.diagnostics.negative_curvature(case.objective, of="block"))
     ours = function(case.params, case.batch)
-    positive = quick_jit(kfgn.gauss_newton(case.objective).blocks)(case.params, case.batch)
-    mean = np.mean(case.hessian, axis=0)
     assert ours["first"].negative_share > 0
     for name, own in ours.items():
         assert own.term_trace is own.term_norm is None
-        order = np.concatenate([case.places[name]["w"], case.places[name]["b"][None]]).ravel()
-        compare(own, mean[None, order[:, None], order], positive[name][None], 1)
+        entries = case.entries[name]
+        order = np.concatenate([entries["w"], entries["b"][None]]).ravel()
+        means = (np.mean(x, axis=0)[None] for x in (case.hessian, case.gauss_newton))
+        compare(own, *(m[:, order[:, None], order] for m in means), 1)
 
 
 def compare(own: kfgn.diagnostics.NegativeCurvature, exact: Any, positive: Any, count: int) -> None:
