@@ -9,7 +9,7 @@ from kfgn.curvature.batch import (
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operator import Operator
 from kfgn.curvature.operators import empirical_fisher, gauss_newton, hessian
-from kfgn.curvature.parameter_blocks import ParameterBlocks, ParameterMatvecs
+from kfgn.curvature.parameter_blocks import ParameterBlocks
 
 __all__ = [
     "Curvature",
@@ -18,7 +18,6 @@ __all__ = [
     "Factors",
     "Operator",
     "ParameterBlocks",
-    "ParameterMatvecs",
     "average_curvature",
     "empirical_fisher",
     "gauss_newton",

@@ -150,7 +150,8 @@ class Operator:
         Args:
           params, batch: as everywhere.
           per_example: whether a function gives every example's product, with a leading `[N]`.
-          split_bias: whether to give `ParameterMatvecs`, by weights and biases.
+          split_bias: whether a function is one of `(weights, biases)`, `[d_in, d_out]` and
+            `[d_out]`, and gives such a pair; of the weights alone, and None, without a bias.
 
         Returns:
           By layer, a function of `[d_in + 1, d_out]`; by parameter in no layer, of its array.

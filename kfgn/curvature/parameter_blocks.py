@@ -26,8 +26,6 @@ from kfgn.base.types import Array, PyTree
 from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer
 
-Matvec = Callable[[Array], Array]
-
 
 class ParameterBlocks(NamedTuple):
     """A layer's block by weights W (`D_W = d_in d_out`) and biases b (`D_b = d_out`).
@@ -40,15 +38,6 @@ class ParameterBlocks(NamedTuple):
     weight_weight: Array  # `[D_W, D_W]`
     weight_bias: Array | None  # `[D_W, D_b]`; its transpose is the block below the diagonal
     bias_bias: Array | None  # `[D_b, D_b]`
-
-
-class ParameterMatvecs(NamedTuple):
-    """The products of the same parts with weights `[d_in, d_out]` and biases `[d_out]`."""
-
-    weight_weight: Matvec  # weights to weights
-    weight_bias: Matvec | None  # biases to weights
-    bias_weight: Matvec | None  # weights to biases
-    bias_bias: Matvec | None  # biases to biases
 
 
 def split_block(block: Array, layer: Layer | None) -> ParameterBlocks:
@@ -64,37 +53,27 @@ def split_block(block: Array, layer: Layer | None) -> ParameterBlocks:
 
 
 def split_matvec(
-    name: str, matvec: Matvec, layer: Layer | None, leaves: dict[str, Array]
-) -> ParameterMatvecs:
-    """A block's product with `[..., d_in + 1, d_out]`, by weights and biases."""
+    name: str, matvec: Callable[[Array], Array], layer: Layer | None, leaves: dict[str, Array]
+) -> Callable[..., tuple[Array, Array | None]]:
+    """A block's product with weights `[..., d_in, d_out]` and biases `[..., d_out]`, as a pair."""
     shape = jnp.shape(leaves[name]) if layer is None else layer.matrix_shape
+    expected: tuple[Any, Any] = (shape, None)
+    if layer is not None and layer.first.bias is not None:
+        expected = (*shape[:-2], shape[-2] - 1, shape[-1]), (*shape[:-2], shape[-1])
 
-    def checked(vector: Any, expected: tuple[int, ...]) -> Array:
-        if jnp.shape(vector) != expected:
+    def product(weights: Array, biases: Array | None = None) -> tuple[Array, Array | None]:
+        found = (jnp.shape(weights), None if biases is None else jnp.shape(biases))
+        if found != expected:
             raise ParameterError(
-                f"the block of {name!r} acts on an array of shape {expected}, found shape "
-                f"{jnp.shape(vector)}"
+                f"the block of {name!r} acts on weights and biases of shapes {expected}, found "
+                f"{found}"
             )
-        return jnp.asarray(vector)
+        if biases is None:
+            return matvec(jnp.asarray(weights)), None
+        result = matvec(jnp.concatenate([weights, biases[..., None, :]], -2))
+        return result[..., :-1, :], result[..., -1, :]
 
-    if layer is None or layer.first.bias is None:
-        return ParameterMatvecs(lambda w: matvec(checked(w, shape)), None, None, None)
-    weights, biases = (*shape[:-2], shape[-2] - 1, shape[-1]), (*shape[:-2], shape[-1])
-
-    def of_weights(w: Array) -> Array:
-        w = checked(w, weights)
-        return matvec(jnp.concatenate([w, jnp.zeros((*shape[:-2], 1, shape[-1]), w.dtype)], -2))
-
-    def of_biases(b: Array) -> Array:
-        b = checked(b, biases)[..., None, :]
-        return matvec(jnp.concatenate([jnp.zeros(weights, b.dtype), b], -2))
-
-    return ParameterMatvecs(
-        lambda w: of_weights(w)[..., :-1, :],
-        lambda b: of_biases(b)[..., :-1, :],
-        lambda w: of_weights(w)[..., -1, :],
-        lambda b: of_biases(b)[..., -1, :],
-    )
+    return product
 
 
 def refuse_large_blocks(graph: Graph, params: PyTree, dtype: Any, count: int) -> None:

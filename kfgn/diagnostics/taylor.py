@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from kfgn.base.checks import check_flag, check_not_negative, check_positive, check_whole
 from kfgn.base.errors import OptionError, ParameterError
@@ -220,7 +221,8 @@ def _prepared(function, point, direction, key, step, halvings) -> tuple[PyTree, 
     _check_point(point)
     _check_function(function, point)
     if direction is None:
-        direction = _random_like(point, jax.random.key(0) if key is None else key)
+        key = jax.random.key(0) if key is None else key
+        direction = optax.tree_utils.tree_random_like(key, point)
     check_vector(point, direction)
     if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(direction)):
         raise OptionError("direction is zero in every entry: pass another, or None to draw one")
@@ -250,16 +252,6 @@ def _check_function(function: Function, point: PyTree) -> None:
     value = jax.jit(function)(point)
     if not bool(jnp.isfinite(value)):
         raise OptionError(f"function must be finite at the point, found {float(value)} there")
-
-
-def _random_like(point: PyTree, key: Array) -> PyTree:
-    leaves, tree = jax.tree.flatten(point)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [
-        jax.random.normal(k, jnp.shape(x), jnp.result_type(x))
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
 
 
 def _least_precise(tree: PyTree) -> Any:
