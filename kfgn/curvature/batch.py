@@ -38,6 +38,16 @@ class CurvatureSettings:
     """What a curvature was made with: the arguments of `value_grad_and_curvature`.
 
     A pytree without leaves: it is part of the tree structure of a `Curvature`.
+
+    Raises:
+      OptionError: an option has a wrong value.
+
+    >>> import kfgn
+    >>> settings = kfgn.curvature.CurvatureSettings(
+    ...     "kfac", 1, "expand", "joint", 256, "raise", l2=0.0
+    ... )
+    >>> jax.tree.leaves(settings)
+    []
     """
 
     method: str

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_chunk_size, check_flag, check_size
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_choice, check_chunk_size, check_flag, check_size
 from kfgn.base.linalg import (
     count_of,
     factor_dtype,
@@ -49,6 +48,17 @@ class Operator:
       OptionError: no objective; in the verbs, an option with a wrong value, or an
         array of more than 2 GiB.
       BatchError, ModelError, LossError, ParameterError: in the verbs, the input does not fit.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> model = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+    >>> operator = kfgn.hessian(kfgn.Objective(model, kfgn.losses.half_squared_error))
+    >>> params, batch = {"w": jnp.eye(3), "b": jnp.ones(3)}, (jnp.ones((4, 3)), jnp.ones((4, 3)))
+    >>> operator.dense(params, batch).shape, operator.output(params, batch).shape
+    ((12, 12), (4, 3, 3))
+    >>> operator.blocks(params, batch)["w"].shape, operator.diagonal(params, batch)["w"].shape
+    ((12, 12), (4, 3))
+    >>> operator.pre_activation(params, batch, reduce="mean")["w"].shape
+    (3, 3)
     """
 
     objective: Objective
@@ -216,8 +226,7 @@ class Operator:
             batch, `[D, D]`, in memory that does not grow with N.
           chunk_size: as everywhere.
         """
-        if reduce not in (None, "mean"):
-            raise OptionError(f'reduce must be None or "mean", found {reduce!r}')
+        check_choice("reduce", reduce, (None, "mean"))
         check_chunk_size(chunk_size)
         prepared = self._prepare(params, batch, exact=False)
         of_all = map_examples if reduce is None else mean_of_examples

@@ -234,6 +234,17 @@ def test_rank_of_repeated_examples_and_tolerance():
     assert 0 < rank(case.params, batch, tolerance=0.3) < rank(case.params, batch)
 
 
+@pytest.mark.usefixtures("x64")
+@cases
+def test_rank_of_the_empirical_fisher_matrix(model, loss):
+    """That of the gradients: one for every example; the same examples again add nothing."""
+    truth = truth_of(model, loss)
+    rank = quick_jit(kfgn.empirical_fisher(truth.objective).rank)
+    twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), truth.batch)
+    expected = np.linalg.matrix_rank(truth.empirical_fisher, tol=1e-12)
+    assert rank(truth.params, truth.batch) == rank(truth.params, twice) == expected == COUNT
+
+
 def test_rank_is_at_most_the_number_of_parameters():
     """Many examples, few parameters."""
     objective = kfgn.Objective(lambda p, x: x @ p["w"], kfgn.losses.half_squared_error)
@@ -267,7 +278,7 @@ def test_options_are_checked(make):
         ):
             with pytest.raises(kfgn.errors.OptionError, match="chunk_size must be a whole number"):
                 verb(params, batch, chunk_size=size)
-    with pytest.raises(kfgn.errors.OptionError, match='reduce must be None or "mean"'):
+    with pytest.raises(kfgn.errors.OptionError, match="reduce must be one of None, mean"):
         operator.pre_activation(params, batch, reduce="sum")
 
 
