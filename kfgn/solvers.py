@@ -1,8 +1,11 @@
 """Solvers beside the Kronecker-factored ones: conjugate gradients, Newton, general minimizers."""
 
 from kfgn.objective.batches import batches
-from kfgn.optimizers.block_gauss_newton_cg import block_gauss_newton_direction
-from kfgn.optimizers.conjugate_gradient import Solution, conjugate_gradient
+from kfgn.optimizers.conjugate_gradient import (
+    Solution,
+    block_gauss_newton_direction,
+    conjugate_gradient,
+)
 from kfgn.optimizers.minimize import MINIMIZERS, Minimum, minimize
 from kfgn.optimizers.newton import newton, newton_direction
 

@@ -171,6 +171,7 @@ class Operator:
         inputs, _, _ = require_batch(self.objective, params, batch)
         graph, leaves = build_graph(self.objective, params, inputs), named_leaves(params)
         blocks = {**graph.layers, **dict.fromkeys(graph.reasons)}
+        linear = self._linear(params, batch)  # one forward pass for all products
 
         def matvec_of(name: str, layer: Layer | None) -> Callable[[Array], Array]:
             def each(matrix: Array) -> Array:
@@ -181,7 +182,7 @@ class Operator:
                 return map_examples(one, tuple(batch))
 
             def mean(matrix: Array) -> Array:
-                return _in_block(self._linear(params, batch), params, name, layer, matrix)
+                return _in_block(linear, params, name, layer, matrix)
 
             return each if per_example else mean
 

@@ -2,7 +2,7 @@
 
 The three differ in the factors alone, which the `curvature` of each update
 brings along, so they are one recipe with one set of options, written once:
-`_complete` is the template of all three.
+`optimizer` is the template of all three.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kfgn.optimizers.transforms import average_parameters
 Options = ParamSpec("Options")
 
 
-def _complete(
+def optimizer(
     method: str,
     /,
     objective: Objective,
@@ -134,6 +134,6 @@ def _alias(
     return alias
 
 
-kfra = _alias(_complete, "kfra", 'the factors of method "kfra", eq. (26)')
-kflr = _alias(_complete, "kflr", 'the factors of method "kflr", eqs. (23)-(25)')
-kfac = _alias(_complete, "kfac", 'the factors of method "kfac", appendix D.3')
+kfra = _alias(optimizer, "kfra", 'the factors of method "kfra", eq. (26)')
+kflr = _alias(optimizer, "kflr", 'the factors of method "kflr", eqs. (23)-(25)')
+kfac = _alias(optimizer, "kfac", 'the factors of method "kfac", appendix D.3')

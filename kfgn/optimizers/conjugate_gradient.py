@@ -15,13 +15,22 @@ import jax.numpy as jnp
 
 from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
-from kfgn.base.types import Array, Named, Number, PyTree
+from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Array, Batch, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.forward_pass import curved_product
+from kfgn.curvature.operators import gauss_newton
+from kfgn.model.graph import build_graph
+from kfgn.objective.objective import Objective, check_batch
 
 
 class Solution(NamedTuple):
-    """What `conjugate_gradient` found for `A x = b`."""
+    """What `conjugate_gradient` found for `A x = b`.
+
+    >>> found = conjugate_gradient(lambda v: 2 * v, jnp.ones(3))
+    >>> found.x.tolist(), int(found.iterations), bool(found.negative_curvature)
+    ([0.5, 0.5, 0.5], 1, False)
+    """
 
     x: PyTree
     product: PyTree  # A x
@@ -160,6 +169,65 @@ def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
     if progress is not None:
         check_positive("progress", progress)
     check_whole("max_iterations", max_iterations, 1)  # the size of an array
+
+
+def block_gauss_newton_direction(
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    gradient: PyTree,
+    damping: Number = 0.0,
+    *,
+    tolerance: Number | None = 1e-6,
+    max_iterations: int = 250,
+) -> tuple[PyTree, dict[str, Array]]:
+    """`(G_b + (damping + l2) I)^-1 g_b` for the exact Gauss-Newton block of every layer b.
+
+    The direction that Botev et al. compare their approximations with (appendix
+    G.2). Blocks are those of `kfgn.gauss_newton(objective).blocks`, cross terms
+    of tied uses included; a parameter in no layer is a block of its own.
+
+    Args:
+      objective, params, batch: as everywhere.
+      gradient: g, a pytree like params.
+      damping: added to the blocks, beside the objective's l2.
+      tolerance, max_iterations: as in `conjugate_gradient`.
+
+    Returns:
+      The direction, a pytree like params, and by block the relative residual
+      that is left.
+
+    Raises:
+      OptionError: an option out of its range.
+
+    >>> import jax, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> g = jax.grad(objective)(w, batch)
+    >>> direction, _ = block_gauss_newton_direction(objective, w, batch, g, damping=1.0)
+    >>> round(float(direction[0, 0]), 5)  # the gradient is 9, and so is G
+    0.9
+    """
+    check_not_negative("damping", damping)
+    layers = build_graph(objective, params, check_batch(batch)[0]).layers
+    leaves = named_leaves(gradient)
+    found: Named = {}
+    residuals: dict[str, Array] = {}
+    for name, matvec in gauss_newton(objective).block_matvecs(params, batch).items():
+        layer = layers.get(name)
+        g = leaves[name] if layer is None else layer.to_matrix(leaves)
+
+        def product(v: Array, matvec: Any = matvec, dtype: Any = g.dtype) -> Array:
+            shift = jnp.asarray(damping + objective.l2).astype(v.dtype)
+            return matvec(v.astype(dtype)).astype(v.dtype) + shift * v
+
+        solution = conjugate_gradient(
+            product, g.astype(wide(g)), tolerance=tolerance, max_iterations=max_iterations
+        )
+        found |= {name: solution.x} if layer is None else layer.from_matrix(solution.x)
+        residuals[name] = solution.residual
+    found = {n: x.astype(leaves[n].dtype) for n, x in found.items()}
+    return with_leaves(gradient, found), residuals
 
 
 def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:

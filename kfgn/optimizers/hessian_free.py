@@ -9,6 +9,7 @@ several micro-batches (`kfgn.average_curvature`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,13 +24,6 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Named, Number, PyTree
 from kfgn.curvature.batch import Curvature
 from kfgn.objective.objective import Objective, require_objective
-from kfgn.optimizers.cg_preconditioner import (
-    DIAGONALS,
-    check_preconditioner,
-    diagonal_solve,
-    diagonal_weights,
-    kronecker_solve,
-)
 from kfgn.optimizers.conjugate_gradient import (
     Solution,
     check_stopping,
@@ -39,7 +33,13 @@ from kfgn.optimizers.conjugate_gradient import (
 )
 from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks, require_curvature, require_settings
-from kfgn.optimizers.preconditioner import Preconditioner
+from kfgn.optimizers.preconditioner import (
+    DIAGONALS,
+    Preconditioner,
+    check_preconditioner,
+    diagonal_solve,
+    diagonal_weights,
+)
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
 from kfgn.optimizers.state import (
     all_finite,
@@ -132,16 +132,10 @@ def scale_by_conjugate_gradient(
         raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
     check_stopping(tolerance, progress, max_iterations)
     check_preconditioner(preconditioner, blocks, rule, objective.l2)
-    kronecker = preconditioner == "kronecker"
-    used = blocks if kronecker and blocks is not None else NO_BLOCKS
-    solver = _Solver(
-        objective,
-        rule,
-        {"tolerance": tolerance, "progress": progress, "max_iterations": max_iterations},
-        warm_start,
-        power,
-        Preconditioner(used, inverse) if kronecker else None,
-    )
+    used = blocks if preconditioner == "kronecker" and blocks is not None else NO_BLOCKS
+    kronecker = Preconditioner(used, inverse)
+    stopping = {"tolerance": tolerance, "progress": progress, "max_iterations": max_iterations}
+    solver = _Solver(objective.l2, rule, stopping, warm_start)
 
     def init(params: PyTree) -> ScaleByConjugateGradientState:
         return solver.init(named_leaves(params))
@@ -156,12 +150,15 @@ def scale_by_conjugate_gradient(
         require_settings(curvature, l2=objective.l2)
         if not gradient:  # all is masked out
             return updates, state
-        weights = None
+        at: Callable | None = None
         if preconditioner in DIAGONALS:
             name = f"preconditioner {preconditioner!r}"
             params = whole_params(name, params, batch, all_params)
             weights = diagonal_weights(preconditioner, objective, params, batch, gradient)
-        step, state = solver.advance(state, gradient, curvature, weights)
+            at = functools.partial(diagonal_solve, weights=weights, power=power)
+        elif preconditioner is not None:
+            at = functools.partial(kronecker.at, curvature=curvature, leaves=gradient)
+        step, state = solver.advance(state, gradient, curvature, at)
         return with_leaves(updates, step), state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -169,12 +166,10 @@ def scale_by_conjugate_gradient(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Solver:
-    objective: Objective
+    l2: Number
     damping: StepDamping
     stopping: dict[str, Any]
     warm_start: Number
-    power: Number
-    kronecker: Preconditioner | None
 
     @property
     def cold(self) -> bool:
@@ -199,12 +194,12 @@ class _Solver:
         state: ScaleByConjugateGradientState,
         gradient: Named,
         curvature: Curvature,
-        weights: Named | None,
+        at: Callable | None,
     ) -> tuple[Named, ScaleByConjugateGradientState]:
         if not self.damping.adapts:  # it may follow a schedule
             state = state._replace(damping=jnp.asarray(self.damping.initial, jnp.float32))
         right = {n: g.astype(wide(g)) for n, g in gradient.items()}
-        solution = self.solve(state, right, curvature, weights)
+        solution = self.solve(state, right, curvature, at)
         usable = all_finite((gradient, curvature.value, curvature.gradient, solution.x))
         ratio, damping, reached = self.adapt(state, curvature, solution)
         step = {n: x.astype(gradient[n].dtype) for n, x in solution.x.items()}
@@ -222,13 +217,15 @@ class _Solver:
         kept = keep_if(usable, refused, kept)
         return keep_if(usable & reached, (step, moved), (zeros, kept))
 
-    def solve(self, state, right: Named, curvature: Curvature, weights: Named | None) -> Solution:
+    def solve(self, state, right: Named, curvature: Curvature, at: Callable | None) -> Solution:
+        """The solution, preconditioned by `at(λ + η): r -> M^-1 r`."""
+
         def product(v: Named) -> Named:
             curved = gauss_newton_product(curvature, v)
             return {n: curved[n].astype(x.dtype) + shift(x.dtype) * x for n, x in v.items()}
 
         def shift(dtype) -> Array:  # at the precision of what is solved
-            return state.damping.astype(dtype) + jnp.asarray(self.objective.l2).astype(dtype)
+            return state.damping.astype(dtype) + jnp.asarray(self.l2).astype(dtype)
 
         total = shift(factor_dtype(*(x.dtype for x in right.values())))
         start = None
@@ -239,17 +236,9 @@ class _Solver:
             product,
             right,
             start=start,
-            precondition=self.preconditioned(total, right, curvature, weights),
+            precondition=None if at is None else at(total),
             **self.stopping,
         )
-
-    def preconditioned(self, total, right, curvature, weights) -> Callable | None:
-        """`r -> M^-1 r`, or None."""
-        if self.kronecker is not None:
-            return kronecker_solve(self.kronecker, curvature, total, right)
-        if weights is None:
-            return None
-        return diagonal_solve(weights, total, self.power)
 
     def adapt(self, state, curvature: Curvature, solution: Solution) -> tuple[Array, Array, Array]:
         """ρ, λ, and whether the objective is finite where the step leads."""

@@ -25,6 +25,11 @@ class LayerBlocks:
       shapes: of all parameters.
       treatment: of those in no layer, as in `find_blocks`.
       l2: the weight η of the objective's penalty.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error, l2=0.1)
+    >>> find_blocks(objective, jnp.ones((3, 2)), (jnp.ones((8, 3)), jnp.ones((8, 2)))).l2
+    0.1
     """
 
     layers: dict[str, Layer]

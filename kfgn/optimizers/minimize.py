@@ -26,7 +26,12 @@ MINIMIZERS = ("l-bfgs-b", "cg", "optax-lbfgs")
 
 
 class Minimum(NamedTuple):
-    """What `minimize` found, and how."""
+    """What `minimize` found, and how.
+
+    >>> found = minimize(lambda x, _: (x - 1.0) ** 2, jnp.array(0.0), None)
+    >>> found.converged, [float(v) for v in found.values]
+    (True, [1.0, 0.0])
+    """
 
     params: PyTree
     values: np.ndarray  # of the objective, at the start and after every iteration
@@ -62,9 +67,16 @@ def minimize(
       callback: called as `callback(params, value)` after every iteration.
       options: more of scipy's options for the method, or of `optax.lbfgs`'s.
 
+    Returns:
+      The parameters that were found, and how.
+
     Raises:
       OptionError: an unknown method, or an impossible option.
       ParameterError: the objective or its gradient is not finite at the start.
+
+    >>> found = minimize(lambda x, target: jnp.sum((x - target) ** 2), jnp.zeros(2), 3.0)
+    >>> found.params.round(4).tolist()
+    [3.0, 3.0]
     """
     check_choice("method", method, MINIMIZERS)
     if not callable(objective):

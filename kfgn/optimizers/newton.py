@@ -21,9 +21,8 @@ from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Number, PyTree
 from kfgn.curvature.operators import hessian
-from kfgn.model.graph import build_graph
-from kfgn.objective.objective import Objective, check_batch, require_objective
-from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.objective.objective import Objective, require_objective
+from kfgn.optimizers.layer_blocks import find_blocks
 from kfgn.optimizers.state import all_finite, check_state, counter, guarded, number
 from kfgn.optimizers.wrappers import has_masked, whole_params
 
@@ -59,13 +58,23 @@ def newton_direction(
       gradient: g, a pytree like params; what `optax.masked` left out of it
         stays fixed, and has no part in the Hessian.
       damping: τ.
-      structure: "full": one matrix `[P, P]`. "block": one for
-        every layer, by `kfgn.hessian(objective).blocks`, and for every parameter in none.
+      structure: "full": one matrix `[P, P]`. "block": one for every layer, by
+        `kfgn.hessian(objective).blocks`, and for every parameter in none.
+
+    Returns:
+      The direction, and how far the Hessian was from positive definite.
 
     Raises:
       OptionError: an unknown structure, or a negative damping.
       ParameterError: the gradient is not like params, or, by blocks, lacks a
         part of a layer.
+
+    >>> import jax, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> g = jax.grad(objective)(w, batch)
+    >>> float(newton_direction(objective, w, batch, g).direction[0, 0])  # from 1 to 0
+    1.0
     """
     _check_options(objective, damping, structure)
     _check_like(gradient, params)
@@ -88,10 +97,8 @@ def _solve_full(objective, params, batch, gradient, damping) -> Solved:
 
 
 def _solve_blocks(objective, params, batch, gradient, damping) -> Solved:
-    graph = build_graph(objective, params, check_batch(batch)[0])
     leaves, found, parts = named_leaves(gradient), {}, []
-    shapes = {n: jnp.shape(x) for n, x in named_leaves(params).items()}
-    present = LayerBlocks(graph.layers, tuple(graph.reasons), shapes).present(leaves)
+    present = find_blocks(objective, params, batch, unassigned="gradient").present(leaves)
     for name, block in hessian(objective).blocks(params, batch).items():
         if name not in present and name not in leaves:
             continue  # masked out
@@ -156,6 +163,14 @@ def scale_by_newton(
     Raises:
       OptionError: as `newton_direction`; in `update`, also without params or batch.
       ParameterError: in `update`, params are masked out and `all_params` is missing.
+
+    >>> import jax, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx, g = scale_by_newton(objective, damping=9.0), jax.grad(objective)(w, batch)
+    >>> step, state = tx.update(g, tx.init(w), w, batch=batch)
+    >>> float(step[0, 0]), float(state.smallest)
+    (0.5, 9.0)
     """
     _check_options(objective, damping, structure)
 
@@ -190,7 +205,23 @@ def newton(
     damping: Number = 0.0,
     structure: str = "full",
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method: `scale_by_newton`, then a step of `-learning_rate` (or a schedule)."""
+    """Newton's method: `scale_by_newton`, then a step of `-learning_rate` (or a schedule).
+
+    Args:
+      objective, damping, structure: as for `newton_direction`.
+      learning_rate: a factor or an optax schedule.
+
+    Raises:
+      OptionError: as `scale_by_newton`.
+
+    >>> import jax, jax.numpy as jnp, kfgn, optax
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx, g = newton(objective), jax.grad(objective)(w, batch)
+    >>> step, _ = tx.update(g, tx.init(w), w, batch=batch)
+    >>> float(optax.apply_updates(w, step)[0, 0])
+    0.0
+    """
     return optax.chain(
         scale_by_newton(objective, damping=damping, structure=structure),
         optax.scale_by_learning_rate(learning_rate),

@@ -1,14 +1,25 @@
-"""The preconditioner: moving averages of factors, damped inverses, directions."""
+"""Preconditioners: averages of factors, their damped inverses, directions; and diagonals.
+
+With the damping λ and the objective's l2 η, conjugate gradients on
+`G + (λ + η) I` are preconditioned by the inverse of
+
+    "diagonal"               (diag(F) + (λ + η) I)^power,  F the empirical Fisher
+    "gauss_newton_diagonal"  (diag(G) + (λ + η) I)^power
+    "kronecker"              Q ⊗ G + (λ + η) I,  in every layer
+
+of which the second is the damped matrix itself where G is diagonal and the power 1.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_choice
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_choice, is_zero
+from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.kronecker import (
     Eigen,
     FactoredInverse,
@@ -18,11 +29,18 @@ from kfgn.base.kronecker import (
     factored_inverses,
 )
 from kfgn.base.linalg import factor_dtype
-from kfgn.base.types import Array, Named, Number
+from kfgn.base.trees import named_leaves
+from kfgn.base.types import Array, Batch, Named, Number, PyTree
+from kfgn.curvature.batch import Curvature
 from kfgn.curvature.factors import Diagonal, Factors
+from kfgn.curvature.operators import empirical_fisher, gauss_newton
+from kfgn.objective.objective import Objective
+from kfgn.optimizers.damping import Damping
 from kfgn.optimizers.layer_blocks import LayerBlocks
 
 INVERSES = ("factored", "eigen")
+DIAGONALS = ("diagonal", "gauss_newton_diagonal")
+PRECONDITIONERS = (None, *DIAGONALS, "kronecker")
 
 
 def moving_average(old: Named, new: Named, count: Array, decay: Number | None) -> Named:
@@ -97,10 +115,7 @@ class Preconditioner:
         if self.inverse == "factored":
             return factors
 
-        def new():
-            return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
-
-        return jax.lax.cond(due, new, lambda: old)
+        return jax.lax.cond(due, lambda: _eigen_of(factors), lambda: old)
 
     def invert(self, decomposed: Named, damping: Array) -> Named:
         """The inverses at a damping, from what `decompose` gave."""
@@ -134,3 +149,57 @@ class Preconditioner:
             direction.update(layer.from_matrix(solved))
         others = {n: leaf for n, leaf in gradient.items() if n not in direction}
         return direction | {n: leaf / damping.astype(leaf.dtype) for n, leaf in others.items()}
+
+    def at(self, damping: Array, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
+        """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
+        names = [*self.blocks.present(leaves), *self.blocks.diagonals(leaves)]
+        factors: Named = {name: curvature.factors[name] for name in names}
+        parts = factors if self.inverse == "factored" else _eigen_of(factors)
+        inverses = self.invert(parts, damping)
+
+        def solve(r: Named) -> Named:
+            solved = self.apply(inverses, damping, r)
+            return {n: x.astype(r[n].dtype) for n, x in solved.items()}
+
+        return solve
+
+
+def _eigen_of(factors: Named) -> Named:
+    return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
+
+
+def diagonal_weights(
+    name: str, objective: Objective, params: PyTree, batch: Batch, gradient: Named
+) -> Named:
+    """One of the `DIAGONALS`, for the leaves in a gradient, by name."""
+    operator = empirical_fisher if name == "diagonal" else gauss_newton
+    weights = named_leaves(operator(objective).diagonal_by_parameter(params, batch))
+    if missing := [n for n in gradient if n not in weights]:
+        raise ParameterError(f"params lack {', '.join(map(repr, missing))}, found {list(weights)}")
+    return {n: weights[n] for n in gradient}
+
+
+def diagonal_solve(damping: Array, weights: Named, power: Number) -> Callable[[Named], Named]:
+    """`r -> (diag(weights) + damping I)^-power r`."""
+    scales = {
+        n: (w + damping.astype(w.dtype)) ** jnp.asarray(power).astype(w.dtype)
+        for n, w in weights.items()
+    }
+    return lambda r: {n: x / scales[n].astype(x.dtype) for n, x in r.items()}
+
+
+def check_preconditioner(
+    name: str | None, blocks: LayerBlocks | None, damping: Damping, l2: Number
+) -> None:
+    """Raises OptionError for a preconditioner that is unknown, or may be singular."""
+    check_choice("preconditioner", name, PRECONDITIONERS)
+    if name == "kronecker" and blocks is None:
+        raise OptionError(
+            'preconditioner "kronecker" needs '
+            "blocks=kfgn.layers.find_blocks(objective, params, batch)"
+        )
+    if name is not None and is_zero(damping.least) and is_zero(l2):
+        raise OptionError(
+            f"preconditioner {name!r} needs a positive damping, or l2: what it inverts "
+            f"may be singular; found {damping!r}"
+        )

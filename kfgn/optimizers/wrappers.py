@@ -56,8 +56,15 @@ def without_curvature(
     optax's line searches refuse keyword arguments that their `value_fn` does
     not take; wrapped, they can stand in a chain after kfgn's transformations.
 
+    Args:
+      transformation: any of optax's.
+
     Raises:
       OptionError: it is no optax transformation.
+
+    >>> import optax
+    >>> search = without_curvature(optax.scale_by_backtracking_linesearch(10))
+    >>> tx = optax.chain(optax.scale(-1.0), search)  # takes curvature= beside value_fn=
     """
     if not (hasattr(transformation, "init") and hasattr(transformation, "update")):
         kind = type(transformation).__name__

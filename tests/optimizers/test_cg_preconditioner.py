@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from kfgn.optimizers.cg_preconditioner import diagonal_solve
+from kfgn.optimizers.preconditioner import diagonal_solve
 from tests.tables.dense import quick_jit as jit
 from tests.tables.small import L2, OBJECTIVE, assert_close, make_batch, make_params
 
@@ -76,7 +76,7 @@ def test_formula(x64):
     diagonal = dense_diagonal(objective, params, batch)
     weights = {"a": diagonal["out"]["kernel"]}
     for power in (0.75, 1.0):
-        solve = diagonal_solve(weights, jnp.asarray(LAMBDA + L2), power)
+        solve = diagonal_solve(jnp.asarray(LAMBDA + L2), weights, power)
         expected = {"a": 1 / (np.asarray(weights["a"]) + LAMBDA + L2) ** power}
         assert_close(solve({"a": jnp.ones_like(weights["a"])}), expected, 1e-12)
 

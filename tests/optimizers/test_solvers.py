@@ -523,7 +523,7 @@ def test_block_direction_is_the_dense_solution(x64):
         block = matrix[own, own] + (DAMPING + L2) * np.eye(len(g))
         assert_close(vector(direction[name]), np.linalg.solve(block, g), 1e-10)
         start += len(g)
-        assert residuals[name].shape == (1,) and float(residuals[name][0]) < 1e-11
+        assert residuals[name].shape == () and float(residuals[name]) < 1e-11
 
 
 def test_block_direction_of_stacks_and_of_parameters_in_no_layer(x64):

@@ -30,6 +30,10 @@ class Damping:
       minimum, maximum: its bounds.
       period: updates between adaptions; 0 for never.
       decay: an adaption multiplies or divides by `ω = decay^period` (appendix C.3).
+
+    >>> import kfgn
+    >>> round(kfgn.transforms.LevenbergMarquardt(2.0, period=2, decay=0.9).factor, 2)
+    0.81
     """
 
     initial: Number
@@ -80,7 +84,14 @@ class Damping:
 
 
 class StepDamping(Damping):
-    """A rule for τ, the damping of the quadratic model and of conjugate gradients."""
+    """A rule for τ, the damping of the quadratic model and of conjugate gradients.
+
+    >>> class Halving(StepDamping):
+    ...     def adapted(self, value, ratio):
+    ...         return self.clip(value / 2)
+    >>> float(Halving(1.0).adapted(jnp.array(1.0), jnp.array(0.9)))
+    0.5
+    """
 
     def adapted(self, value: Array, ratio: Array) -> Array:
         """The next value, by the reduction ratio ρ of eq. (42) at an update that is due."""
@@ -88,7 +99,14 @@ class StepDamping(Damping):
 
 
 class FactorDamping(Damping):
-    """A rule for γ, the damping of the Kronecker factors."""
+    """A rule for γ, the damping of the Kronecker factors.
+
+    >>> class Tenth(FactorDamping):
+    ...     def candidates(self, value, step_damping):
+    ...         return step_damping[None] / 10
+    >>> Tenth(1.0).candidates(jnp.array(1.0), jnp.array(5.0)).tolist()
+    [0.5]
+    """
 
     def candidates(self, value: Array, step_damping: Array) -> Array:
         """What γ may become, `[k]`: the first where no search is due, else the model's best.
