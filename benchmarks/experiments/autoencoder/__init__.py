@@ -61,7 +61,7 @@ SHORT = ("kfra", "adam")  # what is trained where no optimizer is named
 UPDATES = {"second order": 800, "first order": 4000}
 SHORT_UPDATES = {"second order": 100, "first order": 300}
 # About so many in a run, unless --eval-every says otherwise.
-EVALUATIONS, SHORT_EVALUATIONS = 100, 40
+EVALUATIONS, SHORT_EVALUATIONS = 100, 20
 
 
 def main(arguments: Sequence[str]) -> None:
