@@ -11,13 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from kfgn.base.linalg import matmul
 from kfgn.base.spd_inverse import spd_inverses
-
-Array = jax.Array
+from kfgn.base.types import Array
 
 
 def kronecker_matvec(q: Array, g: Array, v: Array) -> Array:

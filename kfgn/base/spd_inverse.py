@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.base.linalg import matmul
-
-Array = jax.Array
+from kfgn.base.types import Array
 
 # Up to this size LAPACK factorizes (twice the size, augmented); above, products do.
 _LEAF = 128

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from kfgn.base.errors import ParameterError
-
-PyTree = Any
+from kfgn.base.types import Named, PyTree
 
 
 def _key(entry: Any) -> str:
@@ -31,7 +30,7 @@ def path_name(path: tuple) -> str:
     return "/".join(names)
 
 
-def named_leaves(tree: PyTree) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> Named:
     """The leaves of a pytree by their names, in flattening order."""
     pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = {path_name(path): leaf for path, leaf in pairs}
@@ -40,7 +39,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     return named
 
 
-def with_leaves(tree: PyTree, leaves: dict[str, Any]) -> PyTree:
+def with_leaves(tree: PyTree, leaves: Named) -> PyTree:
     """The pytree with each named leaf replaced; leaves not named stay."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get(path_name(path), leaf), tree

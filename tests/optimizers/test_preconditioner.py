@@ -1,4 +1,4 @@
-"""The diagonals that conjugate gradients are preconditioned by, against dense truth."""
+"""The diagonals that precondition conjugate gradients, against dense truth."""
 
 from __future__ import annotations
 
