@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -26,6 +28,23 @@ def x64() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Compiling, not running, takes the time of the tests: little of it, and nothing twice.
+
+    A folder for this run keeps what was compiled, for all workers and processes they start.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="kfgn-tests-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
     config.addinivalue_line("markers", "loose_dtypes: allow implicit dtype promotion")
     config.addinivalue_line("markers", "row(parameter): what the tests of a row share is compiled")
 

@@ -20,6 +20,8 @@ import kfgn
 from tests.tables.dense import quick_jit
 from tests.tables.training_models import TRAINING, Training
 
+pytestmark = pytest.mark.row("name")
+
 STEPS = 20
 FALLS_TO = 0.7  # of the initial loss
 
@@ -32,6 +34,14 @@ METHODS = [
     ("kfac", "reduce"),
     ("empirical", "expand"),
 ]
+
+optimized_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 3,
+        "xla_llvm_disable_expensive_passes": False,
+    },
+)
 
 
 class Setting(NamedTuple):
@@ -79,7 +89,7 @@ def test_loss_falls(name, method, sharing):
     (_, params, batch, _), objective, loss = setting(name)
     tx = optimizer(method, objective, params, batch)
     # A step of KFLR goes through 64 columns for 64 pixels: there running takes the time.
-    jit = jax.jit if (name, method) == ("unet", "kflr") else quick_jit
+    jit = optimized_jit if (name, method) == ("unet", "kflr") else quick_jit
     step, state, losses = jit(make_step(objective, tx, method, sharing)), tx.init(params), []
     for k in range(STEPS):
         key = jax.random.key(k) if method == "kfac" else None
