@@ -31,12 +31,13 @@ def _problem():
 @pytest.mark.parametrize("method", ["kflr", "empirical"])
 def test_average_of_halves_is_the_whole(method):
     objective, params, x, y = _problem()
-    curvature_fn = jax.jit(kfgn.value_grad_and_curvature(objective, method))
+    curvature_fn = quick_jit(kfgn.value_grad_and_curvature(objective, method))
     whole = curvature_fn(params, (x, y))[1]
     halves = [curvature_fn(params, (x[i : i + 4], y[i : i + 4]))[1] for i in (0, 4)]
-    mean = jax.jit(kfgn.average_curvature)(halves)
+    mean = quick_jit(kfgn.average_curvature)(halves)
     direction = jax.tree.map(jnp.cos, whole.gradient)
 
+    @quick_jit
     def summary(curvature):
         outputs = curvature.linearized(direction)
         form = curvature.output_product(outputs, outputs)
@@ -56,12 +57,17 @@ def test_averaged_curvature_drives_an_update():
     optimizer = kfgn.kfra(objective, params, (x[:4], y[:4]))
     state = optimizer.init(params)
     before = objective(params, (x, y))
-    for _ in range(5):
+
+    @quick_jit
+    def step(params, state):
         parts = [curvature_fn(params, (x[i : i + 4], y[i : i + 4])) for i in (0, 4)]
         grads = jax.tree.map(lambda a, b: (a + b) / 2, *[grads for (_, grads), _ in parts])
         curvature = kfgn.average_curvature([curvature for _, curvature in parts])
         updates, state = optimizer.update(grads, state, params, curvature=curvature)
-        params = jax.tree.map(jnp.add, params, updates)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
     assert objective(params, (x, y)) < before
 
 
@@ -103,9 +109,8 @@ def test_settings_are_static():
     assert jax.tree.map(jnp.negative, curvature).settings == expected
     assert quick_jit(lambda c: c._replace(value=-c.value))(curvature).settings == expected
     many = jax.tree.map(lambda a: jnp.stack([a, a]), params)
-    values, found = jax.vmap(lambda p: (lambda c: (c.value, c.settings))(function(p, (x, y))[1]))(
-        many
-    )
+    of_many = jax.vmap(lambda p: (lambda c: (c.value, c.settings))(function(p, (x, y))[1]))
+    values, found = quick_jit(of_many)(many)
     assert values.shape == (2,) and found == expected
     of_array = kfgn.Objective(objective.model, objective.loss, l2=jnp.float32(0.1))
     found = kfgn.value_grad_and_curvature(of_array)(params, (x, y))[1].settings

@@ -91,7 +91,7 @@ def test_exact_where_theory_says_so(name, method):
     model, sharing, options = EXACT[name]
     objective, params, batch = case(model, **options)
     function = kfgn.value_grad_and_curvature(objective, method, sharing=sharing)
-    _, curvature = function(params, batch)
+    _, curvature = quick_jit(function)(params, batch)
     for layer, (q, g) in curvature.factors.items():
         truth = gauss_newton_block(objective, params, batch[0], layer)
         np.testing.assert_allclose(jnp.kron(q, g), as_matrix(layer, params, truth), **CLOSE)
@@ -101,7 +101,8 @@ def test_exact_where_theory_says_so(name, method):
 def test_the_other_one_is_not(model, sharing):
     """So that the test above can fail."""
     objective, params, batch = case(model)
-    _, curvature = kfgn.value_grad_and_curvature(objective, "kflr", sharing=sharing)(params, batch)
+    function = kfgn.value_grad_and_curvature(objective, "kflr", sharing=sharing)
+    _, curvature = quick_jit(function)(params, batch)
     truth = gauss_newton_block(objective, params, batch[0], "first")
     q, g = curvature.factors["first"]
     assert np.linalg.norm(jnp.kron(q, g) - truth) > 0.1 * np.linalg.norm(truth)
