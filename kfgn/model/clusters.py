@@ -7,9 +7,10 @@ between; a merge that would take in a layer is left undone.
 
 from __future__ import annotations
 
+from kfgn.model.dependence import is_linear, joins_freely
 from kfgn.model.flat_model import Equation, FlatModel, Role, is_complex, variables
 from kfgn.model.parameter_use import Use
-from kfgn.model.primitives import is_linear, joins_freely, row_of
+from kfgn.model.primitives import row_of
 
 Item = tuple[tuple[Equation, ...], Use | None]
 

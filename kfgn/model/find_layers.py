@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from kfgn.model.dependence import keeps_order, moved, moves_entries
 from kfgn.model.flat_model import Equation, FlatModel, Role, Var, differentiated, variables
 from kfgn.model.layer_kinds import read_form
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use
-from kfgn.model.primitives import keeps_order, moved, moves_entries, row_of
+from kfgn.model.primitives import row_of
 
 Sources = dict[Var, Source]
 

@@ -16,6 +16,7 @@ import jax
 
 from kfgn.base.errors import OptionError
 from kfgn.model.clusters import Item, cluster_items, is_active
+from kfgn.model.dependence import is_elementwise, is_linear
 from kfgn.model.derivatives import check_derivatives
 from kfgn.model.find_layers import constant_states
 from kfgn.model.flat_model import (
@@ -35,7 +36,6 @@ from kfgn.model.independence import check_independent
 from kfgn.model.layer import Layer, find_layers
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
-from kfgn.model.primitives import is_elementwise, is_linear
 from kfgn.objective.objective import Objective
 
 PyTree = Any

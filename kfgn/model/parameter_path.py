@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from kfgn.model.dependence import keeps_order, moved, moves_entries, scaling
 from kfgn.model.flat_model import Equation, FlatModel, Var, bind, variables
-from kfgn.model.primitives import REGISTERED, keeps_order, moved, moves_entries, scaling
+from kfgn.model.primitives import REGISTERED
 
 Array = jax.Array
 
