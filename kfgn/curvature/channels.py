@@ -21,15 +21,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
-from kfgn.curvature.jacobians import PairBlocks, Values, batched_function
-from kfgn.curvature.layout import ENTRYWISE, Layout, layouts
+from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
 from kfgn.curvature.recursion import Frontier, Walk, output_spans
 from kfgn.model.flat_model import Array, Var, size
-from kfgn.model.graph import Node
+from kfgn.model.graph import Graph, Node
 from kfgn.model.parameter_use import Use
 
 # Signs drawn for a node whose Jacobian is the same for every example.
 _DRAWS = 16
+
+
+class Layout:
+    """Which entries of a value make up its positions and channels, `[T, C]`."""
+
+    def __init__(self, entries: np.ndarray):
+        self.entries = entries
+        self.positions, self.channels = entries.shape
+        self.position_of = np.empty(entries.size, np.int64)
+        self.channel_of = np.empty(entries.size, np.int64)
+        self.position_of[entries] = np.arange(self.positions)[:, None]
+        self.channel_of[entries] = np.arange(self.channels)[None, :]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layout) and np.array_equal(self.entries, other.entries)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def channel_matrix(matrix: Array, u: Layout, v: Layout) -> Array | None:
@@ -44,7 +60,7 @@ def summed_over_positions(use: Use, layout: Layout, omega: Array) -> Array:
     """`sum_t M[s, t, o, s, t, o']` of the matrix `M = I ⊗ Ω` at a use, `[s, o, o']`."""
     places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
     channel, position = layout.channel_of[places], layout.position_of[places]
-    if use.form.kind not in ENTRYWISE:  # every position has the same channels
+    if np.all(channel == channel[:, :1]) and np.all(position == position[..., :1]):
         own = channel[:, 0]
         return use.form.positions * omega[own[:, :, None], own[:, None, :]]
     together = position[..., :, None] == position[..., None, :]
@@ -108,8 +124,10 @@ class Homogeneous:
             return None
         if self._slopes:
             return jnp.mean(self._slopes[o, i], axis=0).astype(block.dtype)[:, None] * block
-        if (kernel := self._dense_kernel()) is not None:
-            return matmul(kernel.astype(block.dtype), block)
+        use = self.node.use
+        rule = use.form.channels if use is not None else None
+        if use is not None and rule is not None and rule.left is not None:
+            return use.signed(rule.left(self.shared[use.kernel_value], block))
 
         def own_positions(signs, rows):
             sign = signs[self.layout[o].positions].astype(block.dtype)
@@ -128,13 +146,11 @@ class Homogeneous:
                 block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
                 for (o, p), block in own.items()
             )
-        if self.node.use is not None:
+        use = self.node.use
+        rule = use.form.channels if use is not None else None
+        if use is not None and rule is not None and rule.congruence is not None:
             (matrix,) = own.values()
-            if (kernel := self._dense_kernel()) is not None:
-                kernel = kernel.astype(matrix.dtype)
-                return matmul(matmul(kernel, matrix), kernel.T)
-            if self.node.use.form.kind == "conv":
-                return self._convolution(matrix)
+            return rule.congruence(self.shared[use.kernel_value], matrix)
         return self._probed(own, i, j)
 
     def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
@@ -148,9 +164,7 @@ class Homogeneous:
         inputs = [self.values[v] for v in self.node.inputs]
         slopes = {}
         for k, i in enumerate(self.node.inputs):
-            ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
-            _, tangents = jax.jvp(batched, inputs, ones)
-            for o, slope in zip(self.node.outputs, tangents, strict=True):
+            for o, slope in zip(self.node.outputs, along_ones(batched, inputs, k), strict=True):
                 entries = self.layout[i].entries
                 slopes[o, i] = slope.reshape(slope.shape[0], -1)[:, entries].reshape(
                     -1, entries.shape[1]
@@ -160,29 +174,6 @@ class Homogeneous:
     def _slope(self, o: Var, i: Var, block: Array) -> Array:
         slope = self._slopes[o, i]
         return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
-
-    def _dense_kernel(self) -> Array | None:
-        """`[C_in, C_out]` of a dense layer, groups on the diagonal."""
-        use = self.node.use
-        if use is None or use.form.kind != "dense":
-            return None
-        kernel = use.form.kernel(self.shared[use.kernel_value])
-        return jax.scipy.linalg.block_diag(*kernel) if len(kernel) > 1 else kernel[0]
-
-    def _convolution(self, matrix: Array) -> Array:
-        """`sum_k n_k W_k Ω W_k' / T` over the places k of a patch, n_k of which lie inside."""
-        use = self.node.use
-        assert use is not None and use.input is not None
-        form, channels = use.form, self.layout[use.input].channels // use.form.groups
-        kernel = form.kernel(self.shared[use.kernel_value]).astype(matrix.dtype)
-        inside = jnp.ones((1, *use.input.aval.shape), matrix.dtype)
-        counts = jnp.sum(form.activations(inside)[0, 0], axis=0).reshape(channels, -1)[0]
-        split = kernel.reshape(form.groups, channels, -1, form.d_out)
-        omega = matrix.reshape(form.groups, form.d_out, form.groups, form.d_out)
-        moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=PRECISION)
-        result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=PRECISION)
-        width = form.groups * channels
-        return result.reshape(width, width) / self.layout[use.input].positions
 
     def _mean_of_pulled(self, contribution: Any, wanted: list[Var]) -> Array:
         """The mean over examples of `contribution(signs by T_o, rows by (output, input))`.
@@ -249,3 +240,44 @@ class Homogeneous:
             )
 
         return self._mean_of_pulled(moments, [i, j]) / self.layout[i].positions
+
+
+def layouts(graph: Graph) -> dict[Var, Layout]:
+    """A layout for every value of the walk.
+
+    That of a layer that makes or reads it, where there is one; else that of
+    the value it is made from entry by entry; else its last axis is the channels.
+    """
+    found: dict[Var, Layout] = {}
+    mixing = [node for node in graph.nodes if node.use and not node.use.form.entrywise]
+    for node in mixing:
+        assert node.use is not None
+        found.setdefault(node.outputs[0], _output_layout(node.use))
+    for node in mixing:
+        assert node.use is not None
+        for v in node.inputs:
+            found.setdefault(v, _input_layout(node.use, v))
+    for node in graph.nodes:
+        for o in node.outputs:
+            alike = [found[i] for i in node.inputs if i in found and i.aval.shape == o.aval.shape]
+            found.setdefault(o, alike[0] if alike else _last_axis(o))
+        for i in node.inputs:
+            found.setdefault(i, _last_axis(i))
+    return found
+
+
+def _last_axis(v: Var) -> Layout:
+    channels = v.aval.shape[-1] if v.aval.shape else 1
+    return Layout(np.arange(size(v)).reshape(-1, channels))
+
+
+def _output_layout(use: Use) -> Layout:
+    """Channels are all outputs of all groups."""
+    places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
+    return Layout(np.moveaxis(places, 0, 1).reshape(use.form.positions, -1))
+
+
+def _input_layout(use: Use, v: Var) -> Layout:
+    if use.form.channels is None:
+        return _last_axis(v)
+    return Layout(use.form.channels.layout(np.arange(size(v)).reshape(v.aval.shape)))

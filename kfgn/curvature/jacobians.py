@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import (
@@ -41,6 +40,9 @@ class Jacobian(Protocol):
 
     def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
         """The diagonal of `congruence(own, i, i)`; blocks may be diagonals themselves."""
+        found = self.congruence(own, i, i)
+        assert found is not None
+        return jnp.diag(found)
 
     def gradient(self, outs: Values) -> Values:
         """Per-example gradients at the inputs from those at the outputs, `[N, ...]`."""
@@ -53,13 +55,14 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
             "a complex value is used before and after a layer, or is an output: the recursions "
             "carry real values only; take real and imaginary parts before the layer."
         )
-    if node.use is not None and node.use.order is None:
-        form = node.use.form
-        if form.kind == "dense" and form.groups * form.positions == 1:
-            return _Dense(node, shared)
+    use = node.use
+    if use is not None and use.order is None:
+        kernel = shared[use.kernel_value]
+        if use.form.matrix is not None:
+            return _Matrix(node, use.signed(use.form.matrix(kernel)))
         same = all(i.aval.shape == o.aval.shape for i in node.inputs for o in node.outputs)
-        if form.kind in ("scale", "shift") and same:
-            return _Diagonal(node, shared)
+        if use.form.diagonal is not None and same:
+            return _Diagonal(node, use.signed(use.form.diagonal(kernel)))
     if node.kind == "linear":
         return _Linear(node, shared, values)
     if node.kind == "elementwise":
@@ -67,17 +70,11 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
     return _General(node, shared, values)
 
 
-class _Dense:
-    """`h = a W`: products with the kernel."""
+class _Matrix:
+    """The same matrix for every example, `[D_in, D_out]`."""
 
-    def __init__(self, node: Node, shared: Values):
-        use = node.use
-        assert use is not None and use.input is not None
-        kernel = use.form.kernel(shared[use.kernel_value])[0]
-        entries = np.arange(size(use.input)).reshape(1, *use.input.aval.shape)
-        rows = np.argsort(use.form.activations(entries).reshape(-1))
-        self.kernel = kernel if np.all(np.diff(rows) == 1) else kernel[rows]
-        self.node = node
+    def __init__(self, node: Node, matrix: Array):
+        self.node, self.kernel = node, matrix
 
     def _as(self, block: Array) -> Array:
         return self.kernel.astype(block.dtype)
@@ -101,15 +98,10 @@ class _Dense:
 
 
 class _Diagonal:
-    """A scale or a shift: one slope per entry, the same for every example."""
+    """One slope per entry, the same for every example."""
 
-    def __init__(self, node: Node, shared: Values):
-        function = node.function(shared)
-        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
-        outputs, pull = jax.vjp(function, *zeros)
-        (slope,) = pull([jnp.ones_like(o) for o in outputs])
-        self.slope = slope.reshape(-1)
-        self.node = node
+    def __init__(self, node: Node, slope: Array):
+        self.node, self.slope = node, slope
 
     def left(self, o, i, block):
         return self.slope.astype(block.dtype)[:, None] * block
@@ -131,7 +123,7 @@ class _Diagonal:
         return {i: flat.reshape(-1, *i.aval.shape)}
 
 
-class _Linear:
+class _Linear(Jacobian):
     """The same vector-Jacobian product for every example."""
 
     def __init__(self, node: Node, shared: Values, values: Values):
@@ -152,9 +144,6 @@ class _Linear:
     def congruence(self, own, i, j):
         return _congruence(own, self._rows, i, j)
 
-    def congruence_diagonal(self, own, i):
-        return jnp.diag(self.congruence(own, i, i))
-
     def gradient(self, outs):
         count = next(iter(outs.values())).shape[0]
         flat = {o: g.reshape(count, -1) for o, g in outs.items()}
@@ -167,14 +156,9 @@ class _Elementwise:
     def __init__(self, node: Node, shared: Values, values: Values):
         batched = batched_function(node, shared, values)
         inputs = [values[v] for v in node.inputs]
-        self.slopes: dict[tuple[Var, Var], Array] = {}
-        for position, i in enumerate(node.inputs):
-            ones = [
-                jnp.ones_like(x) if p == position else jnp.zeros_like(x)
-                for p, x in enumerate(inputs)
-            ]
-            _, tangents = jax.jvp(batched, inputs, ones)
-            for o, slope in zip(node.outputs, tangents, strict=True):
+        self.slopes: PairBlocks = {}
+        for k, i in enumerate(node.inputs):
+            for o, slope in zip(node.outputs, along_ones(batched, inputs, k), strict=True):
                 self.slopes[o, i] = slope.reshape(slope.shape[0], -1)
         self.node = node
 
@@ -210,7 +194,7 @@ class _Elementwise:
         return result
 
 
-class _General:
+class _General(Jacobian):
     """A vector-Jacobian product per example, in chunks of bounded memory."""
 
     def __init__(self, node: Node, shared: Values, values: Values):
@@ -219,13 +203,16 @@ class _General:
         self.arguments = [values[v] for v in node.inputs + node.passive]
         self.count = self.arguments[0].shape[0]
 
+    def _pull(self, arguments: list[Array]) -> Callable:
+        split = len(self.node.inputs)
+        inputs, passive = arguments[:split], arguments[split:]
+        return jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
+
     def _mean(self, of_rows: Callable[[Callable], Array], entries: int) -> Array:
         """The mean over examples of `of_rows(rows_of_this_example)`."""
 
         def one(arguments):
-            split = len(self.node.inputs)
-            inputs, passive = arguments[:split], arguments[split:]
-            pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
+            pull = self._pull(arguments)
             return of_rows(lambda rows, i: _pull_rows(self.node, pull, rows, i))
 
         if self.count == 1:
@@ -244,25 +231,12 @@ class _General:
         entries = sum(size(o) for o in self.node.outputs) * (size(i) + size(j))
         return self._mean(lambda rows: _congruence(own, rows, i, j), entries)
 
-    def congruence_diagonal(self, own, i):
-        return jnp.diag(self.congruence(own, i, i))
-
     def gradient(self, outs):
         present = list(outs)
 
         def one(arguments, gradients):
-            split = len(self.node.inputs)
-            inputs, passive = arguments[:split], arguments[split:]
-            pull = jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
             given = dict(zip(present, gradients, strict=True))
-            return pull(
-                [
-                    given[o].astype(o.aval.dtype)
-                    if o in given
-                    else jnp.zeros(o.aval.shape, o.aval.dtype)
-                    for o in self.node.outputs
-                ]
-            )
+            return self._pull(arguments)(_cotangents(self.node, given))
 
         pulled = jax.vmap(one)(self.arguments, [outs[o] for o in present])
         return dict(zip(self.node.inputs, pulled, strict=True))
@@ -275,15 +249,26 @@ def batched_function(node: Node, shared: Values, values: Values) -> Callable[...
     return lambda *x: jax.vmap(function)(*x, *passive)
 
 
+def along_ones(function: Callable, inputs: list[Array], k: int) -> list[Array]:
+    """Derivatives along ones at input number k: the slopes of what acts entry by entry."""
+    ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
+    return jax.jvp(function, tuple(inputs), tuple(ones))[1]
+
+
+def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
+    """Those of all outputs, zero where none is given, with a leading axis if there is one."""
+    return [
+        given[o].astype(o.aval.dtype).reshape(*lead, *o.aval.shape)
+        if o in given
+        else jnp.zeros((*lead, *o.aval.shape), o.aval.dtype)
+        for o in node.outputs
+    ]
+
+
 def _pull_rows(node: Node, pull: Callable, rows: dict[Var, Array], i: Var) -> Array:
     """`sum_o rows_o J_oi` by one vector-Jacobian product per row."""
     count = next(iter(rows.values())).shape[0]
-    cotangents: list[Any] = []
-    for o in node.outputs:
-        if o in rows:
-            cotangents.append(rows[o].astype(o.aval.dtype).reshape(count, *o.aval.shape))
-        else:
-            cotangents.append(jnp.zeros((count, *o.aval.shape), o.aval.dtype))
+    cotangents = _cotangents(node, rows, count)
     pulled = jax.vmap(pull)(cotangents)[node.inputs.index(i)]
     return pulled.reshape(count, -1).astype(next(iter(rows.values())).dtype)
 

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kfgn.curvature.jacobians import PairBlocks, Values, batched_function
+from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
 from kfgn.model.flat_model import size
 from kfgn.model.graph import Node
+
+Array = jax.Array
 
 
 def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> PairBlocks:
@@ -23,7 +25,7 @@ def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> 
     if node.use is not None or node.kind == "linear":
         return {}
     batched = batched_function(node, shared, values)
-    inputs = tuple(values[v] for v in node.inputs)
+    inputs = [values[v] for v in node.inputs]
     outputs = [(k, outs[o]) for k, o in enumerate(node.outputs) if o in outs]
 
     def against_gradient(*x):
@@ -36,19 +38,16 @@ def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> 
     return _general_curvature(node, gradient, inputs)
 
 
-def _elementwise_curvature(node: Node, gradient: Callable, inputs: tuple) -> PairBlocks:
+def _elementwise_curvature(node: Node, gradient: Callable, inputs: list[Array]) -> PairBlocks:
     blocks = {}
     for b, j in enumerate(node.inputs):
-        ones = tuple(
-            jnp.ones_like(x) if p == b else jnp.zeros_like(x) for p, x in enumerate(inputs)
-        )
-        _, second = jax.jvp(gradient, inputs, ones)
+        second = along_ones(gradient, inputs, b)
         for a, i in enumerate(node.inputs[: b + 1]):
             blocks[i, j] = jnp.diag(jnp.mean(second[a].reshape(second[a].shape[0], -1), axis=0))
     return blocks
 
 
-def _general_curvature(node: Node, gradient: Callable, inputs: tuple) -> PairBlocks:
+def _general_curvature(node: Node, gradient: Callable, inputs: list[Array]) -> PairBlocks:
     """By forward over reverse; examples are independent, so one basis vector serves all."""
     blocks = {}
     for b, j in enumerate(node.inputs):
@@ -59,7 +58,7 @@ def _general_curvature(node: Node, gradient: Callable, inputs: tuple) -> PairBlo
                 jnp.broadcast_to(direction, x.shape) if p == b else jnp.zeros_like(x)
                 for p, x in enumerate(inputs)
             )
-            _, second = jax.jvp(gradient, inputs, tangents)
+            _, second = jax.jvp(gradient, tuple(inputs), tangents)
             return [jnp.mean(s.reshape(s.shape[0], -1), axis=0) for s in second]
 
         columns = jax.vmap(along)(basis)

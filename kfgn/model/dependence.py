@@ -1,4 +1,4 @@
-"""How an equation's outputs depend on its operands, from the row of its primitive and their roles."""
+"""How an equation's outputs depend on its operands: by its primitive's row, and their roles."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def find_uses(model: FlatModel, sources: Sources, without_bias: frozenset[Var]) 
             continue
         form, side = found
         use = _use(equation, side, form, sources)
-        if form.kind == "shift":
+        if form.additive:
             shifts.append(use)
             continue
         if not form.indexed and equation.outvars[0] not in without_bias:
@@ -100,7 +100,7 @@ def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
     kernel = equation.invars[side]
     data = next(v for v in variables(equation.invars) if v is not kernel)
     source = sources[kernel]
-    if form.kind == "shift":
+    if form.additive:
         source = _signed(source, equation, side)
     return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
 
@@ -133,10 +133,11 @@ def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | 
             if bias is None:
                 return use
             where = _places(use, moves)
-            kernel = _signed(use.kernel, equation, equation.invars.index(value))
+            side = equation.invars.index(value)
             return dataclasses.replace(
                 use,
-                kernel=kernel,
+                kernel=_signed(use.kernel, equation, side),
+                sign=row_of(equation).signs[side],
                 bias=bias,
                 output=equation.outvars[0],
                 equations=(*use.equations, *chain),

@@ -1,31 +1,25 @@
-"""The graph that the walk goes through: layers, and whole nodes between them.
-
-Equations between two layers are gathered into as few nodes as possible: every
-node that is not linear costs the KFRA recursion an expectation, which is an
-approximation, so a chain of elementwise operations is one node, and so is a
-LayerNorm or an attention.
-"""
+"""The graph that the walk goes through: the layers of a model, and whole nodes between them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import numpy as np
 
 from kfgn.base.errors import OptionError
-from kfgn.model.clusters import Item, cluster_items, is_active
-from kfgn.model.dependence import is_elementwise, is_linear
+from kfgn.base.types import Array, PyTree
+from kfgn.model.clusters import is_active
 from kfgn.model.derivatives import check_derivatives
 from kfgn.model.find_layers import constant_states
 from kfgn.model.flat_model import (
-    Array,
     Equation,
     FlatModel,
     Role,
     Var,
-    as_function,
     evaluate,
     flatten_model,
     read,
@@ -34,35 +28,12 @@ from kfgn.model.flat_model import (
 )
 from kfgn.model.independence import check_independent
 from kfgn.model.layer import Layer, find_layers
+from kfgn.model.layer_kinds import LAYERS
+from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
+from kfgn.model.primitives import REGISTERED
 from kfgn.objective.objective import Objective
-
-PyTree = Any
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Node:
-    """A group of equations, seen as one function of its differentiable inputs.
-
-    `kind` says what its Jacobian is: "linear" (the same for every example),
-    "elementwise" (a diagonal per example) or "general"; a "use" is linear.
-    """
-
-    kind: str
-    equations: tuple[Equation, ...]
-    inputs: tuple[Var, ...]  # active: differentiated
-    passive: tuple[Var, ...]  # per example, not differentiated
-    shared: tuple[Var, ...]  # the same for every example
-    outputs: tuple[Var, ...]
-    use: Use | None = None
-
-    def function(self, shared: dict[Var, Array]) -> Callable[..., list[Array]]:
-        """`(*inputs, *passive) -> outputs` on one example."""
-        arguments = self.shared + self.inputs + self.passive
-        body = as_function(self.equations, arguments, self.outputs)
-        constants = [shared[v] for v in self.shared]
-        return lambda *values: body(*constants, *values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -138,8 +109,17 @@ class Graph:
         return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
 
 
+# What was read of each objective, by `_signature`.
+_kept: weakref.WeakKeyDictionary[Objective, dict[Any, Graph]] = weakref.WeakKeyDictionary()
+
+
 def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: bool = False) -> Graph:
     """Traces the objective's model on one example of `inputs` (arrays or shapes).
+
+    What was read is kept, for as long as the objective lives, and given again
+    where `params` or `inputs` are being traced, or shapes only. Called with
+    values, it always reads anew: a model may depend on what changes in Python,
+    which a trace would not see either.
 
     With `exact`, parameters in no layer, and those of tied layers, are *free*:
     the walk differentiates them like data, so that it ends with their own
@@ -150,6 +130,40 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss)."
         )
+    kept, signature = _kept.setdefault(objective, {}), _signature(params, inputs, exact)
+    if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
+        return kept[signature]
+    graph = _read(objective, params, inputs, exact)
+    kept.pop(signature, None)
+    if not any(isinstance(x, jax.core.Tracer) for x in graph.model.constants.values()):
+        kept[signature] = graph
+    return graph
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
+
+
+def _signature(params: PyTree, inputs: PyTree, exact: bool) -> Any:
+    """All that a reading depends on, besides the model."""
+    leaves, tree = jax.tree.flatten((params, inputs))
+    examples = len(jax.tree.leaves(params))  # one example of what follows
+    shapes = tuple(
+        (np.shape(x)[k >= examples :], getattr(x, "dtype", type(x))) for k, x in enumerate(leaves)
+    )
+    settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
+    known = (*REGISTERED.items(), *LAYERS.items())
+    return exact, tree, shapes, settings, known
+
+
+# Those of jax that traces depend on.
+_SETTINGS = (
+    "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+)  # fmt: skip
+
+
+def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> Graph:
     model = flatten_model(objective.model, params, inputs)
     check_independent(objective.model, params, inputs)
     sources = find_sources(model)
@@ -165,70 +179,4 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
     check_derivatives(model)
     uses = [use for layer in layers.values() for use in layer.uses.values()]
     kept = [use for use in uses if use.kernel.name not in free]
-    return Graph(model, layers, reasons, _nodes(model, kept), free)
-
-
-def _nodes(model: FlatModel, uses: Iterable[Use]) -> tuple[Node, ...]:
-    items = _items(model, uses)
-    clusters = cluster_items(model, items)
-    readers = _readers(model)
-    nodes = [_node(model, [items[i] for i in sorted(members)], readers) for members in clusters]
-    return tuple(nodes)
-
-
-def _items(model: FlatModel, uses: Iterable[Use]) -> list[Item]:
-    """Uses, each at its last equation's place, and single equations, in order."""
-    last = {id(use.equations[-1]): use for use in uses}
-    inside = {id(e) for use in last.values() for e in use.equations}
-    items: list[Item] = []
-    for equation in model.jaxpr.eqns:
-        if id(equation) in last:
-            use = last[id(equation)]
-            items.append((use.equations, use))
-        elif id(equation) not in inside and _active(model, equation.outvars):
-            items.append(((equation,), None))
-    return items
-
-
-def _active(model: FlatModel, atoms: Iterable[Any]) -> list[Var]:
-    return [v for v in variables(atoms) if is_active(model, v)]
-
-
-def _readers(model: FlatModel) -> dict[Var, set[int]]:
-    readers: dict[Var, set[int]] = {v: {-1} for v in variables(model.outputs)}
-    for equation in model.jaxpr.eqns:
-        if not _active(model, equation.outvars):
-            continue
-        for v in variables(equation.invars):
-            readers.setdefault(v, set()).add(id(equation))
-    return readers
-
-
-def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> Node:
-    equations = tuple(e for group, _ in items for e in group)
-    use = items[0][1]
-    inside = {id(e) for e in equations}
-    made = {v for e in equations for v in e.outvars}
-    read_vars = dict.fromkeys(v for e in equations for v in variables(e.invars) if v not in made)
-    by_role = {role: tuple(v for v in read_vars if model.roles[v] is role) for role in Role}
-    outputs = tuple(
-        v for e in equations for v in _active(model, e.outvars) if readers.get(v, set()) - inside
-    )
-    kind = "use" if use else _kind(model, equations)
-    return Node(
-        kind,
-        equations,
-        by_role[Role.ACTIVE],
-        by_role[Role.PASSIVE],
-        by_role[Role.CONSTANT] + by_role[Role.PARAMETER],
-        outputs,
-        use,
-    )
-
-
-def _kind(model: FlatModel, equations: tuple[Equation, ...]) -> str:
-    if all(is_linear(e, model.roles) for e in equations):
-        return "linear"
-    if all(is_elementwise(e, model.roles) for e in equations):
-        return "elementwise"
-    return "general"
+    return Graph(model, layers, reasons, gather_nodes(model, kept), free)

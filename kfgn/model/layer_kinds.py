@@ -124,8 +124,12 @@ def _check_form(form: Any, equation: Equation, kernel: Var, data: Var) -> None:
         "activations": (data, (1,), (1, s, t) if form.indexed else (1, s, t, i)),
         "kernel": (kernel, (), (s, i, o)),
         "outputs": (result, (), (s, t, o)),
+        "matrix": (kernel, (), (data.aval.size, result.aval.size)),
+        "diagonal": (kernel, (), (data.aval.size,)),
     }
     for field, (operand, lead, shape) in expected.items():
+        if getattr(form, field) is None:
+            continue
         given = jax.ShapeDtypeStruct((*lead, *operand.aval.shape), operand.aval.dtype)
         found = jax.eval_shape(getattr(form, field), given).shape
         if found != shape:

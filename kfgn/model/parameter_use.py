@@ -25,6 +25,25 @@ Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
+class ChannelRule:
+    """How a use acts where all positions t of its input share one channel matrix Ω.
+
+    Args:
+      layout: the data operand's entries, an array like it, to `[t, c]`, by
+        methods that numpy's arrays have.
+      congruence: `(kernel, Ω [c', c']) -> E[sum_t (J' (I ⊗ Ω) J)_tt] / T`, `[c, c]`,
+        where c' are the outputs of all groups.
+      left: `(kernel, block [c', d]) -> J' block` between equal positions, `[c, d]`.
+
+    A kernel is given as the equation sees it. What is None is probed.
+    """
+
+    layout: Callable[[np.ndarray], np.ndarray]
+    congruence: Callable[[Array, Array], Array] | None = None
+    left: Callable[[Array, Array], Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Form:
     """How an equation reads as `h[s, t, o] = sum_i a[s, t, i] W[s, i, o]`.
 
@@ -38,6 +57,13 @@ class Form:
       outputs: the equation's result, with any leading axes, `[..., *shape]`, to
         `[..., s, t, o]`; by methods that numpy's arrays have, too.
       indexed: whether a is one-hot, so that its second moment is a diagonal.
+      additive: whether the parameter is added, and may be the bias of another use.
+      matrix: the kernel, as the equation sees it, to the transpose of the Jacobian
+        between all entries of data and result, `[D_in, D_out]`.
+      diagonal: the kernel to the Jacobian's diagonal `[D]`, if it is one.
+      channels: how the kind acts on channels.
+
+    The last three are closed forms of what is else found by differentiation.
     """
 
     kind: str
@@ -49,6 +75,15 @@ class Form:
     kernel: Callable[[Any], Any]
     outputs: Callable[[Any], Any]
     indexed: bool = False
+    additive: bool = False
+    matrix: Callable[[Array], Array] | None = None
+    diagonal: Callable[[Array], Array] | None = None
+    channels: ChannelRule | None = None
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether the outputs are laid out as the inputs."""
+        return self.additive or self.diagonal is not None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +112,11 @@ class Use:
     equations: tuple[Equation, ...]
     kernel_value: Var  # the kernel as the equation sees it
     order: np.ndarray | None = None  # where in `output` each entry of the product stands
+    sign: float = 1.0  # with which the result enters the sum with the bias
+
+    def signed(self, derivative: Array) -> Array:
+        """A derivative of the product as one of `output`."""
+        return derivative if self.sign == 1 else self.sign * derivative
 
     @property
     def width(self) -> int:

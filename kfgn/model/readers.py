@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfgn.base.linalg import PRECISION, matmul
 from kfgn.model.equations import Equation, is_complex
 from kfgn.model.parameter_path import Source
-from kfgn.model.parameter_use import Form
+from kfgn.model.parameter_use import ChannelRule, Form
+from kfgn.model.primitives import row_of
 
 Array = jax.Array
 Reader = Callable[[Equation, int, Source], Form | None]
@@ -55,7 +57,29 @@ def dense(equation: Equation, side: int, source: Source) -> Form | None:
             return values.reshape(*lead, groups, d_out, positions).swapaxes(-1, -2)
         return values.reshape(*lead, groups, positions, d_out)
 
-    return Form("dense", groups, positions, d_in, d_out, activations, read_kernel, outputs)
+    def layout(entries):
+        return np.moveaxis(activations(entries[None])[0], 0, 1).reshape(positions, -1)
+
+    def whole(value):
+        blocks = read_kernel(value)
+        return jax.scipy.linalg.block_diag(*blocks) if groups > 1 else blocks[0]
+
+    def matrix(value):
+        order = np.argsort(layout(np.arange(data.aval.size).reshape(data.aval.shape))[0])
+        return whole(value) if np.all(np.diff(order) == 1) else whole(value)[order]
+
+    def congruence(value, omega):
+        kernel = whole(value).astype(omega.dtype)
+        return matmul(matmul(kernel, omega), kernel.T)
+
+    def left(value, block):
+        return matmul(whole(value).astype(block.dtype), block)
+
+    return Form(
+        *("dense", groups, positions, d_in, d_out, activations, read_kernel, outputs),
+        matrix=matrix if groups * positions == 1 else None,
+        channels=ChannelRule(layout, congruence, left),
+    )
 
 
 def convolution(equation: Equation, side: int, source: Source) -> Form | None:
@@ -100,7 +124,27 @@ def convolution(equation: Equation, side: int, source: Source) -> Form | None:
         split = values.transpose(axes).reshape(*values.shape[:lead], groups, d_out, positions)
         return split.swapaxes(-1, -2)
 
-    return Form("conv", groups, positions, d_in, d_out, activations, read_kernel, outputs)
+    axis = specs.lhs_spec[1]
+    channels = data.aval.shape[axis] // groups
+
+    def layout(entries):
+        return np.moveaxis(entries, axis, -1).reshape(-1, groups * channels)
+
+    def congruence(value, omega):
+        """`sum_k n_k W_k Ω W_k' / T` over the entries k of a patch, n_k of which lie inside."""
+        inside = jnp.ones((1, *data.aval.shape), omega.dtype)
+        counts = jnp.sum(activations(inside)[0, 0], axis=0).reshape(channels, -1)[0]
+        split = read_kernel(value).astype(omega.dtype).reshape(groups, channels, -1, d_out)
+        omega = omega.reshape(groups, d_out, groups, d_out)
+        moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=PRECISION)
+        result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=PRECISION)
+        width = groups * channels
+        return result.reshape(width, width) / (data.aval.size // width)
+
+    return Form(
+        *("conv", groups, positions, d_in, d_out, activations, read_kernel, outputs),
+        channels=ChannelRule(layout, congruence),
+    )
 
 
 def embedding(equation: Equation, side: int, source: Source) -> Form | None:
@@ -157,7 +201,12 @@ def scale(equation: Equation, side: int, source: Source) -> Form | None:
     def outputs(values):
         return _flat(values, equation)[..., places][..., None]
 
-    return Form("scale", groups, positions, 1, 1, activations, read_kernel, outputs)
+    def diagonal(value):
+        return jnp.broadcast_to(value, equation.outvars[0].aval.shape).reshape(-1)
+
+    return Form(
+        *("scale", groups, positions, 1, 1, activations, read_kernel, outputs), diagonal=diagonal
+    )
 
 
 def shift(equation: Equation, side: int, source: Source) -> Form | None:
@@ -186,7 +235,17 @@ def shift(equation: Equation, side: int, source: Source) -> Form | None:
     def outputs(values):
         return _flat(values, equation)[..., order][..., None, :, :]
 
-    return Form("shift", 1, rows.size, d_in, d_out, activations, read_kernel, outputs, indexed=True)
+    signs = row_of(equation).signs  # none of a concatenation
+
+    def diagonal(value):
+        return jnp.full(equation.outvars[0].aval.size, signs[1 - side], value.dtype)
+
+    return Form(
+        *("shift", 1, rows.size, d_in, d_out, activations, read_kernel, outputs),
+        indexed=True,
+        additive=True,
+        diagonal=diagonal if signs else None,
+    )
 
 
 def _labels_in_result(equation: Equation, side: int, source: Source) -> np.ndarray:

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 import kfgn
-from kfgn.curvature.channels import Homogeneous
-from kfgn.curvature.layout import layouts
+from kfgn.curvature.channels import Homogeneous, layouts
 from kfgn.model.graph import build_graph
 from tests.tables.architectures import LOSSES, ROWS, make_targets
 from tests.tables.dense import quick_jit

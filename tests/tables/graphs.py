@@ -46,6 +46,13 @@ def _residual(p, x):
     return affine(p["out"], h)
 
 
+def _subtracted(p, x):
+    """Products that are subtracted from their biases, one beside a skip connection."""
+    h = jnp.tanh(p["first"]["b"] - x @ p["first"]["w"])
+    h = jnp.sin(h + (p["second"]["b"] - h @ p["second"]["w"]))
+    return affine(p["out"], jnp.tanh(p["scaled"]["b"] - h * p["scaled"]["s"]))
+
+
 def _densely_connected(p, x):
     h = jnp.concatenate([x, jnp.tanh(affine(p["first"], x))], axis=-1)
     h = jnp.concatenate([h, jnp.tanh(affine(p["second"], h))], axis=-1)
@@ -133,6 +140,12 @@ BRANCHES = {
                           "out": OUT}),
         normal(2),
         affine_blocks("first", "second", "third", "out"),
+    ),
+    "subtracted": Row(
+        plain(_subtracted, {"first": OUT, "second": _affine(2, 2), "scaled": {"s": (2,), "b": (2,)},
+                            "out": OUT}),
+        normal(2),
+        affine_blocks("first", "second", "out") | block("scaled", "s", "b"),
     ),
     "dense_concatenation": Row(
         plain(_densely_connected, {"first": OUT, "second": _affine(4, 2), "out": _affine(6, 2)}),
