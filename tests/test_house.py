@@ -84,7 +84,7 @@ def test_only_public_jax():
 
 def test_modules_are_short():
     lengths = {path: len(path.read_text().splitlines()) for path in SOURCES}
-    assert {path: n for path, n in lengths.items() if n > 300} == {}
+    assert {path: n for path, n in lengths.items() if n > 350} == {}
 
 
 def test_few_names_on_top():
