@@ -1,17 +1,13 @@
-"""A training that can stop anywhere and go on: its folder, metrics and checkpoints on disk."""
+"""A training that can stop anywhere and go on: its folder, metrics and settings on disk."""
 
 import csv
 import json
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-
-import jax
-import numpy as np
 
 from benchmarks import BenchmarkError
 
@@ -186,42 +182,3 @@ def check_same(path: Path, now: Mapping[str, Any]) -> None:
                 f"--resume: {name} is {value} now and was {before.get(name)} in {path}; "
                 "use the same, or leave out --resume to start a new run"
             )
-
-
-class Checkpoint:
-    """The latest state of a training, in one file: all that it needs to go on as if unstopped."""
-
-    def __init__(self, folder: RunFolder, name: str) -> None:
-        self.folder, self.name = folder, name
-        self._tried: int | None = None
-
-    def save(self, update: int, seconds: float, arrays: Any) -> None:
-        """Saves, once for each update; a disk that refuses costs the checkpoint, not the run."""
-        if update == self._tried:
-            return
-        self._tried = update
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(arrays)]
-
-        def write(path: Path) -> None:
-            aside = path.with_suffix(".part.npz")
-            np.savez(aside, update=update, seconds=seconds, *leaves)  # noqa: B026 - as numpy has it
-            aside.replace(path)
-
-        self.folder.write(self.name, write)
-
-    def restore(self, like: Any) -> tuple[int, float, Any] | None:
-        """Updates, seconds and arrays, shaped as in ``like``; None if there is no checkpoint."""
-        path = self.folder.path / self.name
-        if not path.exists():
-            return None
-        before, tree = jax.tree.flatten(like)
-        try:
-            with path.open("rb") as file, np.load(file) as stored:
-                leaves = [stored[f"arr_{k}"] for k in range(len(before))]
-                update, seconds = int(stored["update"]), float(stored["seconds"])
-            if [leaf.shape for leaf in leaves] != [np.shape(leaf) for leaf in before]:
-                raise ValueError("its arrays have other shapes")
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise BenchmarkError(f"cannot read the checkpoint in {path}: {error}") from error
-        self._tried = update
-        return update, seconds, jax.tree.unflatten(tree, map(jax.numpy.asarray, leaves))

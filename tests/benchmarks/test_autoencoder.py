@@ -19,7 +19,8 @@ from benchmarks.experiments import autoencoder
 from benchmarks.experiments.autoencoder import report
 from benchmarks.experiments.autoencoder.training import COLUMNS
 from benchmarks.harness import race
-from benchmarks.harness.runs import Checkpoint, Metrics
+from benchmarks.harness.checkpoints import Checkpoint
+from benchmarks.harness.runs import Metrics
 
 # optax's Adam raises a float to an integer power, which strict promotion forbids.
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.loose_dtypes]
@@ -305,11 +306,12 @@ def test_a_run_is_resumed_with_its_own_settings_only(tmp_path, capsys, changed, 
     assert setting in error_line(capsys)
 
 
-def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, capsys):
+@pytest.mark.parametrize("file", ["arrays/manifest.ocdbt", "arrays/_METADATA", "numbers/metadata"])
+def test_a_damaged_checkpoint_is_one_clear_line(tmp_path, capsys, file):
     arguments = ["--optimizer", "adam", "--updates", "1"]
     assert run(tmp_path, *arguments) == 0
-    (checkpoint,) = tmp_path.glob("*/adam/checkpoint.npz")
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
+    (damaged,) = tmp_path.glob(f"*/adam/checkpoints/1/{file}")
+    damaged.write_bytes(damaged.read_bytes()[:-10])
     capsys.readouterr()
     assert run(tmp_path, *arguments, "--updates", "2", "--resume") == 2
     assert "cannot read the checkpoint" in error_line(capsys)
@@ -363,17 +365,20 @@ def test_a_disk_that_fills_up_costs_no_rows(tmp_path, monkeypatch, capsys, fallb
         assert "0,0.0," in captured.out and "\n4," in captured.out
 
 
-def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("No space left")]
+)
+def test_a_failing_checkpoint_does_not_end_the_run(tmp_path, monkeypatch, capsys, error):
     def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error  # a ValueError where tensorstore writes
 
-    monkeypatch.setattr(np, "savez", full)
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
     assert run(tmp_path, "--optimizer", "adam", "--updates", "2") == 2
-    assert "adam/checkpoint.npz: [Errno 28] No space left" in capsys.readouterr().err
+    assert f"adam/checkpoints: {error}" in capsys.readouterr().err
     assert len(metrics(tmp_path, "adam")) == 3
 
 
-def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
+def test_checkpoints_come_as_often_as_asked_and_one_is_kept(tmp_path, monkeypatch):
     saved = []
     save = Checkpoint.save
 
@@ -385,6 +390,7 @@ def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
     arguments = ["--optimizer", "adam", "--updates", "7", "--eval-every", "4"]
     assert run(tmp_path, *arguments, "--checkpoint-every", "3") == 0
     assert saved == [3, 6, 7]
+    assert [kept.name for kept in tmp_path.glob("*/adam/checkpoints/*")] == ["7"]
     assert column(metrics(tmp_path, "adam"), "update") == [0, 4, 7]
 
 

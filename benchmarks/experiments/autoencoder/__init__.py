@@ -40,6 +40,7 @@ from benchmarks.harness.arguments import (
     some_of,
     widths,
 )
+from benchmarks.harness.checkpoints import Checkpoint
 from benchmarks.harness.display import make_console
 from benchmarks.harness.models import ENCODER
 from benchmarks.harness.optimizers import (
@@ -196,7 +197,7 @@ class Experiment:
         self, optimizer: Optimizer, schedule: Schedule, settings: dict[str, Any], result: Result
     ) -> None:
         name, position = optimizer.name, start(self.task, optimizer, self.given.seed)
-        checkpoint = runs.Checkpoint(self.folder, f"{name}/checkpoint.npz")
+        checkpoint = Checkpoint(self.folder, f"{name}/checkpoints")
         self._restore(name, position, checkpoint, result)
         record = self._record(name, settings, schedule, position.update)
         session = record["sessions"][-1]
@@ -217,7 +218,7 @@ class Experiment:
             raise KeyboardInterrupt
 
     def _restore(
-        self, name: str, position: Position, checkpoint: runs.Checkpoint, result: Result
+        self, name: str, position: Position, checkpoint: Checkpoint, result: Result
     ) -> None:
         """Moves `position` to the latest checkpoint, and reads the rows measured until then."""
         found = checkpoint.restore(position.arrays()) if self.given.resume else None

@@ -11,9 +11,10 @@ import jax
 from rich.console import Console
 
 from benchmarks.harness import interrupt, race
+from benchmarks.harness.checkpoints import Checkpoint
 from benchmarks.harness.display import progress
 from benchmarks.harness.optimizers import STATE_METRICS, evaluated_params, state_metrics
-from benchmarks.harness.runs import Checkpoint, Metrics, Row
+from benchmarks.harness.runs import Metrics, Row
 from benchmarks.harness.tasks import EVALUATED, Task
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints, when they go by the clock
