@@ -1,8 +1,7 @@
 """The full recipe of appendix C as one transformation: both dampings adapt.
 
-The factor damping γ is chosen by the quadratic model, which needs the
-preconditioner, the step damping τ and the previous step at once: hence one
-transformation, made of the same pure parts as the separate ones.
+The factor damping γ is chosen by the quadratic model, which needs preconditioner,
+step damping τ and previous step at once: hence one transformation of pure parts.
 """
 
 from __future__ import annotations
@@ -208,18 +207,29 @@ class _Recipe:
     def _invert(self, state, factors: Named, best_along, usable: Array) -> tuple[Array, Named]:
         """γ, and the inverses at it, refreshed where that is due.
 
-        A loop of no turn, one, or k + 1: the k candidates of the rule are tried
-        where γ is due, then the best is inverted for good. What an inversion
-        compiles to so stands in the program once.
+        A loop of no turn, one, or k + 1: where γ is due its k candidates are tried,
+        then the best is inverted for good. So inversions compile once.
         """
         rule = self.factor_damping
         candidates = rule.candidates(state.factor_damping, state.step_damping)
         k = len(candidates)
+        refresh = usable & refresh_due(state.count, self.refresh_inverse_every)
         # Counted before the update, as refreshes are, so that both fall together.
         search = usable & (state.count > 0) & rule.due(state.count) if k > 1 else jnp.array(False)
-        refresh = usable & refresh_due(state.count, self.refresh_inverse_every)
+        due = search | refresh
+        parts = self.preconditioner.decompose(factors, state.inverses, due)
+        first = jnp.where(due, candidates[0], state.factor_damping)
+
+        def inverses_at(gamma: Array) -> Named:
+            return self.preconditioner.invert(parts, gamma + self.l2)
+
+        if k == 1:  # a loop of its own, with less in it to compile
+
+            def once(_):
+                return jnp.array(False), inverses_at(first)
+
+            return first, jax.lax.while_loop(lambda c: c[0], once, (due, state.inverses))[1]
         turns = jnp.where(search, k + 1, jnp.where(refresh, 1, 0))
-        parts = self.preconditioner.decompose(factors, state.inverses, turns > 0)
         infinite = jnp.asarray(jnp.inf, jnp.float32)
 
         def model_value(inverses: Named, gamma: Array) -> Array:
@@ -230,15 +240,12 @@ class _Recipe:
             i, least, gamma, _ = carry
             last = i == turns - 1
             tried = jnp.where(last, gamma, candidates[jnp.minimum(i, k - 1)])
-            inverses = self.preconditioner.invert(parts, tried + self.l2)
-            value = infinite
-            if k > 1:
-                value = jax.lax.cond(last, lambda *_: infinite, model_value, inverses, tried)
+            inverses = inverses_at(tried)
+            value = jax.lax.cond(last, lambda *_: infinite, model_value, inverses, tried)
             better = value < least
             gamma = jnp.where(better, tried, gamma)
             return i + 1, jnp.where(better, value, least), gamma, inverses
 
-        first = jnp.where(turns > 0, candidates[0], state.factor_damping)
         start = (jnp.zeros((), jnp.int32), infinite, first, state.inverses)
         *_, gamma, inverses = jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)
         return gamma, inverses
