@@ -1,1 +1,36 @@
-"""How a model is read: flatten, annotate, find layers, cluster, and the graph of it all."""
+"""How a model is read: flatten, annotate, find layers, cluster, and the graph of it all.
+
+A glossary:
+
+- *role*: what a value depends on: nothing, parameters, data, or both ("active").
+- *source*: a parameter, and the steps from it to a value that an equation reads.
+- *use*: an equation where a kernel meets data, with the bias that is added to it.
+- *form*: how a use reads as `h[s, t, o] = sum_i a[s, t, i] W[s, i, o] + b[s, o]`.
+- *group*: a part s of a kernel that does not mix with others.
+- *position*: one of the places t of an example at which a use applies its kernel.
+- *slot*: one kernel of several that are stacked in one parameter.
+- *layer*: the parameters that share a block of the curvature, and all their uses.
+- *node*: a use, or equations between layers that are differentiated as one function.
+- *entry*: one number of an array.
+"""
+
+from kfgn.model.graph import Graph, build_graph
+from kfgn.model.layer import Layer, require_blocks
+from kfgn.model.layer_kinds import register_layer
+from kfgn.model.nodes import Node
+from kfgn.model.parameter_use import Bias, ChannelRule, Form, Use
+from kfgn.model.primitives import register_primitive
+
+__all__ = [
+    "Bias",
+    "ChannelRule",
+    "Form",
+    "Graph",
+    "Layer",
+    "Node",
+    "Use",
+    "build_graph",
+    "register_layer",
+    "register_primitive",
+    "require_blocks",
+]

@@ -102,6 +102,17 @@ def variables(atoms: Iterable[Any]) -> list[Var]:
     return [v for v in atoms if _is_var(v)]
 
 
+def readers_of(jaxpr: jex.Jaxpr) -> dict[Var, list[Equation | None]]:
+    """The equations that read each value; None stands for the output."""
+    readers: dict[Var, list[Equation | None]] = {}
+    for equation in jaxpr.eqns:
+        for v in set(variables(equation.invars)):
+            readers.setdefault(v, []).append(equation)
+    for v in variables(jaxpr.outvars):
+        readers.setdefault(v, []).append(None)
+    return readers
+
+
 def size(variable: Var) -> int:
     """The number of entries of a value, for one example."""
     return int(variable.aval.size)

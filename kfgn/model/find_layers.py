@@ -1,4 +1,4 @@
-"""Finds the uses in a model: equations that a form reads, and the bias added to each."""
+"""Finds the layers of a model: which uses share a block, and why a parameter has none."""
 
 from __future__ import annotations
 
@@ -7,187 +7,169 @@ from typing import Any
 
 import numpy as np
 
-from kfgn.model.dependence import keeps_order, moved, moves_entries
-from kfgn.model.flat_model import Equation, FlatModel, Role, Var, differentiated, variables
-from kfgn.model.layer_kinds import read_form
+from kfgn.model.find_uses import chosen, find_uses, meets
+from kfgn.model.flat_model import FlatModel, Role, Var, variables
+from kfgn.model.layer import Layer
 from kfgn.model.parameter_path import Source
-from kfgn.model.parameter_use import Bias, Form, Use
-from kfgn.model.primitives import row_of
-
-Sources = dict[Var, Source]
+from kfgn.model.parameter_use import Use
 
 
-def find_uses(model: FlatModel, sources: Sources, without_bias: frozenset[Var]) -> list[Use]:
-    """All uses in the order of their equations.
-
-    Args:
-      model: the model.
-      sources: what `find_sources` returned.
-      without_bias: results whose bias should be read as a shift of its own.
-    """
-    consumers = _consumers(model)
-    reached = differentiated(model)
-    kernels, shifts, taken = [], [], set()
-    for equation in model.jaxpr.eqns:
-        found = _read(model, equation, sources)
-        if found is None or equation.outvars[0] not in reached:
+def find_layers(
+    model: FlatModel, sources: dict[Var, Source]
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The model's layers by name, and the parameters in no layer with the reason."""
+    met = _data_uses(model)
+    pairs, without_bias = find_uses(model, sources), set[Var]()
+    uses = chosen(pairs, without_bias)
+    while unjoined := _unjoined(uses, met):
+        without_bias |= unjoined
+        uses = chosen(pairs, without_bias)
+    covered: dict[str, set[int]] = {name: set() for name in model.parameters}
+    for name, place in (pair for use in uses for pair in meets(use)):
+        covered[name].add(place)
+    layers, reasons = [], {}
+    for name in dict.fromkeys(use.kernel.name for use in uses):
+        own = [use for use in uses if use.kernel.name == name]
+        names = dict.fromkeys(n for use in own for n, _ in meets(use))
+        lacking = [n for n in names if set(met[n]) - covered[n]]
+        layer = None if lacking else _grouped(name, own)
+        if layer is not None:
+            layers.append(layer)
             continue
-        form, side = found
-        use = _use(equation, side, form, sources)
-        if form.additive:
-            shifts.append(use)
-            continue
-        if not form.indexed and equation.outvars[0] not in without_bias:
-            use = _with_bias(use, sources, consumers)
-            taken.add(id(use.equations[-1]))
-        kernels.append(use)
-    free = [use for use in shifts if id(use.equations[0]) not in taken]
-    place = {id(e): k for k, e in enumerate(model.jaxpr.eqns)}
-    return sorted(kernels + free, key=lambda use: place[id(use.equations[0])])
+        for n in names:
+            reasons[n] = _reason(model, n, met[n]) if not lacking or n in lacking else (
+                f"shares a layer with {lacking[0]!r}, which has no block"
+            )  # fmt: skip
+    inside = {name for layer in layers for name in layer.parameters}
+    for name in model.parameters:
+        if name not in inside:
+            reasons.setdefault(name, _reason(model, name, met[name]))
+    return _named(layers), reasons
 
 
-def meets(use: Use) -> list[tuple[str, int]]:
-    """The parameters that a use covers, each with the equation where it meets data."""
-    found = [(use.kernel.name, id(use.equations[0]))]
-    if use.bias is not None:
-        found.append((use.bias.source.name, id(use.equations[-1])))
-    return found
-
-
-def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
-    """Constants that take the place of data beside a parameter.
-
-    The first state of a recurrent layer meets a kernel which elsewhere meets
-    data: as data, its product with the kernel is one more use like the others.
-    And rows that are looked up may be the same for every example.
-    """
-    with_data: set[str] = set()
-    constants: list[tuple[str, Var]] = []
-    looked_up: set[Var] = set()
-    for equation in model.jaxpr.eqns:
-        if equation.primitive.name == "gather" and equation.invars[0] in sources:
-            looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
-        if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
-            continue
-        for side, v in enumerate(equation.invars):
-            other: Any = equation.invars[1 - side]
-            if v in sources and model.roles[other] >= Role.PASSIVE:
-                with_data.add(sources[v].name)
-            elif v in sources and model.roles[other] is Role.CONSTANT:
-                constants.append((sources[v].name, other))
-    return {v for name, v in constants if name in with_data} | {
-        v for v in looked_up if model.roles[v] is Role.CONSTANT
+def _named(layers: list[Layer]) -> dict[str, Layer]:
+    """Layers keyed by their kernel's path without its leaf, where that is unique."""
+    short = [layer.name.rpartition("/")[0] for layer in layers]
+    names = [s if s and short.count(s) == 1 else x.name for s, x in zip(short, layers, strict=True)]
+    return {
+        name: dataclasses.replace(layer, name=name)
+        for name, layer in zip(names, layers, strict=True)
     }
 
 
-def _read(model: FlatModel, equation: Equation, sources: Sources) -> tuple[Form, int] | None:
-    """The form of an equation where one operand is a kernel and the other is data."""
-    operands = variables(equation.invars)
-    kernels = [v for v in operands if v in sources]
-    if len(kernels) != 1 or len(operands) < 2 or len(equation.outvars) != 1:
+def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
+    """Results whose bias has to be a layer of its own.
+
+    Kernel and bias make one block only where every use of the one is a use of
+    the other, in the same order, and slices of the kernel have biases of their own.
+    """
+    partners: dict[str, list[Use]] = {}
+    for use in uses:
+        for name in dict.fromkeys(n for n, _ in meets(use)):
+            partners.setdefault(name, []).append(use)
+    bad: set[Var] = set()
+    for use in uses:
+        if use.bias is None:
+            continue
+        name = use.bias.source.name
+        own, others = partners[name], partners[use.kernel.name]
+        alike = len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
+        alone = len(met[name]) == len(own)
+        whole = all(u.bias is not None and u.bias.source.name == name for u in others)
+        if not (alike and alone and whole) or _shared_by_slices(own):
+            bad.add(use.equations[0].outvars[0])
+    return bad
+
+
+def _shared_by_slices(uses: list[Use]) -> bool:
+    """Whether different slices of a kernel have entries of the bias in common."""
+    if len(uses) == 1:
+        return False
+    entries: dict[int, set[int]] = {}  # of the bias, by the slice's first entry
+    for use in uses:
+        assert use.bias is not None
+        entries.setdefault(int(use.labels().min()), set()).update(use.bias.order.ravel().tolist())
+    return sum(map(len, entries.values())) > len(set().union(*entries.values()))
+
+
+def _grouped(name: str, uses: list[Use]) -> Layer | None:
+    """One layer of all uses of a kernel, or None where they do not fit together."""
+    if len(uses) == 1:
+        return Layer(name, ((uses[0],),))
+    labels = [use.labels() for use in uses]
+    slots: list[list[int]] = []
+    flipped: set[Use] = set()
+    for k, seen in enumerate(labels):
+        for slot in slots:
+            known = labels[slot[0]]
+            if _same(known, seen) and _fit(uses[slot[0]], uses[k]):
+                slot.append(k)
+                break
+            if _transposed(known, seen) and uses[k].bias is uses[slot[0]].bias is None:
+                slot.append(k)
+                flipped.add(uses[k])
+                break
+        else:
+            slots.append([k])
+    first = [labels[slot[0]] for slot in slots]
+    if any(x.shape != first[0].shape for x in first):
         return None
-    side = equation.invars.index(kernels[0])
-    data = [v for v in operands if v is not kernels[0]]
-    if any(model.roles[v] < Role.PASSIVE for v in data):
+    used = np.concatenate([x.reshape(-1) for x in first])
+    if np.unique(used).size != used.size or (flipped and len(slots) > 1):
         return None
-    if model.roles[equation.outvars[0]] is not Role.ACTIVE:
+    if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
         return None
-    form = read_form(equation, side, sources[equation.invars[side]])
-    return None if form is None else (form, side)
+    order = sorted(slots, key=lambda slot: labels[slot[0]].min())
+    return Layer(name, tuple(tuple(uses[k] for k in slot) for slot in order), frozenset(flipped))
 
 
-def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
-    kernel = equation.invars[side]
-    data = next(v for v in variables(equation.invars) if v is not kernel)
-    source = sources[kernel]
-    if form.additive:
-        source = _signed(source, equation, side)
-    return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and bool(np.all(a == b))
 
 
-def _signed(source: Source, equation: Equation, side: int) -> Source:
-    """The source with the sign of operand `side` of a sum; of what else there is, as it is."""
-    signs = row_of(equation).signs
-    return dataclasses.replace(source, factor=signs[side] * source.factor) if signs else source
+def _transposed(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape[0] == b.shape[0] == 1 and _same(a, b.swapaxes(-1, -2))
 
 
-def _consumers(model: FlatModel) -> dict[Var, list[Equation | None]]:
-    """The equations that read each value; None stands for the model's output."""
-    consumers: dict[Var, list[Equation | None]] = {}
+def _fit(a: Use, b: Use) -> bool:
+    """Whether two uses of the same kernel entries have the same bias entries."""
+    if a.bias is None or b.bias is None:
+        return a.bias is b.bias
+    return _same(a.bias.order, b.bias.order)
+
+
+def _data_uses(model: FlatModel) -> dict[str, dict[int, str]]:
+    """For each parameter, the equations where it, or what is made of it, meets data."""
+    made_of: dict[Var, frozenset[str]] = {v: frozenset([n]) for n, v in model.parameters.items()}
+    uses: dict[str, dict[int, str]] = {name: {} for name in model.parameters}
     for equation in model.jaxpr.eqns:
-        for v in set(variables(equation.invars)):
-            consumers.setdefault(v, []).append(equation)
+        ins = [v for v in variables(equation.invars) if model.roles[v] is Role.PARAMETER]
+        names = frozenset().union(*(made_of.get(v, frozenset()) for v in ins))
+        if all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars)):
+            made_of.update(dict.fromkeys(equation.outvars, names))
+            continue
+        if not model.reached.intersection(equation.outvars):
+            continue
+        for name in names:
+            uses[name][id(equation)] = _description(equation, names - {name})
     for v in variables(model.outputs):
-        consumers.setdefault(v, []).append(None)
-    return consumers
+        for name in made_of.get(v, ()):
+            uses[name][id(v)] = "the model's output itself"
+    return uses
 
 
-def _with_bias(use: Use, sources: Sources, consumers: dict[Var, list[Equation | None]]) -> Use:
-    """Follows the product, as long as nothing else reads it, to the addition of a bias."""
-    value, chain = use.output, []
-    moves: list[Equation] = []
-    while len(consumers.get(value, ())) == 1 and (equation := consumers[value][0]) is not None:
-        chain.append(equation)
-        if len(row_of(equation).signs) == 2:
-            bias = _bias(use, moves, equation, value, sources)
-            if bias is None:
-                return use
-            where = _places(use, moves)
-            side = equation.invars.index(value)
-            return dataclasses.replace(
-                use,
-                kernel=_signed(use.kernel, equation, side),
-                sign=row_of(equation).signs[side],
-                bias=bias,
-                output=equation.outvars[0],
-                equations=(*use.equations, *chain),
-                order=where,
-            )
-        if not moves_entries(equation) or equation.outvars[0].aval.size != value.aval.size:
-            return use
-        moves.append(equation)
-        value = equation.outvars[0]
-        if len(equation.outvars) != 1:
-            return use
-    return use
+def _description(equation: Any, others: frozenset[str]) -> str:
+    with_others = f" together with {', '.join(map(repr, sorted(others)))}" if others else ""
+    return f"`{equation.primitive.name}`{with_others}"
 
 
-def _moved(use: Use, moves: list[Equation], labels: np.ndarray) -> np.ndarray:
-    """Labels of the product's entries, moved as its entries are."""
-    labels = labels.reshape(use.output.aval.shape)
-    for equation in moves:
-        labels = moved(equation, labels)
-    return labels
-
-
-def _places(use: Use, moves: list[Equation]) -> np.ndarray | None:
-    """Where each entry of the product stands after the moves; None if they keep the order."""
-    if all(map(keeps_order, moves)):
-        return None
-    return np.argsort(_moved(use, moves, np.arange(use.output.aval.size)).reshape(-1))
-
-
-def _bias(
-    use: Use, moves: list[Equation], equation: Equation, value: Var, sources: Sources
-) -> Bias | None:
-    """The bias that the equation adds, if it gives every output of every group one entry."""
-    side = [atom is value for atom in equation.invars].index(False)
-    other = equation.invars[side]
-    source = sources.get(other) if variables([other]) else None
-    form, count = use.form, use.form.groups * use.form.d_out
-    if source is None or source.name == use.kernel.name:
-        return None
-    if value.aval.shape != equation.outvars[0].aval.shape:
-        return None
-    # Which unit (s, o) stands at each entry of the product, and which bias is added there.
-    places = form.outputs(np.arange(use.output.aval.size).reshape(use.output.aval.shape))
-    unit = np.empty(use.output.aval.size, np.int64)
-    names = np.arange(count).reshape(form.groups, 1, form.d_out)
-    unit[places.reshape(-1)] = np.broadcast_to(names, places.shape).reshape(-1)
-    units = _moved(use, moves, unit).reshape(-1)
-    added = np.broadcast_to(source.labels(), value.aval.shape).reshape(-1)
-    order = np.zeros(count, np.int64)
-    order[units] = added
-    if np.any(order[units] != added) or np.unique(order).size != count:
-        return None
-    return Bias(_signed(source, equation, side), order.reshape(form.groups, form.d_out))
+def _reason(model: FlatModel, name: str, met: dict[int, str]) -> str:
+    shape = model.parameters[name].aval.shape
+    if not met:
+        return (
+            f"(shape {shape}) never meets data: no output depends on it, or none has a derivative"
+        )
+    where = ", ".join(met.values())
+    if len(met) > 1:
+        return f"(shape {shape}) meets data {len(met)} times: in {where}"
+    return f"(shape {shape}) meets data in {where}, in a way that is no layer"

@@ -7,8 +7,10 @@ equations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.extend.core as jex
@@ -26,13 +28,14 @@ from kfgn.model.equations import (
     bind,
     evaluate,
     is_complex,
+    is_differentiated,
     joined,
     read,
+    readers_of,
     size,
     variables,
 )
 from kfgn.model.inline import Value, inline
-from kfgn.model.rewrite import reassociate
 
 PyTree = Any
 
@@ -44,7 +47,6 @@ __all__ = [
     "Var",
     "as_function",
     "bind",
-    "differentiated",
     "evaluate",
     "flatten_model",
     "is_complex",
@@ -55,7 +57,8 @@ __all__ = [
 ]
 
 
-class FlatModel(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class FlatModel:
     """The model on one example as a flat list of equations."""
 
     jaxpr: jex.Jaxpr
@@ -65,6 +68,31 @@ class FlatModel(NamedTuple):
     outputs: tuple[Any, ...]  # variables or literals
     output_tree: Any
     roles: dict[Var, Role]
+
+    # Further annotations, each made once.
+
+    @functools.cached_property
+    def places(self) -> dict[int, int]:
+        """Where each equation stands, by its id."""
+        return {id(equation): k for k, equation in enumerate(self.jaxpr.eqns)}
+
+    @functools.cached_property
+    def readers(self) -> dict[Var, list[Equation | None]]:
+        """The equations that read each value; None stands for the model's output."""
+        return readers_of(self.jaxpr)
+
+    @functools.cached_property
+    def reached(self) -> set[Var]:
+        """The values that the outputs depend on differentiably."""
+
+        def carry(atoms: Iterable[Any]) -> set[Var]:
+            return {v for v in variables(atoms) if is_differentiated(self.roles[v])}
+
+        reached = carry(self.outputs)
+        for equation in reversed(self.jaxpr.eqns):
+            if reached.intersection(equation.outvars):
+                reached |= carry(equation.invars)
+        return reached
 
 
 def flatten_model(
@@ -108,11 +136,12 @@ def flatten_model(
         return [v.array for v in inline(closed, list(map(Value, args, roles)))]
 
     flat = jax.make_jaxpr(inlined)(*avals)
-    flat = jax.make_jaxpr(lambda *args: reassociate(flat, args, len(names)))(*avals)
-    jaxpr = flat.jaxpr.replace(eqns=_live(flat.jaxpr))
-    invars = jaxpr.invars
+    invars = flat.jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])
+    jaxpr = flat.jaxpr.replace(eqns=_live(flat.jaxpr))
+    roles = _roles(jaxpr, parameters.values(), data)
+    jaxpr = jaxpr.replace(eqns=_reassociated(jaxpr, roles))
     return FlatModel(
         jaxpr=jaxpr,
         constants=dict(zip(jaxpr.constvars, flat.consts, strict=True)),
@@ -152,6 +181,69 @@ def _live(jaxpr: jex.Jaxpr) -> list[Equation]:
     return live[::-1]
 
 
+def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> list[Equation]:
+    """The equations with `y * (x * s)` as `(y * x) * s`, for data y and a parameter s.
+
+    Normalizations multiply their scale with the reciprocal deviation x first,
+    data or constant; with the scale last, it is seen to be a scale, and a
+    shift that follows to belong to it. Products that others read, too, stay.
+    """
+    readers, equations = readers_of(jaxpr), []
+    waiting: dict[Var, tuple[Var, Var]] = {}
+    for equation in jaxpr.eqns:
+        operands = variables(equation.invars)
+        if any(v in waiting for v in operands):
+            (product,), (y,) = (
+                [v for v in operands if (v in waiting) == inner] for inner in (True, False)
+            )
+            x, s = waiting[product]
+            equations += _regrouped(y, x, s, equation.outvars[0])
+        elif (pair := _inner_product(equation, readers, roles, waiting)) is not None:
+            waiting[equation.outvars[0]] = pair
+        else:
+            equations.append(equation)
+    return equations
+
+
+def _regrouped(y: Var, x: Var, s: Var, out: Var) -> list[Equation]:
+    """Equations for `out = (y * x) * s`."""
+
+    def product(*operands):
+        shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
+        return jax.lax.mul(*(jnp.broadcast_to(operand, shape) for operand in operands))
+
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (y, x, s)]
+    traced = jax.make_jaxpr(lambda y, x, s: product(product(y, x), s))(*shapes).jaxpr
+    names = dict(zip([*traced.invars, *traced.outvars], [y, x, s, out], strict=True))
+    return [
+        e.replace(
+            invars=[names.get(v, v) for v in e.invars],
+            outvars=[names.get(v, v) for v in e.outvars],
+        )
+        for e in traced.eqns
+    ]
+
+
+def _inner_product(
+    equation: Equation,
+    readers: dict[Var, list[Equation | None]],
+    roles: Mapping[Var, Role],
+    waiting: dict[Var, Any],
+) -> tuple[Var, Var] | None:
+    """`(x, s)` of a product `x * s` that a product with data alone reads."""
+    operands, (out, *_) = variables(equation.invars), equation.outvars
+    pure = [roles[v] is Role.PARAMETER for v in operands]
+    if equation.primitive.name != "mul" or len(operands) != 2 or sum(pure) != 1:
+        return None
+    (outer, *others) = readers.get(out, [None])
+    if others or outer is None or outer.primitive.name != "mul":
+        return None
+    rest = [atom for atom in outer.invars if atom is not out]
+    if len(variables(rest)) != 1 or roles[rest[0]] < Role.PASSIVE or rest[0] in waiting:
+        return None
+    return operands[pure.index(False)], operands[pure.index(True)]
+
+
 def _check_parameters(leaves: dict[str, Any]) -> None:
     if not leaves:
         raise ParameterError("params have no leaves: expected a pytree of floating-point arrays")
@@ -169,7 +261,7 @@ def with_roles(model: FlatModel, passive: Iterable[Var], active: Iterable[Var] =
     """The model with some constants seen as data, and some parameters as values to go through."""
     forced = {**dict.fromkeys(passive, Role.PASSIVE), **dict.fromkeys(active, Role.ACTIVE)}
     roles = _roles(model.jaxpr, model.parameters.values(), model.inputs, forced)
-    return model._replace(roles=roles)
+    return dataclasses.replace(model, roles=roles)
 
 
 def _roles(
@@ -202,16 +294,3 @@ def _without_derivative(role: Role, equation: Equation, out: Var) -> Role:
     if role is Role.ACTIVE:
         return Role.PASSIVE
     return Role.CONSTANT if role is Role.PARAMETER else role
-
-
-def differentiated(model: FlatModel) -> set[Var]:
-    """The values that the outputs depend on differentiably."""
-
-    def carry(atoms: Iterable[Any]) -> set[Var]:
-        return {v for v in variables(atoms) if model.roles[v] in (Role.PARAMETER, Role.ACTIVE)}
-
-    reached = carry(model.outputs)
-    for equation in reversed(model.jaxpr.eqns):
-        if reached.intersection(equation.outvars):
-            reached |= carry(equation.invars)
-    return reached

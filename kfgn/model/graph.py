@@ -13,8 +13,9 @@ import numpy as np
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, PyTree
 from kfgn.model.clusters import is_active
-from kfgn.model.derivatives import check_derivatives
-from kfgn.model.find_layers import constant_states
+from kfgn.model.differentiability import check_derivatives
+from kfgn.model.find_layers import find_layers
+from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import (
     Equation,
     FlatModel,
@@ -27,7 +28,7 @@ from kfgn.model.flat_model import (
     with_roles,
 )
 from kfgn.model.independence import check_independent
-from kfgn.model.layer import Layer, find_layers
+from kfgn.model.layer import Layer
 from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources

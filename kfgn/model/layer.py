@@ -8,15 +8,11 @@ used through its own slice, has several *slots*.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kfgn.base.errors import LayerError
-from kfgn.model.find_layers import find_uses, meets
-from kfgn.model.flat_model import FlatModel, Role, Var, differentiated, variables
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
 
@@ -123,41 +119,6 @@ class Layer:
         return {s.name: leaves[s.name].astype(s.dtype) for s in self.sources}
 
 
-def find_layers(
-    model: FlatModel, sources: dict[Var, Source]
-) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The model's layers by name, and the parameters in no layer with the reason."""
-    met = _data_uses(model)
-    without_bias: frozenset[Var] = frozenset()
-    while True:
-        uses = find_uses(model, sources, without_bias)
-        again = without_bias | _unjoined(uses, met)
-        if again == without_bias:
-            break
-        without_bias = again
-    covered: dict[str, set[int]] = {name: set() for name in model.parameters}
-    for name, place in (pair for use in uses for pair in meets(use)):
-        covered[name].add(place)
-    layers, reasons = [], {}
-    for name in dict.fromkeys(use.kernel.name for use in uses):
-        own = [use for use in uses if use.kernel.name == name]
-        names = dict.fromkeys(n for use in own for n, _ in meets(use))
-        lacking = [n for n in names if set(met[n]) - covered[n]]
-        layer = None if lacking else _grouped(name, own)
-        if layer is not None:
-            layers.append(layer)
-            continue
-        for n in names:
-            reasons[n] = _reason(model, n, met[n]) if not lacking or n in lacking else (
-                f"shares a layer with {lacking[0]!r}, which has no block"
-            )  # fmt: skip
-    inside = {name for layer in layers for name in layer.parameters}
-    for name in model.parameters:
-        if name not in inside:
-            reasons.setdefault(name, _reason(model, name, met[name]))
-    return _named(layers), reasons
-
-
 def require_blocks(reasons: dict[str, str]) -> None:
     """Raises LayerError where parameters belong to no layer."""
     if reasons:
@@ -168,132 +129,3 @@ def require_blocks(reasons: dict[str, str]) -> None:
             'Gauss-Newton matrix, unassigned="gradient" to give them plain damped gradient steps, '
             "or keep them out of params and close over them."
         )
-
-
-def _named(layers: list[Layer]) -> dict[str, Layer]:
-    """Layers keyed by their kernel's path without its leaf, where that is unique."""
-    short = [layer.name.rpartition("/")[0] for layer in layers]
-    names = [s if s and short.count(s) == 1 else x.name for s, x in zip(short, layers, strict=True)]
-    return {
-        name: dataclasses.replace(layer, name=name)
-        for name, layer in zip(names, layers, strict=True)
-    }
-
-
-def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
-    """Results whose bias has to be a layer of its own.
-
-    Kernel and bias make one block only where every use of the one is a use of
-    the other, in the same order, and slices of the kernel have biases of their own.
-    """
-    partners: dict[str, list[Use]] = {}
-    for use in uses:
-        for name in dict.fromkeys(n for n, _ in meets(use)):
-            partners.setdefault(name, []).append(use)
-    bad: set[Var] = set()
-    for use in uses:
-        if use.bias is None:
-            continue
-        name = use.bias.source.name
-        own, others = partners[name], partners[use.kernel.name]
-        alike = len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
-        alone = len(met[name]) == len(own)
-        whole = all(u.bias is not None and u.bias.source.name == name for u in others)
-        if not (alike and alone and whole) or _shared_by_slices(own):
-            bad.add(use.equations[0].outvars[0])
-    return bad
-
-
-def _shared_by_slices(uses: list[Use]) -> bool:
-    """Whether different slices of a kernel have entries of the bias in common."""
-    if len(uses) == 1:
-        return False
-    entries: dict[int, set[int]] = {}  # of the bias, by the slice's first entry
-    for use in uses:
-        assert use.bias is not None
-        entries.setdefault(int(use.labels().min()), set()).update(use.bias.order.ravel().tolist())
-    return sum(map(len, entries.values())) > len(set().union(*entries.values()))
-
-
-def _grouped(name: str, uses: list[Use]) -> Layer | None:
-    """One layer of all uses of a kernel, or None where they do not fit together."""
-    if len(uses) == 1:
-        return Layer(name, ((uses[0],),))
-    labels = [use.labels() for use in uses]
-    slots: list[list[int]] = []
-    flipped: set[Use] = set()
-    for k, seen in enumerate(labels):
-        for slot in slots:
-            known = labels[slot[0]]
-            if _same(known, seen) and _fit(uses[slot[0]], uses[k]):
-                slot.append(k)
-                break
-            if _transposed(known, seen) and uses[k].bias is uses[slot[0]].bias is None:
-                slot.append(k)
-                flipped.add(uses[k])
-                break
-        else:
-            slots.append([k])
-    first = [labels[slot[0]] for slot in slots]
-    if any(x.shape != first[0].shape for x in first):
-        return None
-    used = np.concatenate([x.reshape(-1) for x in first])
-    if np.unique(used).size != used.size or (flipped and len(slots) > 1):
-        return None
-    if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
-        return None
-    order = sorted(slots, key=lambda slot: labels[slot[0]].min())
-    return Layer(name, tuple(tuple(uses[k] for k in slot) for slot in order), frozenset(flipped))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(np.all(a == b))
-
-
-def _transposed(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape[0] == b.shape[0] == 1 and _same(a, b.swapaxes(-1, -2))
-
-
-def _fit(a: Use, b: Use) -> bool:
-    """Whether two uses of the same kernel entries have the same bias entries."""
-    if a.bias is None or b.bias is None:
-        return a.bias is b.bias
-    return _same(a.bias.order, b.bias.order)
-
-
-def _data_uses(model: FlatModel) -> dict[str, dict[int, str]]:
-    """For each parameter, the equations where it, or what is made of it, meets data."""
-    made_of: dict[Var, frozenset[str]] = {v: frozenset([n]) for n, v in model.parameters.items()}
-    uses: dict[str, dict[int, str]] = {name: {} for name in model.parameters}
-    reached = differentiated(model)
-    for equation in model.jaxpr.eqns:
-        ins = [v for v in variables(equation.invars) if model.roles[v] is Role.PARAMETER]
-        names = frozenset().union(*(made_of.get(v, frozenset()) for v in ins))
-        if all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars)):
-            made_of.update(dict.fromkeys(equation.outvars, names))
-            continue
-        if not reached.intersection(equation.outvars):
-            continue
-        for name in names:
-            uses[name][id(equation)] = _description(equation, names - {name})
-    for v in variables(model.outputs):
-        for name in made_of.get(v, ()):
-            uses[name][id(v)] = "the model's output itself"
-    return uses
-
-
-def _description(equation: Any, others: frozenset[str]) -> str:
-    with_others = f" together with {', '.join(map(repr, sorted(others)))}" if others else ""
-    return f"`{equation.primitive.name}`{with_others}"
-
-
-def _reason(model: FlatModel, name: str, met: dict[int, str]) -> str:
-    shape = model.parameters[name].aval.shape
-    if not met:
-        return (
-            f"(shape {shape}) never meets data: no output depends on it, or none has a derivative"
-        )
-    where = ", ".join(met.values())
-    if len(met) > 1:
-        return f"(shape {shape}) meets data {len(met)} times: in {where}"
-    return f"(shape {shape}) meets data in {where}, in a way that is no layer"

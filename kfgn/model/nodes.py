@@ -46,8 +46,7 @@ def gather_nodes(model: FlatModel, uses: Iterable[Use]) -> tuple[Node, ...]:
     """The uses, and what lies between them, in forward order."""
     items = _items(model, uses)
     clusters = cluster_items(model, items)
-    readers = _readers(model)
-    nodes = [_node(model, [items[i] for i in sorted(members)], readers) for members in clusters]
+    nodes = [_node(model, [items[i] for i in sorted(members)]) for members in clusters]
     return tuple(nodes)
 
 
@@ -69,26 +68,19 @@ def _active(model: FlatModel, atoms: Iterable[Any]) -> list[Var]:
     return [v for v in variables(atoms) if is_active(model, v)]
 
 
-def _readers(model: FlatModel) -> dict[Var, set[int]]:
-    readers: dict[Var, set[int]] = {v: {-1} for v in variables(model.outputs)}
-    for equation in model.jaxpr.eqns:
-        if not _active(model, equation.outvars):
-            continue
-        for v in variables(equation.invars):
-            readers.setdefault(v, set()).add(id(equation))
-    return readers
-
-
-def _node(model: FlatModel, items: list[Item], readers: dict[Var, set[int]]) -> Node:
+def _node(model: FlatModel, items: list[Item]) -> Node:
     equations = tuple(e for group, _ in items for e in group)
     use = items[0][1]
     inside = {id(e) for e in equations}
-    made = {v for e in equations for v in e.outvars}
+    made = dict.fromkeys(v for e in equations for v in e.outvars)
     read_vars = dict.fromkeys(v for e in equations for v in variables(e.invars) if v not in made)
     by_role = {role: tuple(v for v in read_vars if model.roles[v] is role) for role in Role}
-    outputs = tuple(
-        v for e in equations for v in _active(model, e.outvars) if readers.get(v, set()) - inside
-    )
+
+    def is_read_outside(v: Var) -> bool:
+        readers = [e for e in model.readers.get(v, ()) if id(e) not in inside]
+        return any(e is None or _active(model, e.outvars) for e in readers)
+
+    outputs = tuple(filter(is_read_outside, _active(model, made)))
     kind = "use" if use else _kind(model, equations)
     return Node(
         kind,

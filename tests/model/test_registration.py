@@ -19,7 +19,7 @@ from jax.interpreters import ad, batching, mlir
 
 import kfgn
 from kfgn.base.trees import named_leaves
-from kfgn.model import derivatives, layer_kinds, primitives
+from kfgn.model import differentiability, layer_kinds, primitives
 from kfgn.model.graph import build_graph
 from tests.tables.dense import quick_jit
 
@@ -32,13 +32,13 @@ COUNT = 3
 def restored_registry() -> Iterator[None]:
     """What a test registers is forgotten after it."""
     tables = (primitives.REGISTERED, layer_kinds.LAYERS)
-    saved, announced = [dict(table) for table in tables], set(derivatives._announced)
+    saved, announced = [dict(table) for table in tables], set(differentiability._announced)
     yield
     for table, before in zip(tables, saved, strict=True):
         table.clear()
         table.update(before)
-    derivatives._announced.clear()
-    derivatives._announced.update(announced)
+    differentiability._announced.clear()
+    differentiability._announced.update(announced)
 
 
 def define(name: str, function: Callable, differentiable: bool = True) -> Callable:

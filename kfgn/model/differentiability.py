@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kfgn.base.errors import ModelError, UnknownPrimitiveWarning
+from kfgn.model.equations import is_differentiated
 from kfgn.model.flat_model import Equation, FlatModel, Role, Var, as_function, variables
 from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.primitives import is_differentiable, is_known
-
-_DIFFERENTIATED = (Role.PARAMETER, Role.ACTIVE)
 
 _announced: set[str] = set()
 
@@ -28,14 +28,16 @@ def check_derivatives(model: FlatModel) -> None:
       UnknownPrimitiveWarning: once per name, for a primitive that is neither
         jax's nor registered.
     """
-    needed = set(_differentiated(model, model.outputs))
+    needed, checked = set(_differentiated(model, model.outputs)), set[Any]()
     for equation in reversed(model.jaxpr.eqns):
         operands = _differentiated(model, equation.invars)
         results = [v for v in equation.outvars if v in needed]
         if not operands:
             continue
-        if not is_differentiable(equation):
+        key = _key(equation, operands, results)
+        if not is_differentiable(equation) and key not in checked:
             _check_derivative(equation, operands, results)
+            checked |= {key} - {None}
         if results:
             needed.update(operands)
         known = is_known(equation) or equation.primitive.name in LAYERS
@@ -43,9 +45,27 @@ def check_derivatives(model: FlatModel) -> None:
             _announce(equation.primitive.name)
 
 
+def _key(equation: Equation, operands: list[Var], results: list[Var]) -> Any:
+    """Equal for equations that are alike; None for one with parameters that cannot be compared."""
+    values = [
+        (atom.aval.shape, atom.aval.dtype, atom in operands) for atom in variables(equation.invars)
+    ]
+    key = (
+        equation.primitive,
+        (*equation.params.items(),),
+        (*values,),
+        (*(v in results for v in equation.outvars),),
+    )
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
 def _differentiated(model: FlatModel, atoms: Sequence) -> list[Var]:
     found = dict.fromkeys(variables(atoms))
-    return [v for v in found if model.roles[v] in _DIFFERENTIATED]
+    return [v for v in found if is_differentiated(model.roles[v])]
 
 
 def _check_derivative(equation: Equation, operands: list[Var], results: list[Var]) -> None:

@@ -1,0 +1,176 @@
+"""Finds the uses in a model: equations that a form reads, and the bias added to each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from kfgn.model.dependence import keeps_order, moved, moves_entries
+from kfgn.model.flat_model import Equation, FlatModel, Role, Var, variables
+from kfgn.model.layer_kinds import read_form
+from kfgn.model.parameter_path import Source
+from kfgn.model.parameter_use import Bias, Form, Use
+from kfgn.model.primitives import row_of
+
+Sources = dict[Var, Source]
+
+
+def find_uses(model: FlatModel, sources: Sources) -> list[tuple[Use, Use]]:
+    """Every use alone, and with its bias where it has one, in the order of their equations.
+
+    Where a bias is added, it is found as a use of its own, too: see `chosen`.
+    """
+    pairs = []
+    for equation in model.jaxpr.eqns:
+        found = _read(model, equation, sources)
+        if found is None or equation.outvars[0] not in model.reached:
+            continue
+        form, side = found
+        use = _use(equation, side, form, sources)
+        pairs.append((use, use if form.indexed else _with_bias(use, sources, model.readers)))
+    return pairs
+
+
+def chosen(pairs: list[tuple[Use, Use]], without_bias: set[Var]) -> list[Use]:
+    """One of each pair: without bias for these results; no use whose parameter is a bias then."""
+    uses = [alone if alone.output in without_bias else joined for alone, joined in pairs]
+    taken = {id(use.equations[-1]) for use in uses if use.bias is not None}
+    return [use for use in uses if not (use.form.additive and id(use.equations[0]) in taken)]
+
+
+def meets(use: Use) -> list[tuple[str, int]]:
+    """The parameters that a use covers, each with the equation where it meets data."""
+    found = [(use.kernel.name, id(use.equations[0]))]
+    if use.bias is not None:
+        found.append((use.bias.source.name, id(use.equations[-1])))
+    return found
+
+
+def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
+    """Constants that take the place of data beside a parameter.
+
+    The first state of a recurrent layer meets a kernel which elsewhere meets
+    data: as data, its product with the kernel is one more use like the others.
+    And rows that are looked up may be the same for every example.
+    """
+    with_data: set[str] = set()
+    constants: list[tuple[str, Var]] = []
+    looked_up: set[Var] = set()
+    for equation in model.jaxpr.eqns:
+        if equation.primitive.name == "gather" and equation.invars[0] in sources:
+            looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
+        if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
+            continue
+        for side, v in enumerate(equation.invars):
+            other: Any = equation.invars[1 - side]
+            if v in sources and model.roles[other] >= Role.PASSIVE:
+                with_data.add(sources[v].name)
+            elif v in sources and model.roles[other] is Role.CONSTANT:
+                constants.append((sources[v].name, other))
+    return {v for name, v in constants if name in with_data} | {
+        v for v in looked_up if model.roles[v] is Role.CONSTANT
+    }
+
+
+def _read(model: FlatModel, equation: Equation, sources: Sources) -> tuple[Form, int] | None:
+    """The form of an equation where one operand is a kernel and the other is data."""
+    operands = variables(equation.invars)
+    kernels = [v for v in operands if v in sources]
+    if len(kernels) != 1 or len(operands) < 2 or len(equation.outvars) != 1:
+        return None
+    side = equation.invars.index(kernels[0])
+    data = [v for v in operands if v is not kernels[0]]
+    if any(model.roles[v] < Role.PASSIVE for v in data):
+        return None
+    if model.roles[equation.outvars[0]] is not Role.ACTIVE:
+        return None
+    form = read_form(equation, side, sources[equation.invars[side]])
+    return None if form is None else (form, side)
+
+
+def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
+    kernel = equation.invars[side]
+    data = next(v for v in variables(equation.invars) if v is not kernel)
+    source = sources[kernel]
+    if form.additive:
+        source = _signed(source, equation, side)
+    return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
+
+
+def _signed(source: Source, equation: Equation, side: int) -> Source:
+    """The source with the sign of operand `side` of a sum; of what else there is, as it is."""
+    signs = row_of(equation).signs
+    return dataclasses.replace(source, factor=signs[side] * source.factor) if signs else source
+
+
+def _with_bias(use: Use, sources: Sources, readers: dict[Var, list[Equation | None]]) -> Use:
+    """Follows the product, as long as nothing else reads it, to the addition of a bias."""
+    value, chain = use.output, []
+    moves: list[Equation] = []
+    while len(readers.get(value, ())) == 1 and (equation := readers[value][0]) is not None:
+        chain.append(equation)
+        if len(row_of(equation).signs) == 2:
+            bias = _bias(use, moves, equation, value, sources)
+            if bias is None:
+                return use
+            where = _order(use, moves)
+            side = equation.invars.index(value)
+            return dataclasses.replace(
+                use,
+                kernel=_signed(use.kernel, equation, side),
+                sign=row_of(equation).signs[side],
+                bias=bias,
+                output=equation.outvars[0],
+                equations=(*use.equations, *chain),
+                order=where,
+            )
+        if not moves_entries(equation) or equation.outvars[0].aval.size != value.aval.size:
+            return use
+        moves.append(equation)
+        value = equation.outvars[0]
+        if len(equation.outvars) != 1:
+            return use
+    return use
+
+
+def _along(use: Use, moves: list[Equation], labels: np.ndarray) -> np.ndarray:
+    """Labels of the product's entries, moved as its entries are."""
+    labels = labels.reshape(use.output.aval.shape)
+    for equation in moves:
+        labels = moved(equation, labels)
+    return labels
+
+
+def _order(use: Use, moves: list[Equation]) -> np.ndarray | None:
+    """Where each entry of the product stands after the moves; None if they keep the order."""
+    if all(map(keeps_order, moves)):
+        return None
+    return np.argsort(_along(use, moves, np.arange(use.output.aval.size)).reshape(-1))
+
+
+def _bias(
+    use: Use, moves: list[Equation], equation: Equation, value: Var, sources: Sources
+) -> Bias | None:
+    """The bias that the equation adds, if it gives every output of every group one entry."""
+    side = [atom is value for atom in equation.invars].index(False)
+    other = equation.invars[side]
+    source = sources.get(other) if variables([other]) else None
+    form, count = use.form, use.form.groups * use.form.d_out
+    if source is None or source.name == use.kernel.name:
+        return None
+    if value.aval.shape != equation.outvars[0].aval.shape:
+        return None
+    # Which unit (s, o) stands at each entry of the product, and which bias is added there.
+    places = form.outputs(np.arange(use.output.aval.size).reshape(use.output.aval.shape))
+    unit = np.empty(use.output.aval.size, np.int64)
+    names = np.arange(count).reshape(form.groups, 1, form.d_out)
+    unit[places.reshape(-1)] = np.broadcast_to(names, places.shape).reshape(-1)
+    units = _along(use, moves, unit).reshape(-1)
+    added = np.broadcast_to(source.labels(), value.aval.shape).reshape(-1)
+    order = np.zeros(count, np.int64)
+    order[units] = added
+    if np.any(order[units] != added) or np.unique(order).size != count:
+        return None
+    return Bias(_signed(source, equation, side), order.reshape(form.groups, form.d_out))
