@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import types
+import typing
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,20 @@ def test_documented(name):
         assert not value.__doc__.startswith(f"{value.__name__}("), f"{name}: NamedTuple's own"
 
 
+def test_examples():
+    """Every public function and class has an example, which runs as a test.
+
+    A loss is told by its class; methods by theirs. Errors are shown where they are raised.
+    """
+    lacking = []
+    for name in names():
+        value = getattr(PUBLIC[name.rpartition(".")[0]], name.rpartition(".")[2])
+        told = value if inspect.isfunction(value) or inspect.isclass(value) else type(value)
+        if told.__module__.startswith("kfgn") and told.__module__ != "kfgn.base.errors":
+            lacking += [] if ">>>" in (told.__doc__ or "") else [name]
+    assert lacking == []
+
+
 @pytest.mark.parametrize("name", objects())
 def test_annotated(name):
     """Every parameter of a public function, and what it returns."""
@@ -122,3 +137,4 @@ def test_annotated(name):
         if parameter.name != "self":
             assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter}"
     assert signature.return_annotation is not inspect.Signature.empty, name
+    typing.get_type_hints(value)  # names that exist, shapes that jaxtyping can read

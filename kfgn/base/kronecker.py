@@ -9,30 +9,36 @@ then has one axis less than G.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.linalg import matmul
 from kfgn.base.spd_inverse import spd_inverses
-from kfgn.base.types import Array
+from kfgn.base.types import Array, Scalar
+
+#: Q; the vector of its diagonal where it has no other entries.
+Left: TypeAlias = Float[Array, "*S a a"] | Float[Array, "*S a"]
 
 
-def kronecker_matvec(q: Array, g: Array, v: Array) -> Array:
+def kronecker_matvec(
+    q: Left, g: Float[Array, "*S b b"], v: Float[Array, "*S a b"]
+) -> Float[Array, "*S a b"]:
     """`(q ⊗ g) vec(v)` as a matrix like `v`."""
     return matmul(_times(q, g, v), g)
 
 
-def _times(q: Array, g: Array, v: Array) -> Array:
+def _times(q: Left, g: Array, v: Array) -> Array:
     return q[..., None] * v if is_diagonal(q, g) else matmul(q, v)
 
 
-def is_diagonal(q: Array, g: Array) -> bool:
+def is_diagonal(q: Left, g: Array) -> bool:
     """Whether `q` is the vector of a diagonal."""
     return q.ndim == g.ndim - 1
 
 
-def factor_balance(q: Array, g: Array) -> Array:
+def factor_balance(q: Left, g: Float[Array, "*S b b"]) -> Float[Array, "*S"]:
     """ω of eq. (38) with the trace norm: the factors' mean eigenvalues, `sqrt(q / g)`.
 
     Where a factor vanishes (a layer whose units are all dead) there is nothing
@@ -45,19 +51,19 @@ def factor_balance(q: Array, g: Array) -> Array:
     return jnp.sqrt(ratio)
 
 
-def _mean_eigenvalue(matrix: Array) -> Array:
+def _mean_eigenvalue(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
     return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
 
 
 class FactoredInverse(NamedTuple):
     """`(q + ω√k I)^-1` and `(g + √k/ω I)^-1`, eq. (36)."""
 
-    left: Array
-    right: Array
+    left: Left
+    right: Float[Array, "*S b b"]
 
 
 def factored_inverses(
-    factors: Mapping[str, tuple[Array, Array]], damping: Array
+    factors: Mapping[str, tuple[Array, Array]], damping: Scalar
 ) -> dict[str, FactoredInverse]:
     """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38)."""
     matrices, shifts, left = [], [], {}
@@ -78,7 +84,7 @@ def factored_inverses(
     }
 
 
-def apply_factored(inverse: FactoredInverse, v: Array) -> Array:
+def apply_factored(inverse: FactoredInverse, v: Float[Array, "*S a b"]) -> Float[Array, "*S a b"]:
     """The factored inverse times `vec(v)`."""
     return kronecker_matvec(inverse.left, inverse.right, v)
 
@@ -86,13 +92,13 @@ def apply_factored(inverse: FactoredInverse, v: Array) -> Array:
 class Eigen(NamedTuple):
     """Eigendecompositions of both factors; a diagonal one is its own."""
 
-    left_values: Array
-    left_vectors: Array | None
-    right_values: Array
-    right_vectors: Array
+    left_values: Float[Array, "*S a"]
+    left_vectors: Float[Array, "*S a a"] | None
+    right_values: Float[Array, "*S b"]
+    right_vectors: Float[Array, "*S b b"]
 
 
-def eigen(q: Array, g: Array) -> Eigen:
+def eigen(q: Left, g: Float[Array, "*S b b"]) -> Eigen:
     """Eigendecompositions of both factors; eigenvalues below zero are roundoff."""
     left_values, left_vectors = (q, None) if is_diagonal(q, g) else jnp.linalg.eigh(q)
     right_values, right_vectors = jnp.linalg.eigh(g)
@@ -101,7 +107,9 @@ def eigen(q: Array, g: Array) -> Eigen:
     )
 
 
-def apply_eigen(decomposition: Eigen, damping: Array, v: Array) -> Array:
+def apply_eigen(
+    decomposition: Eigen, damping: Scalar, v: Float[Array, "*S a b"]
+) -> Float[Array, "*S a b"]:
     """`(q ⊗ g + damping I)^-1 vec(v)` exactly, eq. (35)."""
     s, u, t, w = decomposition
     v = v if u is None else matmul(jnp.swapaxes(u, -1, -2), v)

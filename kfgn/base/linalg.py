@@ -8,22 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
-from kfgn.base.types import Array
+from kfgn.base.types import Array, PyTree, Scalar
 
 PRECISION = jax.lax.Precision.HIGHEST
 # What work that is done for many examples at once may hold.
 _CHUNK_BYTES = 2**26
 
 
-def factor_dtype(*dtypes) -> jnp.dtype:
+def factor_dtype(*dtypes: Any) -> jnp.dtype:
     """The dtype factors live in: at least float32, also under bfloat16 compute."""
     with jax.numpy_dtype_promotion("standard"):  # whatever the user's setting is
         dtype = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
     return jax.dtypes.canonicalize_dtype(dtype)  # numpy's float64 means jax's default
 
 
-def inner(a: Any, b: Any) -> Array:
+def inner(a: PyTree, b: PyTree) -> Scalar:
     """The inner product of two pytrees, accumulated in at least float32.
 
     Vectors are summed as one: on CPU the sum of each would be compiled to three
@@ -46,20 +47,20 @@ def total(arrays: Iterable[Array]) -> Array:
     return sum(rest, start=first)
 
 
-def matmul(a: Array, b: Array) -> Array:
+def matmul(a: Float[Array, "*S i j"], b: Float[Array, "*S j k"]) -> Float[Array, "*S i k"]:
     """`a @ b` at full precision."""
     return jnp.matmul(a, b, precision=PRECISION)
 
 
-def second_moment(a: Array) -> Array:
-    """`a'a / N` of rows `[N, D]`, the mean outer product `[D, D]`."""
+def second_moment(a: Float[Array, "N D"]) -> Float[Array, "D D"]:
+    """`a'a / N`, the mean outer product of rows."""
     if a.shape[0] == 1:
         return a[0][:, None] * a[0][None, :]
     return matmul(a.T, a) / a.shape[0]
 
 
-def cross_moment(a: Array, b: Array) -> Array:
-    """`a'b / N` of rows `[N, D]` and `[N, E]`."""
+def cross_moment(a: Float[Array, "N D"], b: Float[Array, "N E"]) -> Float[Array, "D E"]:
+    """`a'b / N`, the mean outer product of rows of both."""
     if a is b:
         return second_moment(a)
     if a.shape[0] == 1:
@@ -67,18 +68,22 @@ def cross_moment(a: Array, b: Array) -> Array:
     return matmul(a.T, b) / a.shape[0]
 
 
-def congruence(w: Array, matrix: Array) -> Array:
+def congruence(w: Float[Array, "E D"], matrix: Float[Array, "D D"]) -> Float[Array, "E E"]:
     """`w matrix w'` of a symmetric matrix."""
     return matmul(matmul(w, matrix), w.T)
 
 
-def congruence_diagonal(w: Array, matrix: Array) -> Array:
+def congruence_diagonal(w: Float[Array, "E D"], matrix: Float[Array, "D D"]) -> Float[Array, " E"]:
     """The diagonal of `w matrix w'`, without the second product."""
     return jnp.sum(matmul(w, matrix) * w, axis=1)
 
 
 def sum_over_examples(
-    function: Callable[[Any], Any], arguments: Any, bytes_each: int = 0, *, chunk_size: Any = None
+    function: Callable[[Any], Any],
+    arguments: PyTree,
+    bytes_each: int = 0,
+    *,
+    chunk_size: int | None = None,
 ) -> Any:
     """`function(arguments)`, a sum over their leading axis, taken a chunk of examples at a time.
 
@@ -99,7 +104,7 @@ def sum_over_examples(
     shapes = jax.eval_shape(function, one)  # known for no examples, too
     start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-    def add(total, part):
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(part)), None
 
     result, _ = jax.lax.scan(add, start, head)

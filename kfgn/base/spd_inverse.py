@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.linalg import matmul
 from kfgn.base.types import Array
@@ -48,16 +49,20 @@ def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Arr
     return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
 
 
-def _inverse_of_stack(stack: Array, shifts: Array) -> Array:
-    """Inverses of `[S, n, n]`: many small ones by elimination at once, large ones in turn."""
+def _inverse_of_stack(
+    stack: Float[Array, "S n n"], shifts: Float[Array, "*S"]
+) -> Float[Array, "S n n"]:
+    """Inverses of a stack: many small ones by elimination at once, large ones in turn."""
     stack = _shifted(stack, jnp.broadcast_to(shifts[..., None], stack.shape[:2]))
     if stack.shape[-1] <= _SMALL:
         return _eliminated(stack)
     return jax.lax.platform_dependent(stack, cpu=_by_turns, default=_by_batched_cholesky)
 
 
-def _shifted(matrix: Array, diagonal: Array) -> Array:
-    """`matrix + diag(diagonal)`, of `[..., n, n]` and `[..., n]`."""
+def _shifted(
+    matrix: Float[Array, "*S n n"], diagonal: Float[Array, "*S n"]
+) -> Float[Array, "*S n n"]:
+    """`matrix + diag(diagonal)`."""
     return matrix + diagonal[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import jax
+from jaxtyping import Float
 
 Array: TypeAlias = jax.Array
+Scalar: TypeAlias = Float[Array, ""]
 #: A number, or an array of one, whose value may be unknown while JAX traces.
 Number: TypeAlias = float | jax.Array
 #: Any nesting of containers that `jax.tree` knows, with arrays as leaves.

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner, total
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.factors import (
     Diagonal,
     Factors,
@@ -88,10 +89,19 @@ class Curvature(NamedTuple):
     The callables are `jax.tree_util.Partial`, so all of it crosses jit.
     Directions are dictionaries from parameter name to array; absent names
     stand for zeros.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((3, 1)), (jnp.ones((4, 3)), jnp.zeros((4, 1)))
+    >>> _, curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
+    >>> float(curvature.value), float(curvature.displaced({"": -w}))
+    (4.5, 0.0)
+    >>> curvature.linearized({"": w}).shape, curvature.settings.method
+    ((4, 1), 'kflr')
     """
 
     factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
-    value: Array  # the objective, l2 included
+    value: Scalar  # the objective, l2 included
     gradient: dict[str, Array]  # its gradient, l2 included
     # Of all examples, or of the `model_examples` that stand for them, n:
     linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
@@ -109,7 +119,7 @@ def value_grad_and_curvature(
     spatial: str = "joint",
     model_examples: int | None = 256,
     unassigned: str = "raise",
-) -> Callable[..., tuple[tuple[Array, PyTree], Curvature]]:
+) -> Callable[..., tuple[tuple[Scalar, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
 
     >>> import jax.numpy as jnp, kfgn
@@ -154,7 +164,9 @@ def value_grad_and_curvature(
     settings = CurvatureSettings(method, samples, sharing, spatial, model_examples, unassigned, l2)
     chosen = method_of(method)
 
-    def curvature_fn(params, batch, *, key=None):
+    def curvature_fn(
+        params: PyTree, batch: Batch, *, key: Array | None = None
+    ) -> tuple[tuple[Scalar, PyTree], Curvature]:
         chosen.check_key(key)
         inputs, targets = check_batch(batch)
         graph = build_graph(objective, params, inputs)
@@ -192,7 +204,7 @@ def check_unassigned(unassigned: str) -> None:
 
 def _value_and_gradient(
     model: Linearized, objective: Objective, params: PyTree
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Scalar, dict[str, Array]]:
     loss = mean_of(jax.vmap(model.loss)(model.outputs, model.targets))
     value = loss + objective.penalty(params).astype(loss.dtype)
     cotangent = model.loss.gradients(model.outputs, model.targets) / model.examples
@@ -253,7 +265,13 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 class _OutputProduct:
     loss: Loss
 
-    def __call__(self, outputs: PyTree, targets: PyTree, u: Array, v: Array) -> Array:
+    def __call__(
+        self,
+        outputs: PyTree,
+        targets: PyTree,
+        u: Float[Array, "n K"],
+        v: Float[Array, "n K"],
+    ) -> Scalar:
         product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
         return inner(u, product) / u.shape[0]
 
@@ -262,7 +280,7 @@ class _OutputProduct:
 class _Displaced:
     objective: Objective
 
-    def __call__(self, params: PyTree, batch: Any, direction: dict[str, Array]) -> Array:
+    def __call__(self, params: PyTree, batch: Batch, direction: dict[str, Array]) -> Scalar:
         moved = {
             name: leaf + direction[name].astype(jnp.result_type(leaf))
             for name, leaf in named_leaves(params).items()
@@ -271,15 +289,15 @@ class _Displaced:
         return self.objective(with_leaves(params, moved), batch)
 
 
-def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Array:
+def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Array, "n K"]:
     """The outputs' changes of all micro-batches, one after another."""
     return jnp.concatenate([part(direction) for part in parts])
 
 
-def _mean_product(parts: list[Partial], u: Array, v: Array) -> Array:
+def _mean_product(parts: list[Partial], u: Float[Array, "n K"], v: Float[Array, "n K"]) -> Scalar:
     pairs = zip(parts, jnp.split(u, len(parts)), jnp.split(v, len(parts)), strict=True)
     return total(part(a, b) for part, a, b in pairs) / len(parts)
 
 
-def _mean_value(parts: list[Partial], direction: dict[str, Array]) -> Array:
+def _mean_value(parts: list[Partial], direction: dict[str, Array]) -> Scalar:
     return total(part(direction) for part in parts) / len(parts)

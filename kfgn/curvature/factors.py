@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from kfgn.base.checks import check_choice
 from kfgn.base.linalg import (
@@ -39,23 +40,41 @@ class Factors(NamedTuple):
     """The Kronecker factors of one layer's block, `activation ⊗ pre_activation`.
 
     A leading axis `[S]` stacks the blocks of a layer with several slots or groups.
+    The activations of a kernel with a bias end in 1, so that Q has a row more; Q of
+    look-ups is diagonal, and kept as a vector.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> model = lambda p, x: x @ p["w"] + p["b"]
+    >>> objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    >>> params, batch = {"w": jnp.eye(3), "b": jnp.ones(3)}, (jnp.ones((4, 3)), jnp.ones((4, 3)))
+    >>> factors = kfgn.value_grad_and_curvature(objective)(params, batch)[1].factors["w"]
+    >>> factors.activation.shape, factors.pre_activation.shape
+    ((4, 4), (3, 3))
     """
 
-    activation: Array  # Q, `[d_in (+ 1), d_in (+ 1)]`, eq. (21); its diagonal for look-ups
-    pre_activation: Array  # G, `[d_out, d_out]`, eq. (25) or (26)
+    activation: Float[Array, "*S d_in d_in"] | Float[Array, "*S d_in"]  # Q, eq. (21)
+    pre_activation: Float[Array, "*S d_out d_out"]  # G, eq. (25) or (26)
 
 
 class Diagonal(NamedTuple):
-    """The exact diagonal of the Gauss-Newton matrix for a parameter in no layer."""
+    """The exact diagonal of the Gauss-Newton matrix for a parameter in no layer.
 
-    diagonal: Array  # in the parameter's own shape
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda p, x: x * p**2, kfgn.losses.half_squared_error)
+    >>> curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="diagonal")
+    >>> _, curvature = curvature_fn(jnp.array([3.0]), (jnp.ones((4, 1)), jnp.ones((4, 1))))
+    >>> curvature.factors[""].diagonal.tolist()  # (2 p)²
+    [36.0]
+    """
+
+    diagonal: Float[Array, "*shape"]  # the parameter's own
 
 
 class Moments(NamedTuple):
     """One kind of factor: of the uses as the layer has them, and of those that are flipped."""
 
-    upright: Array
-    flipped: Array | None = None
+    upright: Float[Array, "*S d d"] | Float[Array, "*S d"]
+    flipped: Float[Array, "d d"] | None = None
 
 
 def check_sharing(sharing: str) -> None:
@@ -112,13 +131,15 @@ def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moment
     return _of_both(layer, of)
 
 
-def entries_of(use: Use) -> np.ndarray:
-    """Where in a use's flat output the pre-activations stand, `[s, t, o]`."""
+def entries_of(use: Use) -> Int[np.ndarray, "s t o"]:
+    """Where in a use's flat output the pre-activations stand."""
     return use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
 
 
-def over_positions(layer: Layer, use: Use, matrix: Array, sharing: str) -> Array:
-    """Sums of the matrix over a use's whole pre-activation, `[D, D]`, as `[s, o, o]`.
+def over_positions(
+    layer: Layer, use: Use, matrix: Float[Array, "D D"], sharing: str
+) -> Float[Array, "s o o"]:
+    """Sums of the matrix over a use's whole pre-activation.
 
     For "expand" over equal positions, `sum_t M[s, t, o, s, t, o']`; for "reduce"
     over all pairs of positions.
@@ -161,7 +182,7 @@ def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
     example sees a copy of the parameters, whose gradients are so its own.
     """
 
-    def outputs_of(own, example):
+    def outputs_of(own: dict[str, Array], example: PyTree) -> PyTree:
         batch = jax.tree.map(lambda a: a[None], example)
         outputs, _ = model.graph.forward({**model.params, **own}, batch)
         return jax.tree.map(lambda a: a[0], outputs)
@@ -173,7 +194,7 @@ def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
     _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, inputs), copies)
     count, column = model.loss.sqrt_columns(model.outputs, model.targets)
 
-    def squares(index):
+    def squares(index: Array) -> dict[str, Diagonal]:
         (gradients,) = pull(as_outputs(column(index), model.outputs))
         return {
             name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
@@ -214,8 +235,8 @@ def _stacked(layer: Layer, parts: list[Array]) -> Array:
     return whole[0] if layer.stack == 1 else whole
 
 
-def _moment(rows: Array) -> Array:
-    """`sum_nt r_nst r_nst' / N` of rows `[N, s, t, d]`, `[s, d, d]`."""
+def _moment(rows: Float[Array, "N s t d"]) -> Float[Array, "s d d"]:
+    """`sum_nt r_nst r_nst' / N` of rows."""
     count, groups, positions, width = rows.shape
     if groups == 1:
         flat = rows.reshape(-1, width)
@@ -229,8 +250,8 @@ def _bytes_each(use: Use, dtype: Any) -> int:
     return form.groups * form.positions * use.width * jnp.dtype(dtype).itemsize
 
 
-def _in_chunks(use: Use, values: Array, dtype: Any) -> Array:
-    """The second moment of a use's inputs, `[s, d, d]`."""
+def _in_chunks(use: Use, values: Array, dtype: Any) -> Float[Array, "s d d"]:
+    """The second moment of a use's inputs."""
 
     def summed(chunk: list[Array]) -> Array:
         return _moment(use.activations(chunk[0], dtype)) * chunk[0].shape[0]
@@ -240,8 +261,8 @@ def _in_chunks(use: Use, values: Array, dtype: Any) -> Array:
     return sum_over_examples(summed, [values], _bytes_each(use, dtype)) / values.shape[0]
 
 
-def _pooled(use: Use, values: Array, dtype: Any) -> Array:
-    """A use's inputs summed over its positions, `[N, s, 1, d]`."""
+def _pooled(use: Use, values: Array, dtype: Any) -> Float[Array, "N s 1 d"]:
+    """A use's inputs summed over its positions."""
 
     def one(value: Array) -> Array:
         return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
@@ -249,8 +270,10 @@ def _pooled(use: Use, values: Array, dtype: Any) -> Array:
     return map_examples(one, values, max(1, 2**26 // _bytes_each(use, dtype)))
 
 
-def _counts(layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any) -> Array:
-    """How often each row is looked up per example, the diagonal of "expand"'s Q, `[1, d_in]`."""
+def _counts(
+    layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any
+) -> Float[Array, "1 d_in"]:
+    """How often each row is looked up per example, the diagonal of "expand"'s Q."""
     if _is_one_row(layer):  # "reduce", whose G has the factor in it
         return jnp.ones((1, 1), dtype)
     counts = jnp.zeros(layer.activation_size, dtype)

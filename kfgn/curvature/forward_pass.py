@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
@@ -40,8 +41,8 @@ class Linearized(NamedTuple):
         leaves = jax.tree.leaves((self.outputs, self.params))
         return factor_dtype(*(leaf.dtype for leaf in leaves))
 
-    def pull(self, cotangent: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Gradients at parameters and at probes from one at the outputs, `[N, K]`."""
+    def pull(self, cotangent: Float[Array, "N K"]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Gradients at parameters and at probes from one at the outputs."""
         transposed = jax.linear_transpose(self.push, self.params, self.probes)
         return transposed(as_outputs(cotangent, self.outputs))
 
@@ -84,8 +85,8 @@ def linearize(
     return Linearized(graph, leaves, values, outputs, targets, objective.loss, push, probes)
 
 
-def as_outputs(flat: Array, outputs: PyTree) -> PyTree:
-    """Splits `[N, K]` into the structure, shapes and dtypes of the outputs."""
+def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:
+    """Splits a matrix into the structure, shapes and dtypes of the outputs."""
     leaves, tree = jax.tree.flatten(outputs)
     parts, start = [], 0
     for leaf in leaves:
@@ -107,7 +108,7 @@ class _LinearPass:
     shapes: tuple
     probes: tuple
 
-    def __call__(self, push: Callable, direction: dict[str, Array]) -> Array:
+    def __call__(self, push: Callable, direction: dict[str, Array]) -> Float[Array, "N K"]:
         full = {
             name: direction[name].astype(dtype) if name in direction else jnp.zeros(shape, dtype)
             for name, shape, dtype in self.shapes

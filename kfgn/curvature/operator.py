@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_chunk_size, check_flag, check_size
 from kfgn.base.linalg import (
@@ -104,8 +105,8 @@ class Operator:
         weight = jnp.asarray(self.objective.l2)
         return jax.tree.map(lambda r, x: r + weight.astype(r.dtype) * x, result, v)
 
-    def dense(self, params: PyTree, batch: Batch, *, with_l2: bool = False) -> Array:
-        """A, `[P, P]`, with the leaves of params in flattening order, each raveled."""
+    def dense(self, params: PyTree, batch: Batch, *, with_l2: bool = False) -> Float[Array, "P P"]:
+        """A, with the leaves of params in flattening order, each raveled."""
         check_flag("with_l2", with_l2)
         _, _, outputs = require_batch(self.objective, params, batch)
         size, dtype = size_of(params), dtype_of(params, outputs)
@@ -193,7 +194,7 @@ class Operator:
 
     def diagonal(
         self, params: PyTree, batch: Batch, *, chunk_size: int | None = 1
-    ) -> dict[str, Array]:
+    ) -> dict[str, Float[Array, "*shape"]]:
         """The exact diagonal, `[d_in + 1, d_out]` per layer, `mean_n a_n^2 ⊗ diag(M_n)`.
 
         What lies above the first layers is formed as a diagonal only, so the
@@ -218,7 +219,7 @@ class Operator:
         *,
         reduce: str | None = None,
         chunk_size: int | None = 1,
-    ) -> dict[str, Array]:
+    ) -> dict[str, Float[Array, "*N D D"]]:
         """Each example's matrix in every layer's pre-activation, eqs. (8), (22).
 
         Args:
@@ -233,8 +234,8 @@ class Operator:
         of_all = map_examples if reduce is None else mean_of_examples
         return of_all(lambda one: prepared.walk_one(one).uses, prepared.arguments, chunk_size)
 
-    def output(self, params: PyTree, batch: Batch) -> Array:
-        """B, `[N, K, K]`: the matrix in each example's outputs."""
+    def output(self, params: PyTree, batch: Batch) -> Float[Array, "N K K"]:
+        """B: the matrix in each example's outputs."""
         inputs, targets = check_batch(batch)
         outputs = self.objective.model(params, inputs)
         check_outputs(self.objective.loss, outputs, inputs, targets)
@@ -245,8 +246,8 @@ class Operator:
 
     # What the three differ in; of one example, except for the last two.
 
-    def _matrix(self, outputs: PyTree, target: PyTree) -> Array:
-        """B, `[K, K]`."""
+    def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
+        """B."""
         raise NotImplementedError
 
     def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
@@ -256,7 +257,7 @@ class Operator:
         """`v -> A v`."""
         raise NotImplementedError
 
-    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Array:
+    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
         raise NotImplementedError
 
 

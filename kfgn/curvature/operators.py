@@ -15,11 +15,13 @@ All are of the mean per-example loss, without the penalty unless `with_l2` asks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float, Int
 
 from kfgn.base.checks import check_chunk_size, check_not_negative, check_size
 from kfgn.base.linalg import (
@@ -30,10 +32,10 @@ from kfgn.base.linalg import (
     mean_of_examples,
 )
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Batch, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, width_of
-from kfgn.curvature.per_example import prepare, single_diagonal
+from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer
 from kfgn.objective.loss import flatten_batch
@@ -52,20 +54,20 @@ class Hessian(Operator):
 
     of = "Hessian"
 
-    def _matrix(self, outputs, target):
+    def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
         return self.objective.loss.hessian(outputs, target)
 
-    def _prepare(self, params, batch, **options):
+    def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
         return prepare(self.objective, params, batch, self._matrix, second_order=True, **options)
 
-    def _linear(self, params, batch):
+    def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
         gradient = jax.grad(lambda p: self.objective.mean_loss(p, batch))
         return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
-    def _dense(self, params, batch, dtype):
+    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
         flat, unravel = ravel_pytree(_astype(params, dtype))
 
-        def mean_loss(x: Array) -> Array:
+        def mean_loss(x: Float[Array, " P"]) -> Scalar:
             own = jax.tree.map(lambda a, p: a.astype(jnp.result_type(p)), unravel(x), params)
             return self.objective.mean_loss(own, batch)
 
@@ -78,16 +80,18 @@ class GaussNewton(Operator):
 
     of = "Gauss-Newton matrix"
 
-    def jacobian(self, params: PyTree, batch: Batch) -> Array:
-        """J, `[N, K, P]`: each example's outputs in all parameters, an example at a time."""
+    def jacobian(self, params: PyTree, batch: Batch) -> Float[Array, "N K P"]:
+        """J: each example's outputs in all parameters, an example at a time."""
         inputs, _, outputs = require_batch(self.objective, params, batch)
         dtype = dtype_of(params, outputs)
         shape = (count_of(inputs), width_of(outputs), size_of(params))
         check_size("the Jacobian of the outputs", shape, dtype, REMEDY)
         return map_examples(lambda x: self._jacobian(params, x, dtype)[1], inputs)
 
-    def rank(self, params: PyTree, batch: Batch, *, tolerance: float | None = None) -> Array:
-        """The rank of the batch's matrix, without l2, a scalar.
+    def rank(
+        self, params: PyTree, batch: Batch, *, tolerance: float | None = None
+    ) -> Int[Array, ""]:
+        """The rank of the batch's matrix, without l2.
 
         With C_n C_n' = B_n, it is the rank of the rows `C_n' J_n` of all examples,
         `[N R, P]`, and so at most N times the rank of B (appendix E, eq. 63). The
@@ -101,7 +105,7 @@ class GaussNewton(Operator):
         dtype, size = dtype_of(params, outputs), size_of(params)
         check_size("the rows", (count_of(inputs), width_of(outputs), size), dtype, REMEDY)
 
-        def one(example: Batch) -> Array:
+        def one(example: Batch) -> Float[Array, "R P"]:
             output, jacobian = self._jacobian(params, example[0], dtype)
             return matmul(self._root(output, example[1]).astype(dtype).T, jacobian)
 
@@ -110,41 +114,45 @@ class GaussNewton(Operator):
         relative = max(rows.shape) * jnp.finfo(dtype).eps if tolerance is None else tolerance
         return jnp.sum(values > relative * jnp.max(values, initial=0))
 
-    def _matrix(self, outputs, target):
+    def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
         return self.objective.loss.gauss_newton_hessian(outputs, target)
 
-    def _root(self, outputs: PyTree, target: PyTree) -> Array:
-        """C, `[K, R]`, with `C C' = B`."""
+    def _root(self, outputs: PyTree, target: PyTree) -> Float[Array, "K R"]:
+        """C, with `C C' = B`."""
         return self.objective.loss.hessian_sqrt(outputs, target)
 
-    def _times(self, outputs: PyTree, target: PyTree, vector: Array) -> Array:
-        """`B vector`, `[K]`."""
+    def _times(
+        self, outputs: PyTree, target: PyTree, vector: Float[Array, " K"]
+    ) -> Float[Array, " K"]:
+        """`B vector`."""
         return self.objective.loss.gauss_newton_product(outputs, target, vector)
 
-    def _linear(self, params, batch):
+    def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
         inputs, targets = check_batch(batch)
         outputs, push = jax.linearize(lambda p: self.objective.model(p, inputs), params)
         check_outputs(self.objective.loss, outputs, inputs, targets)
 
-        def curve(pushed: Array) -> Array:
+        def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
             return jax.vmap(self._times)(outputs, targets, pushed) / count_of(inputs)
 
         return lambda v: curved_product(lambda p: flatten_batch(push(p)), v, curve)
 
-    def _dense(self, params, batch, dtype):
-        def one(example: Batch) -> Array:
+    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
+        def one(example: Batch) -> Float[Array, "P P"]:
             output, jacobian = self._jacobian(params, example[0], dtype)
             matrix = self._matrix(output, example[1]).astype(dtype)
             return matmul(jacobian.T, matmul(matrix, jacobian))
 
         return mean_of_examples(one, tuple(batch))
 
-    def _jacobian(self, params: PyTree, example: PyTree, dtype: Any) -> tuple[PyTree, Array]:
-        """One example's outputs, and their Jacobian `[K, P]` by a backward pass for each."""
+    def _jacobian(
+        self, params: PyTree, example: PyTree, dtype: Any
+    ) -> tuple[PyTree, Float[Array, "K P"]]:
+        """One example's outputs, and their Jacobian by a backward pass for each."""
         alone = jax.tree.map(lambda a: a[None], example)
         outputs, pull = jax.vjp(lambda p: self.objective.model(p, alone), params)
 
-        def row(cotangent: Array) -> Array:
+        def row(cotangent: Float[Array, " K"]) -> Float[Array, " P"]:
             (found,) = pull(as_outputs(cotangent[None], outputs))
             return ravel_pytree(_astype(found, dtype))[0]
 
@@ -159,7 +167,7 @@ class EmpiricalFisher(GaussNewton):
 
     def diagonal(
         self, params: PyTree, batch: Batch, *, chunk_size: int | None = 32
-    ) -> dict[str, Array]:
+    ) -> dict[str, Float[Array, "*shape"]]:
         """The mean of every example's squared gradient, `[d_in + 1, d_out]` per layer.
 
         Where a kernel is used once per example its gradient is an outer product `a_n g_n'`,
@@ -195,22 +203,24 @@ class EmpiricalFisher(GaussNewton):
         gradient = jax.grad(lambda p: self.objective.mean_loss(with_leaves(params, p), alone))(own)
         return {n: jnp.square(g.astype(factor_dtype(g.dtype))) for n, g in gradient.items()}
 
-    def _gradient(self, outputs, target):
+    def _gradient(self, outputs: PyTree, target: PyTree) -> Float[Array, " K"]:
         one = jax.tree.map(lambda a: a[None], (outputs, target))
         return self.objective.loss.gradients(*one)[0]
 
-    def _matrix(self, outputs, target):
+    def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
         gradient = self._gradient(outputs, target)
         return gradient[:, None] * gradient
 
-    def _root(self, outputs, target):
+    def _root(self, outputs: PyTree, target: PyTree) -> Float[Array, "K 1"]:
         return self._gradient(outputs, target)[:, None]
 
-    def _times(self, outputs, target, vector):
+    def _times(
+        self, outputs: PyTree, target: PyTree, vector: Float[Array, " K"]
+    ) -> Float[Array, " K"]:
         gradient = self._gradient(outputs, target)
         return gradient * jnp.sum(gradient * vector.astype(gradient.dtype))
 
-    def _prepare(self, params, batch, **options):
+    def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
         return prepare(self.objective, params, batch, None, **options)
 
 

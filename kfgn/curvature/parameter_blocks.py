@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kfgn.base.checks import check_size
 from kfgn.base.errors import ParameterError
@@ -33,15 +34,23 @@ class ParameterBlocks(NamedTuple):
     Arrays have a leading `[N]` per example, and one of slots for a kernel that
     stacks those of several layers. A layer without bias has `weight_weight`
     alone, and so has a parameter that belongs to no layer.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> model = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
+    >>> operator = kfgn.hessian(kfgn.Objective(model, kfgn.losses.half_squared_error))
+    >>> params, batch = {"w": jnp.eye(3), "b": jnp.ones(3)}, (jnp.ones((4, 3)), jnp.ones((4, 3)))
+    >>> parts = operator.blocks(params, batch, split_bias=True)["w"]
+    >>> parts.weight_weight.shape, parts.weight_bias.shape, parts.bias_bias.shape
+    ((9, 9), (9, 3), (3, 3))
     """
 
-    weight_weight: Array  # `[D_W, D_W]`
-    weight_bias: Array | None  # `[D_W, D_b]`; its transpose is the block below the diagonal
-    bias_bias: Array | None  # `[D_b, D_b]`
+    weight_weight: Float[Array, "*S D_W D_W"]
+    weight_bias: Float[Array, "*S D_W D_b"] | None  # its transpose stands below the diagonal
+    bias_bias: Float[Array, "*S D_b D_b"] | None
 
 
-def split_block(block: Array, layer: Layer | None) -> ParameterBlocks:
-    """A block `[..., D, D]` on the vec of `[groups, d_in + 1, d_out]` by weights and biases."""
+def split_block(block: Float[Array, "*S D D"], layer: Layer | None) -> ParameterBlocks:
+    """A block on the vec of `[groups, d_in + 1, d_out]` by weights and biases."""
     if layer is None or layer.first.bias is None:
         return ParameterBlocks(block, None, None)
     use = layer.first

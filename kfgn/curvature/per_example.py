@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
+from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
 from kfgn.objective.objective import Objective, check_batch, check_outputs
 
@@ -32,8 +34,8 @@ class Prepared(NamedTuple):
     order: dict[Any, int]  # of each kept value among an example's values
     dtype: Any
 
-    def activations(self, use: Use, arguments: Any) -> Array:
-        """One example's inputs of a use, `[s, t, i]`."""
+    def activations(self, use: Use, arguments: Any) -> Float[Array, "s t i"]:
+        """One example's inputs of a use."""
         values = arguments[0][self.order[use.input]]
         return use.activations(values[None], self.dtype)[0]
 
@@ -42,7 +44,7 @@ def prepare(
     objective: Objective,
     params: PyTree,
     batch: Batch,
-    matrix: Callable[[PyTree, PyTree], Array] | None,
+    matrix: Callable[[PyTree, PyTree], Float[Array, "K K"]] | None,
     second_order: bool = False,
     diagonal: bool = False,
     exact: bool = True,
@@ -51,7 +53,7 @@ def prepare(
 
     Args:
       objective, params, batch: as everywhere.
-      matrix: `(outputs, target) -> B`, `[K, K]`, of one example; None stands for
+      matrix: `(outputs, target) -> B` of one example; None stands for
         `gg'` of its gradient g, whose walk is one backward pass.
       second_order: whether the nodes' own curvature is added, for the Hessian.
       diagonal: as in `walk_back`.
@@ -65,7 +67,7 @@ def prepare(
     shared = graph.shared_values(leaves)
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((leaves, outputs))))
 
-    def one(arguments):
+    def one(arguments: Any) -> Walked:
         values, _, output, target = arguments
         walk = Walk(graph, shared, {v: x[None] for v, x in zip(keep, values, strict=True)})
         one_of = jax.tree.map(lambda a: a[None], (output, target))
@@ -73,10 +75,10 @@ def prepare(
         assert matrix is not None
         return walk_back(walk, matrix(output, target).astype(dtype), gradient, diagonal)
 
-    def outer(arguments):
+    def outer(arguments: Any) -> Walked:
         _, example, _, target = jax.tree.map(lambda a: a[None], arguments)
 
-        def value(own, probes):
+        def value(own: dict[str, Array], probes: dict[str, Array]) -> Scalar:
             outputs, _ = graph.forward({**leaves, **own}, example, probes)
             return jnp.sum(jax.vmap(loss)(outputs, target))
 
@@ -97,7 +99,7 @@ def example_blocks(prepared: Prepared, params: PyTree) -> Callable[[Any], dict[s
     """The blocks of one example, as a function of its part of `prepared.arguments`."""
     graph = prepared.graph
 
-    def blocks(example):
+    def blocks(example: Any) -> dict[str, Array]:
         walked = prepared.walk_one(example)
         result = free_matrices(graph, walked, params)
         for name, layer in graph.layers.items():
@@ -116,7 +118,7 @@ def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -
     """The diagonals of the mean blocks, by layer in the shape of its matrix."""
     graph, arguments = prepared.graph, prepared.arguments
 
-    def one(example):
+    def one(example: Any) -> tuple[dict[str, Array], dict[str, Array]]:
         walked = prepared.walk_one(example)
         whole, rows = free_matrices(graph, walked, params), {}
         result = {name: jnp.diagonal(block, axis1=-2, axis2=-1) for name, block in whole.items()}
@@ -136,8 +138,8 @@ def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -
     return in_shape(graph, params, found)
 
 
-def single_diagonal(use: Use, values: Array, rows: Array) -> Array:
-    """`mean_n a_n^2 ⊗ diag(H_n)` at a single position, `[s, i, o]`."""
+def single_diagonal(use: Use, values: Array, rows: Float[Array, "N D"]) -> Float[Array, "s i o"]:
+    """`mean_n a_n^2 ⊗ diag(H_n)` at a single position."""
     squares = jnp.square(use.activations(values, rows.dtype))[:, :, 0]
     entries = entries_of(use).reshape(-1)
     curved = rows if _is_range(entries, rows.shape[1]) else rows[:, entries]
@@ -147,8 +149,10 @@ def single_diagonal(use: Use, values: Array, rows: Array) -> Array:
     return jnp.einsum("nsi,nso->sio", squares, curved, precision=PRECISION) / rows.shape[0]
 
 
-def shared_diagonal(use: Use, a: Array, matrix: Array) -> Array:
-    """The diagonal of one example's block at several positions, `[s, i, o]`."""
+def shared_diagonal(
+    use: Use, a: Float[Array, "s t i"], matrix: Float[Array, "D D"]
+) -> Float[Array, "s i o"]:
+    """The diagonal of one example's block at several positions."""
     own = np.moveaxis(entries_of(use), 1, 2)  # `[s, o, t]`
     between = matrix[own[..., :, None], own[..., None, :]]
     return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=PRECISION)
@@ -165,7 +169,9 @@ def in_shape(graph: Graph, params: PyTree, found: dict[str, Array]) -> dict[str,
     return result
 
 
-def use_block(use: Use, a: Array, matrix: Array) -> Array:
+def use_block(
+    use: Use, a: Float[Array, "s t i"], matrix: Float[Array, "D D"]
+) -> Float[Array, "P P"]:
     """One example's block of a use, from its inputs and the matrix at its pre-activation."""
     groups, positions, d_out = use.form.groups, use.form.positions, use.form.d_out
     entries = entries_of(use).reshape(-1)
@@ -192,7 +198,7 @@ def free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Arr
         whole = jnp.block([[walked.free[p, q] for q in own] for p in own])
         edges = np.cumsum([np.size(leaf) for leaf in own.values()])[:-1]
 
-        def read(row, own=own, edges=edges, layer=layer):
+        def read(row: Array, own: Any = own, edges: Any = edges, layer: Layer = layer) -> Array:
             parts = zip(jnp.split(row, edges), own.items(), strict=True)
             return layer.to_matrix({n: x.reshape(leaf.shape) for x, (n, leaf) in parts}).reshape(-1)
 

@@ -10,7 +10,7 @@ iterations is the record of a training, to be plotted against them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,34 +18,40 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_chunk_size
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import count_of, factor_dtype, sum_over_examples
-from kfgn.base.types import Array, Batch, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.objective import Objective, require_batch, require_objective
 
-Correct = Callable[[Any, Any], Array]
+Correct = Callable[[PyTree, PyTree], Array]
 
 
 class BiasVariance(NamedTuple):
-    """Mean losses, without the penalty, and accuracies in [0, 1]; each a scalar."""
+    """Mean losses, without the penalty, and accuracies in [0, 1].
 
-    train_loss: Array
-    train_accuracy: Array
-    dev_loss: Array
-    dev_accuracy: Array
+    >>> import kfgn
+    >>> point = kfgn.diagnostics.BiasVariance(0.1, 0.75, 0.3, 0.5)
+    >>> point.bias, point.variance
+    (0.25, 0.25)
+    """
+
+    train_loss: Scalar
+    train_accuracy: Scalar
+    dev_loss: Scalar
+    dev_accuracy: Scalar
 
     @property
-    def bias(self) -> Array:
+    def bias(self) -> Scalar:
         """The error on the data trained on, `1 - train_accuracy`."""
         return 1 - self.train_accuracy
 
     @property
-    def variance(self) -> Array:
+    def variance(self) -> Scalar:
         """By how much the error is larger on the other data; negative where it is smaller."""
         return self.train_accuracy - self.dev_accuracy
 
 
 def accuracy(
     objective: Objective, *, correct: Correct | None = None, chunk_size: int | None = 1000
-) -> Callable[[PyTree, Batch], Array]:
+) -> Callable[[PyTree, Batch], Scalar]:
     """`(params, batch) -> scalar` in [0, 1]: the share of examples predicted correctly, eq. (30).
 
     An example with several labels counts by the share of them that are right;
@@ -103,7 +109,7 @@ def bias_variance(
 
 def _figures(
     objective: Objective, correct: Correct | None, chunk_size: int | None
-) -> Callable[[PyTree, Batch], list[Array]]:
+) -> Callable[[PyTree, Batch], list[Scalar]]:
     """`(params, batch) -> [mean loss, accuracy]`."""
     require_objective(objective)
     check_chunk_size(chunk_size)
@@ -113,15 +119,15 @@ def _figures(
         )
     loss = objective.loss
 
-    def figures_of_one(outputs, target):
+    def figures_of_one(outputs: PyTree, target: PyTree) -> tuple[Scalar, Scalar]:
         return loss(outputs, target), _counted(correct or loss.correct, outputs, target)
 
-    def figures(params, batch):
+    def figures(params: PyTree, batch: Batch) -> list[Scalar]:
         inputs, targets, shapes = require_batch(objective, params, batch)
         count = count_of(inputs)
         dtype = factor_dtype(*(leaf.dtype for leaf in jax.tree.leaves(shapes)))
 
-        def sums(chunk):
+        def sums(chunk: Batch) -> list[Scalar]:
             each = jax.vmap(figures_of_one)(objective.model(params, chunk[0]), chunk[1])
             return [jnp.sum(x, dtype=dtype) for x in each]
 
@@ -131,7 +137,7 @@ def _figures(
     return figures
 
 
-def _counted(correct: Correct, outputs: Any, target: Any) -> Array:
+def _counted(correct: Correct, outputs: PyTree, target: PyTree) -> Scalar:
     """What an example counts: nothing where an output is not finite."""
     found = jnp.asarray(correct(outputs, target))
     if found.shape != ():

@@ -57,7 +57,15 @@ class Totals(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `kfgn.inspect` found; `str` of it is the table that was printed."""
+    """What `kfgn.inspect` found; `str` of it is the table that was printed.
+
+    >>> import io, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> batch = jnp.ones((8, 3)), jnp.ones((8, 2))
+    >>> found = kfgn.inspect(objective, jnp.ones((3, 2)), batch, file=io.StringIO())
+    >>> found.totals.parameters, found.totals.columns
+    (6, 2)
+    """
 
     rows: tuple[Row, ...]
     unassigned: dict[str, str]  # by path of a parameter without a block: the reason

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
 from kfgn.base.linalg import count_of, map_examples
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
 from kfgn.model.flat_model import Var, evaluate, read, size
@@ -35,24 +36,31 @@ Values = dict[Var, Array]
 
 
 class NegativeCurvature(NamedTuple):
-    """How far one layer's Hessian H is from its Gauss-Newton matrix G, each a scalar.
+    """How far one layer's Hessian H is from its Gauss-Newton matrix G.
 
     H - G holds all second-order terms of the layers above, brought down to this one, and what
     the loss itself lacks of convexity. T is the layer's own term, which enters between the next
     layers and this: after a transfer function, the diagonal `σ''(z_j) dE/dx_j` of (V87).
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: jnp.square(x @ w), kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.ones((1, 1)), jnp.full((1, 1), 4.0))
+    >>> found = kfgn.diagnostics.negative_curvature(objective, of="block")(w, batch)[""]
+    >>> float(found.least), float(found.gauss_newton_norm)  # of ½ (w² - 4)² at 1
+    (-2.0, 4.0)
     """
 
-    least: Array  # the least eigenvalue of H
-    greatest: Array  # the greatest one
-    negative_share: Array  # the share of eigenvalues that are negative beyond rounding
-    second_order_trace: Array  # the trace of H - G
-    second_order_norm: Array  # the Frobenius norm of H - G
-    gauss_newton_norm: Array  # the Frobenius norm of G, to compare with
+    least: Scalar  # the least eigenvalue of H
+    greatest: Scalar  # the greatest one
+    negative_share: Scalar  # the share of eigenvalues that are negative beyond rounding
+    second_order_trace: Scalar  # the trace of H - G
+    second_order_norm: Scalar  # the Frobenius norm of H - G
+    gauss_newton_norm: Scalar  # the Frobenius norm of G, to compare with
     # The same of T in the pre-activation, which `of="block"` leaves out:
-    term_negative_share: Array | None = None
-    term_positive_share: Array | None = None
-    term_trace: Array | None = None
-    term_norm: Array | None = None
+    term_negative_share: Scalar | None = None
+    term_positive_share: Scalar | None = None
+    term_trace: Scalar | None = None
+    term_norm: Scalar | None = None
 
 
 def negative_curvature(
@@ -93,18 +101,18 @@ def negative_curvature(
     if tolerance is not None:
         check_not_negative("tolerance", tolerance)
 
-    def of_blocks(params, batch):
+    def of_blocks(params: PyTree, batch: Batch) -> dict[str, NegativeCurvature]:
         exact = hessian(objective).blocks(params, batch)
         positive = gauss_newton(objective).blocks(params, batch)
         return {n: _gathered(_measured(h, positive[n], tolerance), 1) for n, h in exact.items()}
 
-    def of_pre_activations(params, batch):
+    def of_pre_activations(params: PyTree, batch: Batch) -> dict[str, NegativeCurvature]:
         loss = objective.loss
         exact = prepare(objective, params, batch, loss.hessian, second_order=True, exact=False)
         positive = prepare(objective, params, batch, loss.gauss_newton_hessian, exact=False)
         own_terms = _example_terms(objective, exact.graph, params)
 
-        def one(arguments):
+        def one(arguments: Any) -> dict[str, NegativeCurvature]:
             h, g = exact.walk_one(arguments).uses, positive.walk_one(arguments).uses
             _, example, _, target = arguments
             t = own_terms((example, target))
@@ -118,9 +126,12 @@ def negative_curvature(
 
 
 def _measured(
-    hessian: Array, positive: Array, tolerance: float | None, term: Array | None = None
+    hessian: Float[Array, "*S D D"],
+    positive: Float[Array, "*S D D"],
+    tolerance: float | None,
+    term: Float[Array, "D D"] | None = None,
 ) -> NegativeCurvature:
-    """The measures of matrices `[..., D, D]`, with squared norms."""
+    """The measures of each matrix, with squared norms."""
     values, beyond = jnp.linalg.eigvalsh(hessian), hessian - positive
     measured = NegativeCurvature(
         values[..., 0],
@@ -137,7 +148,7 @@ def _measured(
     return NegativeCurvature(*measured[:6], *shares, jnp.trace(term), jnp.sum(term**2))
 
 
-def _negative_share(values: Array, tolerance: float | None) -> Array:
+def _negative_share(values: Float[Array, "*S D"], tolerance: float | None) -> Float[Array, "*S"]:
     relative = (
         10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tolerance is None else tolerance
     )
@@ -148,7 +159,7 @@ def _negative_share(values: Array, tolerance: float | None) -> Array:
 def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
     """The measures of `count` examples, or of one matrix with blocks for slots, as scalars."""
 
-    def gather(field: str, values: Array) -> Array:
+    def gather(field: str, values: Array) -> Scalar:
         if field in ("least", "greatest"):
             return jnp.min(values) if field == "least" else jnp.max(values)
         mean = jnp.sum(values) / (jnp.size(values) if field.endswith("share") else count)
@@ -160,16 +171,16 @@ def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
 
 def _example_terms(
     objective: Objective, graph: Graph, params: PyTree
-) -> Callable[[Any], dict[str, Array]]:
-    """`(input, target) -> {use: T}` of one example, `[D, D]` in all entries of a use's output."""
+) -> Callable[[Batch], dict[str, Float[Array, "D D"]]]:
+    """`(input, target) -> {use: T}` of one example, in all entries of a use's output."""
     leaves, loss = named_leaves(params), objective.loss
     shared = graph.shared_values(leaves)
     variables = {name: use.output for name, use in graph.uses.items()}
 
-    def terms(example):
+    def terms(example: Batch) -> dict[str, Array]:
         inputs, target = jax.tree.map(lambda a: a[None], example)
 
-        def value(probes):
+        def value(probes: dict[str, Array]) -> tuple[Scalar, PyTree]:
             outputs, _ = graph.forward(leaves, inputs, probes)
             return jnp.sum(jax.vmap(loss)(outputs, target)), outputs
 
@@ -181,7 +192,7 @@ def _example_terms(
         values = {**shared, **dict(zip(graph.model.inputs, data, strict=True))}
 
         def of(output: Var) -> Array:
-            def total(change):
+            def total(change: Array) -> Scalar:
                 return _against_gradients(graph, values, ends, last, output, change)
 
             return jax.hessian(total)(jnp.zeros(size(output), output.aval.dtype))
@@ -192,8 +203,13 @@ def _example_terms(
 
 
 def _against_gradients(
-    graph: Graph, values: Values, ends: Values, last: Array, own: Var, change: Array
-) -> Array:
+    graph: Graph,
+    values: Values,
+    ends: Values,
+    last: Float[Array, "1 K"],
+    own: Var,
+    change: Float[Array, " D"],
+) -> Scalar:
     """The next pre-activations times their gradients, where one of them changes."""
     env, total = dict(values), jnp.zeros((), change.dtype)
     for equation in graph.model.jaxpr.eqns:
@@ -210,5 +226,5 @@ def _against_gradients(
     return total + _inner(last, jnp.concatenate(outputs), change.dtype)
 
 
-def _inner(a: Array, b: Array, dtype: Any) -> Array:
+def _inner(a: Array, b: Array, dtype: Any) -> Scalar:
     return jnp.sum(a.reshape(-1).astype(dtype) * b.reshape(-1).astype(dtype))

@@ -22,15 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Bool, Float
 
 from kfgn.base.checks import check_flag, check_not_negative, check_positive, check_whole
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, PyTree
+from kfgn.base.types import Array, PyTree, Scalar
 from kfgn.objective.objective import check_vector
 
-Function = Callable[[PyTree], Array]
+Function = Callable[[PyTree], Scalar]
 
 _ROUNDINGS = 10  # rounding errors of f that a remainder must exceed to be looked at
 _WINDOW = 3  # the smallest steps above rounding, from which the order is read
@@ -42,14 +43,21 @@ class CheckResult(NamedTuple):
 
     `order` is nan where fewer than two remainders are above rounding. `exact` says
     that none is, although the checked term itself is: f has no higher terms.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> wrong = lambda x: 2 * jnp.cos(x)
+    >>> sine = lambda x: jnp.sum(jnp.sin(x))
+    >>> found = kfgn.diagnostics.gradient_check(sine, jnp.ones(3), gradient=wrong)
+    >>> found.passed, found.expected, round(found.order)
+    (False, 2, 1)
     """
 
     order: float
     expected: int
     exact: bool
-    steps: np.ndarray  # `[S]`
-    remainders: np.ndarray  # `[S]`
-    above_rounding: np.ndarray  # `[S]`, of bool
+    steps: Float[np.ndarray, " S"]
+    remainders: Float[np.ndarray, " S"]
+    above_rounding: Bool[np.ndarray, " S"]
 
     @property
     def passed(self) -> bool:
@@ -157,7 +165,15 @@ def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
 
 
 def _check(
-    function, point, direction, key, gradient, product, central, step, halvings
+    function: Function,
+    point: PyTree,
+    direction: PyTree | None,
+    key: Array | None,
+    gradient: Callable[[PyTree], PyTree] | None,
+    product: Callable[[PyTree, PyTree], PyTree] | None,
+    central: bool,
+    step: float,
+    halvings: int,
 ) -> CheckResult:
     """The remainders of as many terms as are given, and the order that is observed."""
     direction, steps = _prepared(function, point, direction, key, step, halvings)
@@ -165,7 +181,7 @@ def _check(
     unit = float(jnp.finfo(_least_precise((point, jax.eval_shape(function, point)))).eps)
 
     @jax.jit
-    def measure(point, direction, steps):
+    def measure(point: PyTree, direction: PyTree, steps: Array) -> tuple[Any, ...]:
         value, slopes = function(point), first(point)
         check_vector(point, slopes)
         terms = [value, inner(slopes, direction)]
@@ -174,7 +190,7 @@ def _check(
             check_vector(point, curved)
             terms.append(0.5 * inner(curved, direction))
 
-        def at(h):
+        def at(h: Scalar) -> Scalar:
             return function(jax.tree.map(lambda x, d: x + h.astype(x.dtype) * d, point, direction))
 
         moved = jax.tree.map(jnp.multiply, slopes, point)
@@ -198,7 +214,13 @@ def _check(
         return _observed(remainder, rounding(plus, *series), h, len(terms), np.abs(series[-1][0]))
 
 
-def _observed(remainder, rounding, steps, expected: int, term) -> CheckResult:
+def _observed(
+    remainder: Float[np.ndarray, " S"],
+    rounding: Float[np.ndarray, " S"],
+    steps: Float[np.ndarray, " S"],
+    expected: int,
+    term: float,
+) -> CheckResult:
     """The order, by least squares in logarithms over the smallest steps above rounding."""
     finite = np.isfinite(remainder) & np.isfinite(rounding)
     above = finite & (remainder > _ROUNDINGS * rounding)
@@ -214,7 +236,14 @@ def _observed(remainder, rounding, steps, expected: int, term) -> CheckResult:
     return CheckResult(order, expected, exact, steps, remainder, above)
 
 
-def _prepared(function, point, direction, key, step, halvings) -> tuple[PyTree, Array]:
+def _prepared(
+    function: Function,
+    point: PyTree,
+    direction: PyTree | None,
+    key: Array | None,
+    step: float,
+    halvings: int,
+) -> tuple[PyTree, Float[Array, " S"]]:
     """The direction and the steps, with everything checked."""
     check_positive("step", step)
     check_whole("halvings", halvings, 1)

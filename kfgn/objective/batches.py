@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import BatchError, OptionError
@@ -61,6 +62,13 @@ def batches(
     Raises:
       BatchError: the data have no examples, or arrays that differ in their number.
       OptionError: an unknown strategy, or a number that does not fit the data.
+
+    >>> import numpy as np, kfgn
+    >>> data = np.arange(6)
+    >>> pairs = kfgn.solvers.batches(data, 3, strategy="fixed", curvature_size=2, steps=2)
+    >>> gradient, curvature = zip(*pairs)
+    >>> sorted(np.concatenate(gradient).tolist()), [len(c) for c in curvature]
+    ([0, 1, 2, 3, 4, 5], [2, 2])
     """
     count = _examples(data)
     check_choice("strategy", strategy, STRATEGIES)
@@ -92,8 +100,8 @@ def batches(
 
 def _draws(
     strategy: str, count: int, size: int, repeats: int, seed: int
-) -> Callable[[int], np.ndarray]:
-    """`step -> indices [R b]`; the last shuffle is kept, for the steps within one pass."""
+) -> Callable[[int], Int[np.ndarray, " R_b"]]:
+    """`step -> indices`; the last shuffle is kept, for the steps within one pass."""
     each = count // size
     kept: dict[int, np.ndarray] = {}
 

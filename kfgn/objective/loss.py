@@ -16,17 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float, Shaped
 
 from kfgn.base.errors import LossError
 from kfgn.base.linalg import count_of, mean_of_examples
-from kfgn.base.types import Array
+from kfgn.base.types import Array, Scalar
 
 Outputs = Any  # an array, or a pytree of arrays
-Columns = Callable[[Array], Array]
+Columns = Callable[[Array], Float[Array, "N K"]]
 
 
-def flatten_batch(outputs: Outputs) -> Array:
-    """The outputs of a batch as one matrix `[N, K]`."""
+def flatten_batch(outputs: Outputs) -> Float[Array, "N K"]:
+    """The outputs of a batch as one matrix."""
     leaves = jax.tree.leaves(outputs)
     return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in leaves], axis=1)
 
@@ -64,7 +65,7 @@ class Loss:
         convex: bool = False,
         sample: Callable[[Array, Outputs], Any] | None = None,
         correct: Callable[[Outputs, Any], Array] | None = None,
-    ):
+    ) -> None:
         self.function = function
         self.name = name
         self.convex = convex
@@ -74,29 +75,31 @@ class Loss:
     def __repr__(self) -> str:
         return f"kfgn.losses.{self.name}"
 
-    def __call__(self, outputs: Outputs, target: Any) -> Array:
-        """The loss of one example, a scalar."""
+    def __call__(self, outputs: Outputs, target: Any) -> Scalar:
+        """The loss of one example."""
         return self.function(outputs, target)
 
     # One example.
 
-    def hessian(self, outputs: Outputs, target: Any) -> Array:
-        """The exact output Hessian of one example, `[K, K]`."""
+    def hessian(self, outputs: Outputs, target: Any) -> Float[Array, "K K"]:
+        """The exact output Hessian of one example."""
         flat, unravel = ravel_pytree(outputs)
         return jax.hessian(lambda o: self(unravel(o), target))(flat)
 
-    def gauss_newton_hessian(self, outputs: Outputs, target: Any) -> Array:
-        """The semi-definite output Hessian that Gauss-Newton uses, `[K, K]`."""
+    def gauss_newton_hessian(self, outputs: Outputs, target: Any) -> Float[Array, "K K"]:
+        """The semi-definite output Hessian that Gauss-Newton uses."""
         hessian = self.hessian(outputs, target)
         return hessian if self.convex else _project(hessian)
 
-    def hessian_sqrt(self, outputs: Outputs, target: Any) -> Array:
-        """`C` `[K, K]` with `C C'` the Gauss-Newton output Hessian of one example."""
+    def hessian_sqrt(self, outputs: Outputs, target: Any) -> Float[Array, "K R"]:
+        """`C` with `C C'` the Gauss-Newton output Hessian of one example."""
         values, vectors = jnp.linalg.eigh(self.hessian(outputs, target))
         return vectors * jnp.sqrt(jnp.maximum(values, 0))
 
-    def gauss_newton_product(self, outputs: Outputs, target: Any, vector: Array) -> Array:
-        """The Gauss-Newton output Hessian of one example times a vector `[K]`."""
+    def gauss_newton_product(
+        self, outputs: Outputs, target: Any, vector: Float[Array, " K"]
+    ) -> Float[Array, " K"]:
+        """The Gauss-Newton output Hessian of one example times a vector."""
         if not self.convex:
             return self.gauss_newton_hessian(outputs, target) @ vector
         flat, unravel = ravel_pytree(outputs)
@@ -117,7 +120,7 @@ class Loss:
             )
         return self._sample(key, outputs)
 
-    def correct(self, outputs: Outputs, target: Any) -> Array:
+    def correct(self, outputs: Outputs, target: Any) -> Shaped[Array, ""]:
         """Whether one example's target is predicted, or the share of its labels that are.
 
         Raises:
@@ -133,8 +136,8 @@ class Loss:
 
     # A batch.
 
-    def mean_hessian(self, outputs: Outputs, targets: Any) -> Array:
-        """The mean Gauss-Newton output Hessian `[K, K]`, never `[N, K, K]` at once."""
+    def mean_hessian(self, outputs: Outputs, targets: Any) -> Float[Array, "K K"]:
+        """The mean Gauss-Newton output Hessian, never `[N, K, K]` at once."""
         return mean_of_examples(lambda one: self.gauss_newton_hessian(*one), (outputs, targets))
 
     def sqrt_columns(self, outputs: Outputs, targets: Any) -> tuple[int, Columns]:
@@ -142,13 +145,13 @@ class Loss:
         roots = jax.vmap(self.hessian_sqrt)(outputs, targets)
         return roots.shape[-1], lambda k: jnp.take(roots, k, axis=-1)
 
-    def sampled_gradients(self, key: Array, outputs: Outputs) -> Array:
-        """Output gradients at targets drawn from the model's distribution, `[N, K]`."""
+    def sampled_gradients(self, key: Array, outputs: Outputs) -> Float[Array, "N K"]:
+        """Output gradients at targets drawn from the model's distribution."""
         keys = jax.random.split(key, count_of(outputs))
         return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
 
-    def gradients(self, outputs: Outputs, targets: Any) -> Array:
-        """The gradient of each example's loss in its outputs, `[N, K]`."""
+    def gradients(self, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
+        """The gradient of each example's loss in its outputs."""
         return flatten_batch(jax.vmap(jax.grad(self.function))(outputs, targets))
 
     # Checks: shapes always, values only where they are concrete.
@@ -173,7 +176,7 @@ class Loss:
         """Raises LossError where concrete targets lie outside the loss's domain."""
 
 
-def _project(matrix: Array) -> Array:
+def _project(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
     values, vectors = jnp.linalg.eigh(matrix)
     return (vectors * jnp.maximum(values, 0)) @ vectors.T
 

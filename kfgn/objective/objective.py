@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves, path_name
-from kfgn.base.types import Array, Batch, PyTree
+from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
 
 
@@ -57,7 +58,7 @@ class Objective:
             object.__setattr__(self, "loss", from_function(self.loss))
         check_not_negative("l2", self.l2)
 
-    def __call__(self, params: PyTree, batch: tuple[PyTree, PyTree] | None = None) -> Array:
+    def __call__(self, params: PyTree, batch: Batch | None = None) -> Scalar:
         if batch is None:
             raise BatchError(
                 "an objective is called as objective(params, batch), found no batch; optax's line "
@@ -66,19 +67,19 @@ class Objective:
             )
         return self.mean_loss(params, batch) + self.penalty(params)
 
-    def mean_loss(self, params: PyTree, batch: tuple[PyTree, PyTree]) -> Array:
+    def mean_loss(self, params: PyTree, batch: Batch) -> Scalar:
         """The mean per-example loss over the batch, without the penalty."""
         inputs, targets = check_batch(batch)
         outputs = self.model(params, inputs)
         check_outputs(self.loss, outputs, inputs, targets)
         return mean_of(jax.vmap(self.loss)(outputs, targets))
 
-    def penalty(self, params: PyTree) -> Array:
+    def penalty(self, params: PyTree) -> Scalar:
         """`l2/2 |params|^2`."""
         return 0.5 * self.l2 * inner(params, params)
 
 
-def mean_of(losses: Array) -> Array:
+def mean_of(losses: Float[Array, " N"]) -> Scalar:
     """The mean of per-example losses, in at least float32: steps compare such means."""
     return jnp.mean(losses, dtype=factor_dtype(losses.dtype))
 

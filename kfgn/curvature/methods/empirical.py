@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from kfgn.curvature.methods.method import Method
+from kfgn.curvature.factors import Moments
+from kfgn.curvature.methods.method import Method, Request, UseCost
 
 
 class Empirical(Method):
@@ -10,9 +11,9 @@ class Empirical(Method):
 
     name = "empirical"
 
-    def moments(self, request):
+    def moments(self, request: Request) -> dict[str, Moments]:
         model = request.model
         return request.column_moments(model.loss.gradients(model.outputs, model.targets))
 
-    def flops(self, use):
+    def flops(self, use: UseCost) -> int:
         return use.activation + use.column

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 
 from kfgn.base.linalg import sum_of_examples
-from kfgn.curvature.methods.method import Method
+from kfgn.curvature.factors import Moments
+from kfgn.curvature.methods.method import Method, Request, UseCost
 
 
 class KFAC(Method):
@@ -14,13 +15,14 @@ class KFAC(Method):
     name = "kfac"
     draws = True
 
-    def moments(self, request):
+    def moments(self, request: Request) -> dict[str, Moments]:
         loss, outputs = request.model.loss, request.model.outputs
+        assert request.key is not None  # `check_key` saw to it
         keys = jax.random.split(request.key, request.samples)
         total = sum_of_examples(
             lambda key: request.column_moments(loss.sampled_gradients(key, outputs)), keys
         )
         return jax.tree.map(lambda x: x / request.samples, total)
 
-    def flops(self, use):
+    def flops(self, use: UseCost) -> int:
         return use.activation + use.column

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kfgn.base.linalg import sum_of_examples
-from kfgn.curvature.methods.method import Method
+from kfgn.curvature.factors import Moments
+from kfgn.curvature.methods.method import Method, Request, UseCost
 
 
 class KFLR(Method):
@@ -13,11 +14,11 @@ class KFLR(Method):
 
     name = "kflr"
 
-    def moments(self, request):
+    def moments(self, request: Request) -> dict[str, Moments]:
         count, column = request.model.loss.sqrt_columns(
             request.model.outputs, request.model.targets
         )
         return sum_of_examples(lambda k: request.column_moments(column(k)), jnp.arange(count))
 
-    def flops(self, use):
+    def flops(self, use: UseCost) -> int:
         return use.activation + use.columns * use.column

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
+
+from kfgn.base.types import Array
 from kfgn.curvature.channels import summed_over_positions, walk_channels
-from kfgn.curvature.factors import over_positions, walked_moments
-from kfgn.curvature.methods.method import Method
+from kfgn.curvature.factors import Moments, over_positions, walked_moments
+from kfgn.curvature.methods.method import Method, Request, UseCost
 from kfgn.curvature.recursion import Walk, walk_back
 
 
@@ -15,19 +18,19 @@ class KFRA(Method):
     probes = False
     spatial = ("joint", "homogeneous")
 
-    def moments(self, request):
+    def moments(self, request: Request) -> dict[str, Moments]:
         sums = _recursion(request)
         layers = request.model.graph.layers
         return {n: walked_moments(layer, sums, request.sharing) for n, layer in layers.items()}
 
-    def flops(self, use):
+    def flops(self, use: UseCost) -> int:
         return use.activation + use.congruence
 
-    def flops_between(self, walk):
+    def flops_between(self, walk: int) -> int:
         return walk
 
 
-def _recursion(request):
+def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:
     """What the mean matrix leaves at every use, summed over its positions."""
     model, sharing = request.model, request.sharing
     graph = model.graph

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, NamedTuple
 
+from jaxtyping import Float
+
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array
 from kfgn.curvature.factors import Moments, gradient_moments
@@ -19,8 +21,8 @@ class Request(NamedTuple):
     spatial: str
     key: Array | None
 
-    def column_moments(self, column: Array) -> dict[str, Moments]:
-        """The second moments of a cotangent `[N, K]` at every layer's pre-activations."""
+    def column_moments(self, column: Float[Array, "N K"]) -> dict[str, Moments]:
+        """The second moments of a cotangent at every layer's pre-activations."""
         _, cotangents = self.model.pull(column)
         return {
             name: gradient_moments(
