@@ -33,6 +33,9 @@ _COUNT = 3
 _FIRST = [0, 1, 2]
 _CHANGES = ([0, 4, 2], [3, 1, 5])
 
+# The program runs a few times, on three examples: it is not worth optimizing. (On CPU.)
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 _POOL = np.random.default_rng(0).normal(size=10007)  # a prime: rows of a matrix differ
 
 # Signed values; positive ones, where those leave units dead or are outside of
@@ -136,8 +139,18 @@ def _compile(
         jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], [jaxpr.outvars[k] for k in kept]
     )
     known = [abstract(x, x.shape) if _is_tracer(x) else x for x in closed.consts]
-    run = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch))).compile()
-    return run, known, [path_name(outs[k][0]) for k in kept]
+    lowered = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch)))
+    return _quickly(lowered), known, [path_name(outs[k][0]) for k in kept]
+
+
+def _quickly(lowered: Any) -> Callable[..., Any]:
+    """The compiled program; which options there are differs between versions of XLA."""
+    if jax.default_backend() == "cpu":
+        try:
+            return lowered.compile(_QUICK)
+        except jax.errors.JaxRuntimeError:
+            pass
+    return lowered.compile()
 
 
 _Trial = tuple[list[int], list[np.ndarray], list[np.ndarray]]
