@@ -131,23 +131,19 @@ class _Linear(Jacobian):
         # Offsets do not move a linear node's Jacobian: zeros stand for them.
         passive = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.passive]
         zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
-        self.pull = jax.vjp(lambda *x: function(*x, *passive), *zeros)[1]
         self.node = node
-
-    def _rows(self, rows: dict[Var, Array], i: Var) -> Array:
-        """`sum_o rows_o J_oi`, `[R, D_i]` from `[R, D_o]`."""
-        return _pull_rows(self.node, self.pull, rows, i)
+        self.rows = _Rows(node, jax.vjp(lambda *x: function(*x, *passive), *zeros)[1])
 
     def left(self, o, i, block):
-        return self._rows({o: block.T}, i).T
+        return self.rows({o: block}, i, turned=True).T
 
     def congruence(self, own, i, j):
-        return _congruence(own, self._rows, i, j)
+        return _congruence(own, self.rows, i, j)
 
     def gradient(self, outs):
         count = next(iter(outs.values())).shape[0]
         flat = {o: g.reshape(count, -1) for o, g in outs.items()}
-        return {i: self._rows(flat, i).reshape(count, *i.aval.shape) for i in self.node.inputs}
+        return {i: self.rows(flat, i).reshape(count, *i.aval.shape) for i in self.node.inputs}
 
 
 class _Elementwise:
@@ -202,30 +198,31 @@ class _General(Jacobian):
         self.function = node.function(shared)
         self.arguments = [values[v] for v in node.inputs + node.passive]
         self.count = self.arguments[0].shape[0]
+        self.rows: _Rows | None = None  # of the one example, where there is one
 
     def _pull(self, arguments: list[Array]) -> Callable:
         split = len(self.node.inputs)
         inputs, passive = arguments[:split], arguments[split:]
         return jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
 
-    def _mean(self, of_rows: Callable[[Callable], Array], entries: int) -> Array:
+    def _mean(self, of_rows: Callable[[_Rows], Array], entries: int) -> Array:
         """The mean over examples of `of_rows(rows_of_this_example)`."""
 
-        def one(arguments):
-            pull = self._pull(arguments)
-            return of_rows(lambda rows, i: _pull_rows(self.node, pull, rows, i))
+        def rows(arguments):
+            return _Rows(self.node, self._pull(arguments))
 
         if self.count == 1:
-            return one([a[0] for a in self.arguments])
+            self.rows = self.rows or rows([a[0] for a in self.arguments])
+            return of_rows(self.rows)
 
         def summed(arguments):
-            return jnp.sum(jax.vmap(one)(arguments), axis=0)
+            return jnp.sum(jax.vmap(lambda one: of_rows(rows(one)))(arguments), axis=0)
 
         return sum_over_examples(summed, self.arguments, 4 * entries) / self.count
 
     def left(self, o, i, block):
         entries = block.shape[1] * (size(o) + size(i))
-        return self._mean(lambda rows: rows({o: block.T}, i).T, entries)
+        return self._mean(lambda rows: rows({o: block}, i, turned=True).T, entries)
 
     def congruence(self, own, i, j):
         entries = sum(size(o) for o in self.node.outputs) * (size(i) + size(j))
@@ -265,16 +262,36 @@ def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
     ]
 
 
-def _pull_rows(node: Node, pull: Callable, rows: dict[Var, Array], i: Var) -> Array:
-    """`sum_o rows_o J_oi` by one vector-Jacobian product per row."""
-    count = next(iter(rows.values())).shape[0]
-    cotangents = _cotangents(node, rows, count)
-    pulled = jax.vmap(pull)(cotangents)[node.inputs.index(i)]
-    return pulled.reshape(count, -1).astype(next(iter(rows.values())).dtype)
+class _Rows:
+    """Rows times a node's Jacobian, `sum_o rows_o J_oi`, by one vector-Jacobian product per row.
+
+    A product gives all inputs at once, and a walk asks for every pair of them: what was
+    pulled before is known.
+    """
+
+    def __init__(self, node: Node, pull: Callable):
+        self.node, self.pull = node, pull
+        self.known: dict[Any, tuple[Values, Values]] = {}
+
+    def __call__(self, rows: Values, i: Var, turned: bool = False) -> Array:
+        """`[R, D_i]` from `[R, D_o]`, or from `[D_o, R]` if turned."""
+        key = (turned, *((o, id(block)) for o, block in rows.items()))
+        if key not in self.known:  # with the rows, whose ids stay theirs
+            self.known[key] = (
+                rows,
+                self._pulled({o: block.T if turned else block for o, block in rows.items()}),
+            )
+        return self.known[key][1][i]
+
+    def _pulled(self, rows: Values) -> Values:
+        first = next(iter(rows.values()))
+        pulled = jax.vmap(self.pull)(_cotangents(self.node, rows, len(first)))
+        pairs = zip(self.node.inputs, pulled, strict=True)
+        return {i: x.reshape(len(first), -1).astype(first.dtype) for i, x in pairs}
 
 
-def _congruence(own: PairBlocks, rows: Callable, i: Var, j: Var) -> Array:
+def _congruence(own: PairBlocks, rows: _Rows, i: Var, j: Var) -> Array:
     """`sum_op J_oi' M_op J_pj` of one example: rows first, then columns."""
     outputs = dict.fromkeys(o for o, _ in own)
     right = {o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs}
-    return rows({o: block.T for o, block in right.items()}, i).T
+    return rows(right, i, turned=True).T
