@@ -11,7 +11,7 @@ import kfgn
 from tests.tables.comparison import L2, OPERATORS, by_path, close, compare, setting
 from tests.tables.dense import quick_jit, submatrix
 from tests.tables.losses import LOSSES
-from tests.tables.models import MODELS, dense
+from tests.tables.nets import MODELS, dense
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.row("model")]
 

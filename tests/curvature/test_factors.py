@@ -17,7 +17,7 @@ from kfgn.base.trees import named_leaves
 from tests.tables.comparison import as_params, close, setting
 from tests.tables.dense import dense_truth, indices, quick_jit, submatrix
 from tests.tables.losses import LOSSES
-from tests.tables.models import Case, Slot, dense, normalize
+from tests.tables.nets import Case, Slot, dense, normalize
 
 float64 = pytest.mark.usefixtures("x64")
 

@@ -16,7 +16,7 @@ from tests.tables.comparison import OPERATORS, close, setting
 from tests.tables.comparison import compare as compare_with_truth
 from tests.tables.dense import quick_jit, submatrix
 from tests.tables.losses import LOSSES
-from tests.tables.models import chain
+from tests.tables.nets import chain
 
 pytestmark = pytest.mark.usefixtures("x64")
 

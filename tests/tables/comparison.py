@@ -12,7 +12,7 @@ import numpy as np
 import kfgn
 from tests.tables.dense import Index, Truth, dense_truth, indices, own_entries, quick_jit
 from tests.tables.losses import LOSSES
-from tests.tables.models import MODELS, Case
+from tests.tables.nets import MODELS, Case
 
 # In the objectives of all these tests. The curvature of the penalty is no part
 # of any matrix, which a value that is not zero tests.

@@ -16,7 +16,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from tests.tables.losses import LossRow
-from tests.tables.models import Case
+from tests.tables.nets import Case
 
 # Compiling, not running, takes the time of these tests: this saves three quarters of it.
 _QUICK_TO_COMPILE = {

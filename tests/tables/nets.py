@@ -1,4 +1,4 @@
-"""The table of models: small networks of every structure that kfgn claims to treat exactly.
+"""The table of nets: dense layers in every structure, with the theorems that hold for each.
 
 A row names its dense layers; each holds a kernel "w" and, where it has one, a
 bias "b". `dense` adds a bias wherever there is one, so that the dense truth can
