@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_chunk_size
 from kfgn.base.errors import OptionError
@@ -25,7 +26,7 @@ Correct = Callable[[PyTree, PyTree], Array]
 
 
 class BiasVariance(NamedTuple):
-    """Mean losses, without the penalty, and accuracies in [0, 1].
+    """Mean losses, without the penalty, and accuracies in [0, 1]; points may be stacked, `[S]`.
 
     >>> import kfgn
     >>> point = kfgn.diagnostics.BiasVariance(0.1, 0.75, 0.3, 0.5)
@@ -33,18 +34,18 @@ class BiasVariance(NamedTuple):
     (0.25, 0.25)
     """
 
-    train_loss: Scalar
-    train_accuracy: Scalar
-    dev_loss: Scalar
-    dev_accuracy: Scalar
+    train_loss: Float[Array, "*S"]
+    train_accuracy: Float[Array, "*S"]
+    dev_loss: Float[Array, "*S"]
+    dev_accuracy: Float[Array, "*S"]
 
     @property
-    def bias(self) -> Scalar:
+    def bias(self) -> Float[Array, "*S"]:
         """The error on the data trained on, `1 - train_accuracy`."""
         return 1 - self.train_accuracy
 
     @property
-    def variance(self) -> Scalar:
+    def variance(self) -> Float[Array, "*S"]:
         """By how much the error is larger on the other data; negative where it is smaller."""
         return self.train_accuracy - self.dev_accuracy
 

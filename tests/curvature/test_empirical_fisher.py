@@ -10,9 +10,9 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.base.trees import named_leaves
+from tests.tables.architectures import ROWS, loss_row, make_targets
 from tests.tables.comparison import close
 from tests.tables.dense import quick_jit
-from tests.tables.second_table import ROWS, loss_row, make_targets
 
 pytestmark = pytest.mark.usefixtures("x64")
 
