@@ -6,10 +6,10 @@ from kfgn.curvature.batch import (
     average_curvature,
     value_grad_and_curvature,
 )
+from kfgn.curvature.blocks import ParameterBlocks
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operator import Operator
 from kfgn.curvature.operators import empirical_fisher, gauss_newton, hessian
-from kfgn.curvature.parameter_blocks import ParameterBlocks
 
 __all__ = [
     "Curvature",

@@ -21,10 +21,15 @@ from kfgn.base.linalg import (
 )
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
-from kfgn.curvature.parameter_blocks import refuse_large_blocks, split_block, split_matvec
+from kfgn.curvature.blocks import (
+    Block,
+    blocks_of,
+    refuse_large_blocks,
+    split_block,
+    split_matvec,
+)
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
 from kfgn.model.graph import build_graph
-from kfgn.model.layer import Layer
 from kfgn.objective.objective import (
     Objective,
     check_batch,
@@ -138,15 +143,13 @@ class Operator:
         check_flag("per_example", per_example)
         check_flag("split_bias", split_bias)
         prepared = self._prepare(params, batch)
-        graph, arguments = prepared.graph, prepared.arguments
-        refuse_large_blocks(
-            graph, params, prepared.dtype, count_of(arguments) if per_example else 1
-        )
+        blocks, arguments = blocks_of(prepared.graph), prepared.arguments
+        refuse_large_blocks(blocks, prepared.dtype, count_of(arguments) if per_example else 1)
         of_all = map_examples if per_example else mean_of_examples
         found = of_all(example_blocks(prepared, params), arguments)
         if not split_bias:
             return found
-        return {name: split_block(block, graph.layers.get(name)) for name, block in found.items()}
+        return {name: split_block(matrix, blocks[name]) for name, matrix in found.items()}
 
     def block_matvecs(
         self,
@@ -170,27 +173,26 @@ class Operator:
         check_flag("per_example", per_example)
         check_flag("split_bias", split_bias)
         inputs, _, _ = require_batch(self.objective, params, batch)
-        graph, leaves = build_graph(self.objective, params, inputs), named_leaves(params)
-        blocks = {**graph.layers, **dict.fromkeys(graph.reasons)}
+        blocks = blocks_of(build_graph(self.objective, params, inputs))
         linear = self._linear(params, batch)  # one forward pass for all products
 
-        def matvec_of(name: str, layer: Layer | None) -> Callable[[Array], Array]:
+        def matvec_of(block: Block) -> Callable[[Array], Array]:
             def each(matrix: Array) -> Array:
                 def one(example: Batch) -> Array:
                     alone = jax.tree.map(lambda a: a[None], example)
-                    return _in_block(self._linear(params, alone), params, name, layer, matrix)
+                    return _in_block(self._linear(params, alone), params, block, matrix)
 
                 return map_examples(one, tuple(batch))
 
             def mean(matrix: Array) -> Array:
-                return _in_block(linear, params, name, layer, matrix)
+                return _in_block(linear, params, block, matrix)
 
             return each if per_example else mean
 
-        found = {name: matvec_of(name, layer) for name, layer in blocks.items()}
+        found = {name: matvec_of(block) for name, block in blocks.items()}
         if not split_bias:
             return found
-        return {name: split_matvec(name, f, blocks[name], leaves) for name, f in found.items()}
+        return {name: split_matvec(f, blocks[name]) for name, f in found.items()}
 
     def diagonal(
         self, params: PyTree, batch: Batch, *, chunk_size: int | None = 1
@@ -205,11 +207,10 @@ class Operator:
 
     def diagonal_by_parameter(self, params: PyTree, batch: Batch) -> PyTree:
         """The same as a pytree like params, in at least float32."""
-        graph = build_graph(self.objective, params, check_batch(batch)[0])
+        blocks = blocks_of(build_graph(self.objective, params, check_batch(batch)[0]))
         found: dict[str, Array] = {}
         for name, values in self.diagonal(params, batch).items():
-            layer = graph.layers.get(name)
-            found.update({name: values} if layer is None else layer.from_matrix(values))
+            found |= blocks[name].from_matrix(values)
         return with_leaves(params, {n: x.astype(factor_dtype(x.dtype)) for n, x in found.items()})
 
     def pre_activation(
@@ -262,11 +263,7 @@ class Operator:
 
 
 def _in_block(
-    product: Callable[[PyTree], PyTree],
-    params: PyTree,
-    name: str,
-    layer: Layer | None,
-    matrix: Array,
+    product: Callable[[PyTree], PyTree], params: PyTree, block: Block, matrix: Array
 ) -> Array:
     """The whole product with a direction in one block, read in the same block."""
 
@@ -274,15 +271,13 @@ def _in_block(
         direction = with_leaves(jax.tree.map(jnp.zeros_like, params), leaves)
         return named_leaves(product(direction))
 
-    if layer is None:
-        return along({name: matrix})[name]
-    slots = matrix.reshape(len(layer.slots), -1)
+    slots = matrix.reshape(len(block.slots), -1)
     parts = []
     for k in range(len(slots)):
-        alone = jnp.zeros_like(slots).at[k].set(slots[k]).reshape(layer.matrix_shape)
-        moved = layer.to_matrix(along(layer.from_matrix(alone)))
+        alone = jnp.zeros_like(slots).at[k].set(slots[k]).reshape(block.matrix_shape)
+        moved = block.to_matrix(along(block.from_matrix(alone)))
         parts.append(moved.reshape(slots.shape)[k])
-    return jnp.stack(parts).reshape(layer.matrix_shape)
+    return jnp.stack(parts).reshape(block.matrix_shape)
 
 
 def size_of(params: PyTree) -> int:

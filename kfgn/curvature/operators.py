@@ -33,6 +33,7 @@ from kfgn.base.linalg import (
 )
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
+from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, width_of
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
@@ -193,9 +194,10 @@ class EmpiricalFisher(GaussNewton):
             squares = mean_of_examples(
                 lambda one: self._squares(params, others, one), (inputs, targets), chunk_size
             )
-        left = {n: x.to_matrix(squares) for n, x in graph.layers.items() if n not in once}
-        found |= left | {name: squares[name] for name in graph.reasons}
-        return {name: found[name] for name in (*graph.layers, *graph.reasons)}
+        return {
+            name: found[name] if name in found else block.to_matrix(squares)
+            for name, block in blocks_of(graph).items()
+        }
 
     def _squares(self, params: PyTree, own: dict[str, Array], example: Batch) -> dict[str, Array]:
         """One example's squared gradients of some parameters."""

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
+from kfgn.curvature.blocks import Block, blocks_of
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
@@ -135,7 +136,15 @@ def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -
     for name, row in rows.items():
         use = graph.kept_uses[name]
         found[name] = single_diagonal(use, arguments[0][prepared.order[use.input]], row)
-    return in_shape(graph, params, found)
+    return {
+        name: _in_shape(block, [found[n] for n in ((name,) if name in found else block.uses)])
+        for name, block in blocks_of(graph).items()
+    }
+
+
+def _in_shape(block: Block, parts: list[Array]) -> Array:
+    """Diagonals of a block's uses, or its own, in the shape of its matrix."""
+    return jnp.concatenate([p.reshape(-1) for p in parts]).reshape(block.matrix_shape)
 
 
 def single_diagonal(use: Use, values: Array, rows: Float[Array, "N D"]) -> Float[Array, "s i o"]:
@@ -156,17 +165,6 @@ def shared_diagonal(
     own = np.moveaxis(entries_of(use), 1, 2)  # `[s, o, t]`
     between = matrix[own[..., :, None], own[..., None, :]]
     return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=PRECISION)
-
-
-def in_shape(graph: Graph, params: PyTree, found: dict[str, Array]) -> dict[str, Array]:
-    """Diagonals by use, or by block, as one per layer in the shape of its matrix."""
-    leaves, result = named_leaves(params), {}
-    for name, layer in graph.layers.items():
-        parts = [found[name]] if name in found else [found[use] for use in layer.uses]
-        result[name] = jnp.concatenate([p.reshape(-1) for p in parts]).reshape(layer.matrix_shape)
-    for name in graph.reasons:
-        result[name] = found[name].reshape(jnp.shape(leaves[name]))
-    return result
 
 
 def use_block(

@@ -1,4 +1,4 @@
-"""A layer's block by weights and biases.
+"""Blocks: of a layer or of a parameter in none, whole, or by weights and biases.
 
 With x_n a layer's input and H_n the matrix in its pre-activation, which the recursion
 (66)-(67) of Veitch brings down (his Algorithm 3), a block has the parts
@@ -12,9 +12,10 @@ on the row-major vec of the kernel `[d_in, d_out]`; his has the transposed kerne
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +23,39 @@ from jaxtyping import Float
 
 from kfgn.base.checks import check_size
 from kfgn.base.errors import ParameterError
-from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, PyTree
+from kfgn.base.types import Array, Shape
 from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer
+from kfgn.model.parameter_use import Use
+
+
+@dataclasses.dataclass(frozen=True)
+class LoneParameter:
+    """A parameter in no layer, read as a `Layer` is: its matrix is the array as it stands."""
+
+    name: str
+    matrix_shape: Shape
+    slots: ClassVar[tuple[tuple[Use, ...], ...]] = ((),)
+    uses: ClassVar[dict[str, Use]] = {}
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def to_matrix(self, leaves: dict[str, Array]) -> Array:
+        return leaves[self.name]
+
+    def from_matrix(self, matrix: Array) -> dict[str, Array]:
+        return {self.name: matrix}
+
+
+Block: TypeAlias = Layer | LoneParameter
+
+
+def blocks_of(graph: Graph) -> dict[str, Block]:
+    """Every block by its name: the layers, then the parameters in none."""
+    shapes = {name: graph.model.parameters[name].aval.shape for name in graph.reasons}
+    return {**graph.layers, **{name: LoneParameter(name, s) for name, s in shapes.items()}}
 
 
 class ParameterBlocks(NamedTuple):
@@ -49,33 +79,32 @@ class ParameterBlocks(NamedTuple):
     bias_bias: Float[Array, "*S D_b D_b"] | None
 
 
-def split_block(block: Float[Array, "*S D D"], layer: Layer | None) -> ParameterBlocks:
-    """A block on the vec of `[groups, d_in + 1, d_out]` by weights and biases."""
-    if layer is None or layer.first.bias is None:
-        return ParameterBlocks(block, None, None)
-    use = layer.first
-    entries = np.arange(block.shape[-1]).reshape(use.form.groups, use.width, use.form.d_out)
+def split_block(matrix: Float[Array, "*S D D"], block: Block) -> ParameterBlocks:
+    """A matrix on the vec of `[groups, d_in + 1, d_out]` by weights and biases."""
+    if not _has_bias(block):
+        return ParameterBlocks(matrix, None, None)
+    entries = np.arange(matrix.shape[-1]).reshape(-1, *block.matrix_shape[-2:])
     w, b = entries[:, :-1].reshape(-1), entries[:, -1].reshape(-1)
     return ParameterBlocks(
-        block[..., w[:, None], w], block[..., w[:, None], b], block[..., b[:, None], b]
+        matrix[..., w[:, None], w], matrix[..., w[:, None], b], matrix[..., b[:, None], b]
     )
 
 
 def split_matvec(
-    name: str, matvec: Callable[[Array], Array], layer: Layer | None, leaves: dict[str, Array]
+    matvec: Callable[[Array], Array], block: Block
 ) -> Callable[..., tuple[Array, Array | None]]:
     """A block's product with weights `[..., d_in, d_out]` and biases `[..., d_out]`, as a pair."""
-    shape = jnp.shape(leaves[name]) if layer is None else layer.matrix_shape
+    shape = block.matrix_shape
     expected: tuple[Any, Any] = (shape, None)
-    if layer is not None and layer.first.bias is not None:
+    if _has_bias(block):
         expected = (*shape[:-2], shape[-2] - 1, shape[-1]), (*shape[:-2], shape[-1])
 
     def product(weights: Array, biases: Array | None = None) -> tuple[Array, Array | None]:
         found = (jnp.shape(weights), None if biases is None else jnp.shape(biases))
         if found != expected:
             raise ParameterError(
-                f"the block of {name!r} acts on weights and biases of shapes {expected}, found "
-                f"{found}"
+                f"the block of {block.name!r} acts on weights and biases of shapes {expected}, "
+                f"found {found}"
             )
         if biases is None:
             return matvec(jnp.asarray(weights)), None
@@ -85,15 +114,17 @@ def split_matvec(
     return product
 
 
-def refuse_large_blocks(graph: Graph, params: PyTree, dtype: Any, count: int) -> None:
+def _has_bias(block: Block) -> bool:
+    return len(block.parameters) > 1
+
+
+def refuse_large_blocks(blocks: dict[str, Block], dtype: Any, count: int) -> None:
     """Raises OptionError where `count` dense copies of a block would hold over 2 GiB."""
-    leaves = named_leaves(params)
-    sizes = {n: (len(x.slots), math.prod(x.matrix_shape)) for n, x in graph.layers.items()}
-    sizes |= {n: (1, jnp.size(leaves[n])) for n in graph.reasons}
-    for name, (slots, entries) in sizes.items():
-        side = entries // slots
-        remedy = (
-            "Use block_matvecs, which form no matrix, or look at "
-            'kfgn.diagnostics.negative_curvature of="pre_activation".'
-        )
+    remedy = (
+        "Use block_matvecs, which form no matrix, or look at "
+        'kfgn.diagnostics.negative_curvature of="pre_activation".'
+    )
+    for name, block in blocks.items():
+        slots = len(block.slots)
+        side = math.prod(block.matrix_shape) // slots
         check_size(f"the block of {name!r}", (count * slots, side, side), dtype, remedy)
