@@ -8,20 +8,23 @@ the quadratic model (Martens 2010, section 4.4), too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Batch, Named, Number, PyTree
-from kfgn.curvature.batch import Curvature
-from kfgn.curvature.forward_pass import curved_product
+from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.operators import gauss_newton
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import Objective, check_batch
+from kfgn.optimizers.layer_blocks import LoneParameter
+from kfgn.optimizers.state import Count, Flag
+
+Operator: TypeAlias = Callable[[PyTree], PyTree]
 
 
 class Solution(NamedTuple):
@@ -34,28 +37,28 @@ class Solution(NamedTuple):
 
     x: PyTree
     product: PyTree  # A x
-    iterations: Array  # products with A, less the one of a start
-    residual: Array  # |b - A x| / |b|
-    value: Array  # the quadratic model x'Ax / 2 - b'x
-    negative_curvature: Array  # whether a direction with p'Ap <= 0 was met
+    iterations: Count  # products with A, less the one of a start
+    residual: Scalar  # |b - A x| / |b|
+    value: Scalar  # the quadratic model x'Ax / 2 - b'x
+    negative_curvature: Flag  # whether a direction with p'Ap <= 0 was met
 
 
 class _Iterate(NamedTuple):
-    count: Array  # type: ignore[assignment]
+    count: Count  # type: ignore[assignment]
     x: PyTree
     residual: PyTree  # r
     direction: PyTree  # p
-    rho: Array  # r'M^-1 r
-    values: Array  # of the model, one for each iteration so far
-    negative: Array
+    rho: Scalar  # r'M^-1 r
+    values: Float[Array, " iterations"]  # of the model
+    negative: Flag
 
 
 def conjugate_gradient(
-    product: Callable[[PyTree], PyTree],
+    product: Operator,
     b: PyTree,
     *,
     start: PyTree | None = None,
-    precondition: Callable[[PyTree], PyTree] | None = None,
+    precondition: Operator | None = None,
     tolerance: Number | None = 0.1,
     progress: Number | None = None,
     max_iterations: int = 250,
@@ -92,7 +95,7 @@ def conjugate_gradient(
     least = 0.0 if tolerance is None else tolerance
     limit = jnp.asarray(least).astype(inner(b, b).dtype) ** 2 * inner(b, b)
 
-    def go_on(s: _Iterate) -> Array:
+    def go_on(s: _Iterate) -> Flag:
         left = s.count < max_iterations
         running = left & ~s.negative & (inner(s.residual, s.residual) > limit)
         return running if progress is None else running & ~_stalled(s, progress)
@@ -124,7 +127,14 @@ def conjugate_gradient(
     return _finish(product, b, first, found)
 
 
-def _begin(product, b, start, precondition, first, max_iterations: int) -> _Iterate:
+def _begin(
+    product: Operator,
+    b: PyTree,
+    start: PyTree | None,
+    precondition: Operator,
+    first: PyTree,
+    max_iterations: int,
+) -> _Iterate:
     if start is None:
         x, residual, steepest = jax.tree.map(jnp.zeros_like, b), b, first
     else:
@@ -138,7 +148,7 @@ def _begin(product, b, start, precondition, first, max_iterations: int) -> _Iter
     return _Iterate(zero, x, residual, steepest, rho, values, jnp.zeros((), bool))
 
 
-def _finish(product, b: PyTree, first: PyTree, found: _Iterate) -> Solution:
+def _finish(product: Operator, b: PyTree, first: PyTree, found: _Iterate) -> Solution:
     image = jax.tree.map(jnp.subtract, b, found.residual)
     early = found.negative & (found.count == 0)
     x, image = jax.lax.cond(early, lambda: (first, product(first)), lambda: (found.x, image))
@@ -149,7 +159,7 @@ def _finish(product, b: PyTree, first: PyTree, found: _Iterate) -> Solution:
     return Solution(x, image, found.count, relative, value, found.negative)
 
 
-def _stalled(s: _Iterate, progress: Any) -> Array:
+def _stalled(s: _Iterate, progress: Number) -> Flag:
     """Whether the model fell too little over the last k iterations."""
     k = jnp.maximum(10, s.count // 10)
     now, before = s.values[s.count], s.values[jnp.maximum(s.count - k, 0)]
@@ -157,7 +167,7 @@ def _stalled(s: _Iterate, progress: Any) -> Array:
     return (s.count > k) & (now < 0) & (before - now < -now * least)
 
 
-def _add(x: PyTree, factor: Array, y: PyTree) -> PyTree:
+def _add(x: PyTree, factor: Scalar, y: PyTree) -> PyTree:
     """`x + factor y`, in the dtype of x."""
     return jax.tree.map(lambda a, b: a + factor.astype(a.dtype) * b.astype(a.dtype), x, y)
 
@@ -180,7 +190,7 @@ def block_gauss_newton_direction(
     *,
     tolerance: Number | None = 1e-6,
     max_iterations: int = 250,
-) -> tuple[PyTree, dict[str, Array]]:
+) -> tuple[PyTree, dict[str, Scalar]]:
     """`(G_b + (damping + l2) I)^-1 g_b` for the exact Gauss-Newton block of every layer b.
 
     The direction that Botev et al. compare their approximations with (appendix
@@ -209,13 +219,13 @@ def block_gauss_newton_direction(
     0.9
     """
     check_not_negative("damping", damping)
-    layers = build_graph(objective, params, check_batch(batch)[0]).layers
+    layers: dict[str, Any] = build_graph(objective, params, check_batch(batch)[0]).layers
     leaves = named_leaves(gradient)
     found: Named = {}
-    residuals: dict[str, Array] = {}
+    residuals: dict[str, Scalar] = {}
     for name, matvec in gauss_newton(objective).block_matvecs(params, batch).items():
-        layer = layers.get(name)
-        g = leaves[name] if layer is None else layer.to_matrix(leaves)
+        layer = layers.get(name, LoneParameter(name))
+        g = layer.to_matrix(leaves)
 
         def product(v: Array, matvec: Any = matvec, dtype: Any = g.dtype) -> Array:
             shift = jnp.asarray(damping + objective.l2).astype(v.dtype)
@@ -224,19 +234,10 @@ def block_gauss_newton_direction(
         solution = conjugate_gradient(
             product, g.astype(wide(g)), tolerance=tolerance, max_iterations=max_iterations
         )
-        found |= {name: solution.x} if layer is None else layer.from_matrix(solution.x)
+        found |= layer.from_matrix(solution.x)
         residuals[name] = solution.residual
     found = {n: x.astype(leaves[n].dtype) for n, x in found.items()}
     return with_leaves(gradient, found), residuals
-
-
-def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
-    """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
-
-    def curve(pushed: Array) -> Array:
-        return jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
-
-    return curved_product(curvature.linearized, vector, curve)
 
 
 def wide(x: Any) -> Any:

@@ -8,33 +8,30 @@ several micro-batches (`kfgn.average_curvature`).
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Float
 
-from kfgn.base.checks import check_not_negative, check_positive, in_order
+from kfgn.base.checks import check_not_negative, check_positive, in_order, is_zero
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import factor_dtype, inner
-from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Named, Number, PyTree
+from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
+from kfgn.curvature.forward_pass import curved_product
 from kfgn.objective.objective import Objective, require_objective
 from kfgn.optimizers.conjugate_gradient import (
     Solution,
     check_stopping,
     conjugate_gradient,
-    gauss_newton_product,
     wide,
 )
 from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
-from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import (
-    DIAGONALS,
     Preconditioner,
     check_preconditioner,
     diagonal_solve,
@@ -42,27 +39,28 @@ from kfgn.optimizers.preconditioner import (
 )
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
 from kfgn.optimizers.state import (
+    Count,
+    Flag,
     all_finite,
-    check_state,
     counter,
     keep_if,
     number,
     stay,
     zeros_like,
 )
-from kfgn.optimizers.wrappers import whole_params
+from kfgn.optimizers.wrappers import by_curvature, whole_params
 
 
 class ScaleByConjugateGradientState(NamedTuple):
     """State of `scale_by_conjugate_gradient`."""
 
-    count: Array  # type: ignore[assignment]  # updates made
-    skipped: Array  # updates skipped, for numbers that were not finite
-    damping: Array  # λ
-    reduction_ratio: Array  # ρ, as last measured
-    iterations: Array  # of the last solution
-    residual: Array  # of the last solution, relative to the right side
-    negative_curvature: Array  # whether the last solution met any
+    count: Count  # type: ignore[assignment]  # updates made
+    skipped: Count  # updates skipped, for numbers that were not finite
+    damping: Scalar  # λ
+    reduction_ratio: Scalar  # ρ, as last measured
+    iterations: Count  # of the last solution
+    residual: Scalar  # of the last solution, relative to the right side
+    negative_curvature: Flag  # whether the last solution met any
     previous: Named  # the last solution, or nothing without warm start
 
 
@@ -134,74 +132,70 @@ def scale_by_conjugate_gradient(
     check_preconditioner(preconditioner, blocks, rule, objective.l2)
     used = blocks if preconditioner == "kronecker" and blocks is not None else NO_BLOCKS
     kronecker = Preconditioner(used, inverse)
-    stopping = {"tolerance": tolerance, "progress": progress, "max_iterations": max_iterations}
-    solver = _Solver(objective.l2, rule, stopping, warm_start)
+    cold = is_zero(warm_start)
 
-    def init(params: PyTree) -> ScaleByConjugateGradientState:
-        return solver.init(named_leaves(params))
-
-    def update(
-        updates, state, params=None, *, curvature=None, batch=None, all_params=None, **extra
-    ):
-        del extra
-        check_state(state, ScaleByConjugateGradientState)
-        gradient = named_leaves(updates)
-        curvature = require_curvature(curvature, used, gradient)
-        require_settings(curvature, l2=objective.l2)
-        if not gradient:  # all is masked out
-            return updates, state
-        at: Callable | None = None
-        if preconditioner in DIAGONALS:
-            name = f"preconditioner {preconditioner!r}"
-            params = whole_params(name, params, batch, all_params)
-            weights = diagonal_weights(preconditioner, objective, params, batch, gradient)
-            at = functools.partial(diagonal_solve, weights=weights, power=power)
-        elif preconditioner is not None:
-            at = functools.partial(kronecker.at, curvature=curvature, leaves=gradient)
-        step, state = solver.advance(state, gradient, curvature, at)
-        return with_leaves(updates, step), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Solver:
-    l2: Number
-    damping: StepDamping
-    stopping: dict[str, Any]
-    warm_start: Number
-
-    @property
-    def cold(self) -> bool:
-        """Whether the iteration always starts at zero."""
-        return isinstance(self.warm_start, (int, float)) and self.warm_start == 0
-
-    def init(self, leaves: Named) -> ScaleByConjugateGradientState:
+    def init(leaves: Named) -> ScaleByConjugateGradientState:
         zeros = {n: jnp.zeros(jnp.shape(x), wide(x)) for n, x in leaves.items()}
         return ScaleByConjugateGradientState(
             count=counter(),
             skipped=counter(),
-            damping=number(self.damping.initial),
+            damping=number(rule.initial),
             reduction_ratio=number(1),
             iterations=counter(),
             residual=number(),
             negative_curvature=jnp.zeros((), bool),
-            previous={} if self.cold else zeros,
+            previous={} if cold else zeros,
         )
 
+    def inverse_at(
+        total: Scalar, gradient: Named, curvature: Curvature, **given: PyTree
+    ) -> Callable[[Named], Named] | None:
+        if preconditioner is None:
+            return None
+        if preconditioner == "kronecker":
+            return kronecker.at(total, curvature, gradient)
+        params = whole_params(f"preconditioner {preconditioner!r}", **given)
+        weights = diagonal_weights(preconditioner, objective, params, given["batch"], gradient)
+        return diagonal_solve(total, weights, power)
+
     def advance(
-        self,
         state: ScaleByConjugateGradientState,
         gradient: Named,
         curvature: Curvature,
-        at: Callable | None,
+        *,
+        params: PyTree = None,
+        batch: Batch = None,
+        all_params: PyTree = None,
+        **_: Any,
     ) -> tuple[Named, ScaleByConjugateGradientState]:
-        if not self.damping.adapts:  # it may follow a schedule
-            state = state._replace(damping=jnp.asarray(self.damping.initial, jnp.float32))
+        if not gradient:  # all is masked out
+            return gradient, state
+        if not rule.adapts:  # it may follow a schedule
+            state = state._replace(damping=jnp.asarray(rule.initial, jnp.float32))
+
+        def total(dtype: Any) -> Scalar:  # λ + η, at the precision of what is solved
+            return state.damping.astype(dtype) + jnp.asarray(objective.l2).astype(dtype)
+
+        def product(v: Named) -> Named:
+            curved = gauss_newton_product(curvature, v)
+            return {n: curved[n].astype(x.dtype) + total(x.dtype) * x for n, x in v.items()}
+
         right = {n: g.astype(wide(g)) for n, g in gradient.items()}
-        solution = self.solve(state, right, curvature, at)
+        damping = total(factor_dtype(*(x.dtype for x in right.values())))
+        given = {"params": params, "batch": batch, "all_params": all_params}
+        part = jnp.asarray(warm_start)
+        warm = jax.tree.map(lambda x: part.astype(x.dtype) * x, state.previous)
+        solution = conjugate_gradient(
+            product,
+            right,
+            start=None if cold else warm,
+            precondition=inverse_at(damping, gradient, curvature, **given),
+            tolerance=tolerance,
+            progress=progress,
+            max_iterations=max_iterations,
+        )
         usable = all_finite((gradient, curvature.value, curvature.gradient, solution.x))
-        ratio, damping, reached = self.adapt(state, curvature, solution)
+        ratio, damping, reached = _adapted(rule, state, curvature, solution)
         step = {n: x.astype(gradient[n].dtype) for n, x in solution.x.items()}
         moved = state._replace(
             count=state.count + 1,
@@ -210,45 +204,39 @@ class _Solver:
             iterations=solution.iterations,
             residual=solution.residual.astype(jnp.float32),
             negative_curvature=solution.negative_curvature,
-            previous={} if self.cold else solution.x,
+            previous={} if cold else solution.x,
         )
         zeros, kept = stay(step, state)
         refused = kept._replace(damping=damping, previous=zeros_like(state.previous))
         kept = keep_if(usable, refused, kept)
         return keep_if(usable & reached, (step, moved), (zeros, kept))
 
-    def solve(self, state, right: Named, curvature: Curvature, at: Callable | None) -> Solution:
-        """The solution, preconditioned by `at(λ + η): r -> M^-1 r`."""
+    return by_curvature(ScaleByConjugateGradientState, used, init, advance, l2=objective.l2)
 
-        def product(v: Named) -> Named:
-            curved = gauss_newton_product(curvature, v)
-            return {n: curved[n].astype(x.dtype) + shift(x.dtype) * x for n, x in v.items()}
 
-        def shift(dtype) -> Array:  # at the precision of what is solved
-            return state.damping.astype(dtype) + jnp.asarray(self.l2).astype(dtype)
+def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
+    """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
 
-        total = shift(factor_dtype(*(x.dtype for x in right.values())))
-        start = None
-        if not self.cold:
-            part = jnp.asarray(self.warm_start)
-            start = jax.tree.map(lambda x: part.astype(x.dtype) * x, state.previous)
-        return conjugate_gradient(
-            product,
-            right,
-            start=start,
-            precondition=None if at is None else at(total),
-            **self.stopping,
-        )
+    def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
+        return jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
 
-    def adapt(self, state, curvature: Curvature, solution: Solution) -> tuple[Array, Array, Array]:
-        """ρ, λ, and whether the objective is finite where the step leads."""
-        if not self.damping.adapts:
-            return state.reduction_ratio, state.damping, jnp.array(True)
-        x = solution.x
-        after = curvature.displaced(jax.tree.map(jnp.negative, x))
-        curved = inner(x, solution.product) - state.damping.astype(wide(after)) * inner(x, x)
-        slope = inner(x, {n: curvature.gradient[n] for n in x})
-        ratio = ((after - curvature.value) / (0.5 * curved - slope)).astype(jnp.float32)
-        damping = self.damping.adapted(state.damping, ratio)
-        due = self.damping.due(state.count + 1) | ~jnp.isfinite(after)
-        return ratio, jnp.where(due, damping, state.damping), jnp.isfinite(after)
+    return curved_product(curvature.linearized, vector, curve)
+
+
+def _adapted(
+    rule: StepDamping,
+    state: ScaleByConjugateGradientState,
+    curvature: Curvature,
+    solution: Solution,
+) -> tuple[Scalar, Scalar, Flag]:
+    """ρ, λ, and whether the objective is finite where the step leads."""
+    if not rule.adapts:
+        return state.reduction_ratio, state.damping, jnp.array(True)
+    x = solution.x
+    after = curvature.displaced(jax.tree.map(jnp.negative, x))
+    curved = inner(x, solution.product) - state.damping.astype(wide(after)) * inner(x, x)
+    slope = inner(x, {n: curvature.gradient[n] for n in x})
+    ratio = ((after - curvature.value) / (0.5 * curved - slope)).astype(jnp.float32)
+    due = rule.due(state.count + 1) | ~jnp.isfinite(after)
+    damping = jnp.where(due, rule.adapted(state.damping, ratio), state.damping)
+    return ratio, damping, jnp.isfinite(after)

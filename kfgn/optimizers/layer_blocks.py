@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Batch, Named, Number, PyTree, Shape
+from kfgn.base.types import Array, Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.batch import Curvature, check_unassigned
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
@@ -83,6 +84,22 @@ class LayerBlocks:
 
 
 NO_BLOCKS = LayerBlocks({})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoneParameter:
+    """A parameter in no layer as a block of its own, with what solvers ask of a `Layer`."""
+
+    name: str
+    slots: ClassVar = ((),)  # one
+
+    def to_matrix(self, leaves: Named) -> Array:
+        """The parameter as it is."""
+        return leaves[self.name]
+
+    def from_matrix(self, matrix: Array) -> Named:
+        """The inverse of `to_matrix`."""
+        return {self.name: matrix}
 
 
 def find_blocks(

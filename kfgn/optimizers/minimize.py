@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfgn.base.checks import check_choice, check_not_negative, check_whole
 from kfgn.base.errors import OptionError, ParameterError
-from kfgn.base.types import Batch, PyTree
+from kfgn.base.types import Batch, PyTree, Scalar
 
 Callback = Callable[[PyTree, float], Any]
 
@@ -90,18 +90,37 @@ def minimize(
             f"the objective is {float(value)} at the parameters to start from, or its gradient is "
             "not finite; start from others."
         )
-    run = _by_optax if method == "optax-lbfgs" else _by_scipy
-    notify = callback or (lambda params, value: None)
-    settings = dict(options or {})
-    first = float(value), _largest(gradient)
-    return run(objective, params, batch, first, method, max_iterations, tolerance, notify, settings)
+    largest = max((float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient)), default=0.0)
+    problem = _Problem(
+        objective,
+        params,
+        batch,
+        float(value),
+        largest,
+        max_iterations,
+        tolerance,
+        callback or (lambda params, value: None),
+        options or {},
+    )
+    return _by_optax(problem) if method == "optax-lbfgs" else _by_scipy(problem, method)
 
 
-def _by_scipy(
-    objective, params, batch, first, method, max_iterations, tolerance, callback: Callback, options
-) -> Minimum:
+class _Problem(NamedTuple):
+    objective: Callable[[PyTree, Any], Any]
+    params: PyTree
+    batch: Batch
+    value: float  # at params
+    largest: float  # entry of the gradient there
+    max_iterations: int
+    tolerance: float
+    callback: Callback
+    options: dict[str, Any]
+
+
+def _by_scipy(problem: _Problem, method: str) -> Minimum:
     from scipy.optimize import minimize
 
+    objective, params, batch, first, *_ = problem
     start, unravel = ravel_pytree(params)
     compiled = jax.jit(jax.value_and_grad(lambda x, data: objective(unravel(x), data)))
 
@@ -113,7 +132,7 @@ def _by_scipy(
         return value, gradient
 
     x = np.asarray(start, np.float64)
-    values, best = [first[0]], (first[0], x)
+    values, best = [first], (first, x)
 
     def record(intermediate_result: Any) -> None:
         nonlocal best
@@ -121,7 +140,7 @@ def _by_scipy(
         values.append(value)
         if value < best[0]:
             best = value, np.array(x)
-        callback(unravel(jnp.asarray(x, start.dtype)), value)
+        problem.callback(unravel(jnp.asarray(x, start.dtype)), value)
 
     found = minimize(
         function,
@@ -129,7 +148,7 @@ def _by_scipy(
         jac=True,
         method=method.upper(),
         callback=record,
-        options={"maxiter": max_iterations, "gtol": tolerance, **options},
+        options={"maxiter": problem.max_iterations, "gtol": problem.tolerance, **problem.options},
     )
     end = best[1] if not found.fun <= best[0] else found.x
     return Minimum(
@@ -141,19 +160,17 @@ def _by_scipy(
     )
 
 
-def _by_optax(
-    objective, params, batch, first, method, max_iterations, tolerance, callback: Callback, options
-) -> Minimum:
-    del method
-    solver = optax.lbfgs(**options)
+def _by_optax(problem: _Problem) -> Minimum:
+    objective, params, batch, value, largest, max_iterations, tolerance, *_ = problem
+    solver = optax.lbfgs(**problem.options)
 
-    def value_fn(params, batch):
+    def value_fn(params: PyTree, batch: Batch) -> Scalar:
         return objective(params, batch)
 
     of_state = optax.value_and_grad_from_state(value_fn)
 
     @jax.jit
-    def step(params, state, batch):
+    def step(params: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Any, Any, Any]:
         value, gradient = of_state(params, batch, state=state)
         updates, state = solver.update(
             gradient, state, params, value=value, grad=gradient, value_fn=value_fn, batch=batch
@@ -162,9 +179,8 @@ def _by_optax(
         after = get(state, "value"), optax.tree.norm(get(state, "grad"), ord=jnp.inf)
         return optax.apply_updates(params, updates), state, after, get(state, "info")
 
-    (value, largest), evaluations = first, 1
-    values, state = [value], solver.init(params)
-    best = values[0], params
+    values, state, evaluations = [value], solver.init(params), 1
+    best = value, params
     for _ in range(max_iterations):
         if largest <= tolerance:
             break
@@ -172,7 +188,7 @@ def _by_optax(
         values.append(float(value))
         largest = float(norm)
         evaluations += int(info.num_linesearch_steps)
-        callback(params, values[-1])
+        problem.callback(params, values[-1])
         if not np.isfinite(values[-1]) or values[-1] >= best[0]:
             break
         best = values[-1], params
@@ -184,7 +200,3 @@ def _by_optax(
     else:
         message = "the line search found no lower value"
     return Minimum(best[1], np.asarray(values), evaluations, converged, message)
-
-
-def _largest(gradient: PyTree) -> float:
-    return max((float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient)), default=0.0)

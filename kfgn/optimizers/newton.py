@@ -9,21 +9,23 @@ of negative curvature too, where Newton's own would climb to the saddle point.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
 from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Batch, Number, PyTree
+from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar, Shape
 from kfgn.curvature.operators import hessian
 from kfgn.objective.objective import Objective, require_objective
-from kfgn.optimizers.layer_blocks import find_blocks
-from kfgn.optimizers.state import all_finite, check_state, counter, guarded, number
+from kfgn.optimizers.layer_blocks import LoneParameter, find_blocks
+from kfgn.optimizers.state import Count, all_finite, check_state, counter, guarded, number
 from kfgn.optimizers.wrappers import has_masked, whole_params
 
 STRUCTURES = ("full", "block")
@@ -33,8 +35,8 @@ class Solved(NamedTuple):
     """A Newton direction, and how the Hessian was bent."""
 
     direction: PyTree  # like params
-    smallest: Array  # the smallest eigenvalue, l2 included
-    negative: Array  # how many eigenvalues are below zero
+    smallest: Scalar  # the smallest eigenvalue, l2 included
+    negative: Count  # how many eigenvalues are below zero
 
 
 def newton_direction(
@@ -78,50 +80,58 @@ def newton_direction(
     """
     _check_options(objective, damping, structure)
     _check_like(gradient, params)
-    solve = _solve_full if structure == "full" else _solve_blocks
-    return solve(objective, params, batch, gradient, damping)
+    leaves = named_leaves(gradient)
+    split = _whole if structure == "full" else _by_layer
+    solve = jax.vmap(_solve, (0, 0, None))
+    found: Named = {}
+    spectra = []
+    for part in split(objective, params, batch, leaves):
+        solution, *spectrum = solve(part.matrices, part.vectors, damping)
+        found |= part.back(solution.reshape(part.shape))
+        spectra.append(spectrum)
+    smallest, negative = (jnp.concatenate(x) for x in zip(*spectra, strict=True))
+    direction = {n: x.astype(leaves[n].dtype) for n, x in found.items()}
+    return Solved(with_leaves(gradient, direction), jnp.min(smallest), jnp.sum(negative))
 
 
-def _solve_full(objective, params, batch, gradient, damping) -> Solved:
-    leaves, every = named_leaves(gradient), named_leaves(params)
-    own = {n: every[n] for n in leaves}
-    of_own = dataclasses.replace(
-        objective, model=lambda p, x: objective.model(with_leaves(params, p), x)
-    )
-    matrix = hessian(of_own).dense(own, batch, with_l2=True)
-    wide = {n: jnp.asarray(g, matrix.dtype) for n, g in leaves.items()}
-    vector, unravel = ravel_pytree(wide)
-    solution, smallest, negative = _solve(matrix, vector, damping)
-    found = {n: x.astype(leaves[n].dtype) for n, x in unravel(solution).items()}
-    return Solved(with_leaves(gradient, found), smallest, negative)
+class _Part(NamedTuple):
+    """Some parameters, whose Hessian is a stack of blocks."""
+
+    matrices: Float[Array, "S P P"]  # l2 included
+    vectors: Float[Array, "S P"]  # their gradient
+    shape: Shape  # of what `back` takes
+    back: Callable[[Array], Named]
 
 
-def _solve_blocks(objective, params, batch, gradient, damping) -> Solved:
-    leaves, found, parts = named_leaves(gradient), {}, []
-    present = find_blocks(objective, params, batch, unassigned="gradient").present(leaves)
+def _whole(objective: Objective, params: PyTree, batch: Batch, gradient: Named) -> Iterator[_Part]:
+    def model(own: Named, inputs: PyTree) -> PyTree:
+        return objective.model(with_leaves(params, own), inputs)
+
+    own = {n: x for n, x in named_leaves(params).items() if n in gradient}
+    matrix = hessian(dataclasses.replace(objective, model=model)).dense(own, batch, with_l2=True)
+    vector, back = ravel_pytree({n: jnp.asarray(g, matrix.dtype) for n, g in gradient.items()})
+    yield _Part(matrix[None], vector[None], vector.shape, back)
+
+
+def _by_layer(
+    objective: Objective, params: PyTree, batch: Batch, gradient: Named
+) -> Iterator[_Part]:
+    present = find_blocks(objective, params, batch, unassigned="gradient").present(gradient)
     for name, block in hessian(objective).blocks(params, batch).items():
-        if name not in present and name not in leaves:
+        if name not in present and name not in gradient:
             continue  # masked out
-        layer = present.get(name)
-        own = leaves[name] if layer is None else layer.to_matrix(leaves)
-        slots = 1 if layer is None else len(layer.slots)
-        vectors = own.reshape(slots, -1)
-        size = vectors.shape[1]
-        blocks = block.reshape(slots, size, size)
-        blocks = blocks + objective.l2 * jnp.eye(size, dtype=blocks.dtype)
-        solved, smallest, negative = jax.vmap(_solve, (0, 0, None))(blocks, vectors, damping)
-        solved = solved.reshape(own.shape)
-        if layer is None:
-            found[name] = solved.astype(own.dtype)
-        else:
-            found.update(layer.from_matrix(solved))
-        parts.append((jnp.min(smallest), jnp.sum(negative)))
-    smallest, negative = (jnp.stack(x) for x in zip(*parts, strict=True))
-    return Solved(with_leaves(gradient, found), jnp.min(smallest), jnp.sum(negative))
+        layer = present.get(name, LoneParameter(name))
+        own = layer.to_matrix(gradient)
+        vectors = own.reshape(len(layer.slots), -1)
+        identity = jnp.eye(vectors.shape[1], dtype=block.dtype)
+        matrices = block.reshape(-1, *identity.shape) + objective.l2 * identity
+        yield _Part(matrices, vectors, own.shape, layer.from_matrix)
 
 
-def _solve(matrix: Array, vector: Array, damping: Any) -> tuple[Array, Array, Array]:
-    """The solution `[P]`, the smallest eigenvalue, and the number below zero."""
+def _solve(
+    matrix: Float[Array, "P P"], vector: Float[Array, " P"], damping: Number
+) -> tuple[Float[Array, " P"], Scalar, Count]:
+    """The solution, the smallest eigenvalue, and the number below zero."""
     values, vectors = jnp.linalg.eigh(matrix)
     size = jnp.abs(values)
     roundoff = len(values) * jnp.finfo(values.dtype).eps * jnp.max(size)
@@ -135,10 +145,10 @@ def _solve(matrix: Array, vector: Array, damping: Any) -> tuple[Array, Array, Ar
 class ScaleByNewtonState(NamedTuple):
     """State of `scale_by_newton`."""
 
-    count: Array  # type: ignore[assignment]  # updates made
-    skipped: Array  # updates skipped, for numbers that were not finite
-    smallest: Array  # the Hessian's smallest eigenvalue, as last seen
-    negative: Array  # how many of its eigenvalues were negative
+    count: Count  # type: ignore[assignment]  # updates made
+    skipped: Count  # updates skipped, for numbers that were not finite
+    smallest: Scalar  # the Hessian's smallest eigenvalue, as last seen
+    negative: Count  # how many of its eigenvalues were negative
 
 
 def scale_by_newton(
@@ -178,8 +188,15 @@ def scale_by_newton(
         del params
         return ScaleByNewtonState(counter(), counter(), number(), counter())
 
-    def update(updates, state, params=None, *, batch: Any = None, all_params=None, **extra):
-        del extra
+    def update(
+        updates: PyTree,
+        state: ScaleByNewtonState,
+        params: PyTree = None,
+        *,
+        batch: Batch = None,
+        all_params: PyTree = None,
+        **_: Any,
+    ) -> tuple[PyTree, ScaleByNewtonState]:
         check_state(state, ScaleByNewtonState)
         everything = whole_params("scale_by_newton", params, batch, all_params)
         if not jax.tree.leaves(updates):  # all is masked out

@@ -20,30 +20,24 @@ import jax.numpy as jnp
 
 from kfgn.base.checks import check_choice, is_zero
 from kfgn.base.errors import OptionError, ParameterError
-from kfgn.base.kronecker import (
-    Eigen,
-    FactoredInverse,
-    apply_eigen,
-    apply_factored,
-    eigen,
-    factored_inverses,
-)
+from kfgn.base.kronecker import apply_eigen, apply_factored, eigen, factored_inverses
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, Named, Number, PyTree
+from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
 from kfgn.objective.objective import Objective
 from kfgn.optimizers.damping import Damping
 from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.optimizers.state import Count, Flag, zeros_like
 
 INVERSES = ("factored", "eigen")
 DIAGONALS = ("diagonal", "gauss_newton_diagonal")
 PRECONDITIONERS = (None, *DIAGONALS, "kronecker")
 
 
-def moving_average(old: Named, new: Named, count: Array, decay: Number | None) -> Named:
+def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None) -> PyTree:
     """`β old + (1 - β) new` with `β = min(decay, 1 - 1/count)`; decay None keeps `new`.
 
     With this β the average of the first updates is the plain mean.
@@ -51,14 +45,14 @@ def moving_average(old: Named, new: Named, count: Array, decay: Number | None) -
     if decay is None:
         return new
 
-    def average(a, b):
+    def average(a: Array, b: Array) -> Array:
         beta = jnp.minimum(decay, 1 - 1 / count).astype(a.dtype)
         return b.astype(a.dtype) + beta * (a - b.astype(a.dtype))
 
     return jax.tree.map(average, old, new)
 
 
-def refresh_due(count: Array, every: Number) -> Array:
+def refresh_due(count: Count, every: int | Array) -> Flag:
     """Whether to invert after `count` updates: every so often, and always at the start.
 
     The moving average moves fastest at the start, so the first `every` updates
@@ -88,48 +82,43 @@ class Preconditioner:
         check_choice("inverse", self.inverse, INVERSES)
 
     def init(self, leaves: Named) -> tuple[Named, Named]:
-        """Zero factors, and inverses of the right shapes, for what is among the leaves."""
+        """Zero factors, and zeros in the shapes of inverses, for what is among the leaves."""
         factors: Named = {}
-        inverses: Named = {}
         for name, layer in self.blocks.present(leaves).items():
             dtype = factor_dtype(*(leaves[p].dtype for p in layer.parameters))
-            q = jnp.zeros(layer.activation_shape, dtype)
-            g = jnp.zeros(layer.pre_activation_shape, dtype)
-            factors[name] = Factors(q, g)
-            if self.inverse == "factored":
-                inverses[name] = FactoredInverse(jnp.zeros_like(q), jnp.zeros_like(g))
-            else:
-                vectors = None if layer.indexed else jnp.zeros_like(q)
-                values = q if layer.indexed else q[..., 0]
-                inverses[name] = Eigen(
-                    jnp.zeros_like(values), vectors, g[..., 0], jnp.zeros_like(g)
-                )
+            shapes = layer.activation_shape, layer.pre_activation_shape
+            factors[name] = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
         for name in self.blocks.diagonals(leaves):
-            zeros = jnp.zeros(leaves[name].shape, factor_dtype(leaves[name].dtype))
-            factors[name] = Diagonal(zeros)
-            inverses[name] = Diagonal(jnp.zeros_like(zeros))
-        return factors, inverses
+            factors[name] = Diagonal(
+                jnp.zeros(leaves[name].shape, factor_dtype(leaves[name].dtype))
+            )
+        damping = jnp.ones((), jnp.float32)
+        inverses = jax.eval_shape(lambda f: self.invert(self._parts(f), damping), factors)
+        return factors, zeros_like(inverses)
 
-    def decompose(self, factors: Named, old: Named, due: Array) -> Named:
+    def _parts(self, factors: Named) -> Named:
+        if self.inverse == "factored":
+            return factors
+        return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
+
+    def decompose(self, factors: Named, old: Named, due: Flag) -> Named:
         """What does not depend on the damping, recomputed where it is due."""
         if self.inverse == "factored":
             return factors
+        return jax.lax.cond(due, lambda: self._parts(factors), lambda: old)
 
-        return jax.lax.cond(due, lambda: _eigen_of(factors), lambda: old)
-
-    def invert(self, decomposed: Named, damping: Array) -> Named:
+    def invert(self, decomposed: Named, damping: Scalar) -> Named:
         """The inverses at a damping, from what `decompose` gave."""
         if self.inverse == "eigen":
             return decomposed
         kronecker = {n: f for n, f in decomposed.items() if isinstance(f, Factors)}
         inverses: Named = factored_inverses(kronecker, damping)
-        for name, found in decomposed.items():
-            if isinstance(found, Diagonal):
-                diagonal = found.diagonal
-                inverses[name] = Diagonal(1 / (diagonal + damping.astype(diagonal.dtype)))
+        for name in decomposed.keys() - kronecker.keys():
+            diagonal = decomposed[name].diagonal
+            inverses[name] = Diagonal(1 / (diagonal + damping.astype(diagonal.dtype)))
         return inverses
 
-    def apply(self, inverses: Named, damping: Array, gradient: Named) -> Named:
+    def apply(self, inverses: Named, damping: Scalar, gradient: Named) -> Named:
         """The direction `C^-1 g` for every leaf; those without curvature get `g / damping`."""
         direction: Named = {}
         for name, inverse in inverses.items():
@@ -150,11 +139,10 @@ class Preconditioner:
         others = {n: leaf for n, leaf in gradient.items() if n not in direction}
         return direction | {n: leaf / damping.astype(leaf.dtype) for n, leaf in others.items()}
 
-    def at(self, damping: Array, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
+    def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
         names = [*self.blocks.present(leaves), *self.blocks.diagonals(leaves)]
-        factors: Named = {name: curvature.factors[name] for name in names}
-        parts = factors if self.inverse == "factored" else _eigen_of(factors)
+        parts = self._parts({name: curvature.factors[name] for name in names})
         inverses = self.invert(parts, damping)
 
         def solve(r: Named) -> Named:
@@ -162,10 +150,6 @@ class Preconditioner:
             return {n: x.astype(r[n].dtype) for n, x in solved.items()}
 
         return solve
-
-
-def _eigen_of(factors: Named) -> Named:
-    return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
 
 
 def diagonal_weights(
@@ -179,7 +163,7 @@ def diagonal_weights(
     return {n: weights[n] for n in gradient}
 
 
-def diagonal_solve(damping: Array, weights: Named, power: Number) -> Callable[[Named], Named]:
+def diagonal_solve(damping: Scalar, weights: Named, power: Number) -> Callable[[Named], Named]:
     """`r -> (diag(weights) + damping I)^-power r`."""
     scales = {
         n: (w + damping.astype(w.dtype)) ** jnp.asarray(power).astype(w.dtype)

@@ -15,17 +15,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.linalg import inner
-from kfgn.base.types import Array, Named
+from kfgn.base.types import Array, Named, Scalar
 from kfgn.curvature.batch import Curvature
+from kfgn.optimizers.state import Flag
 
 
 class Direction(NamedTuple):
-    """A direction by parameter name, and what it does to the outputs, `[N, K]`."""
+    """A direction by parameter name, and what it does to the outputs."""
 
     leaves: Named
-    outputs: Array
+    outputs: Float[Array, "N K"]
 
 
 def push(curvature: Curvature, leaves: Named) -> Direction:
@@ -36,18 +38,27 @@ def push(curvature: Curvature, leaves: Named) -> Direction:
 class Step(NamedTuple):
     """The minimizer of the quadratic model over the span of some directions."""
 
-    coefficients: Array  # c, one per direction
-    predicted: Array  # the model's change at the minimum, at most 0
+    coefficients: Float[Array, " directions"]  # c
+    predicted: Scalar  # the model's change at the minimum, at most 0
 
     @property
-    def extrapolates(self) -> Array:
-        """Whether the coefficient of the previous step, if there is one, is outside [0, 1]."""
-        if len(self.coefficients) == 1:
-            return jnp.array(False)
-        return (self.coefficients[1] < 0) | (self.coefficients[1] > 1)
+    def step_size(self) -> Scalar:
+        """α, the coefficient of the first direction."""
+        return self.coefficients[0].astype(jnp.float32)
+
+    @property
+    def momentum(self) -> Scalar:
+        """The coefficient of the previous step, where it is the second direction."""
+        second = self.coefficients[1:]
+        return second[0].astype(jnp.float32) if len(second) else jnp.zeros(())
+
+    @property
+    def extrapolates(self) -> Flag:
+        """Whether the coefficient of the previous step is outside [0, 1]."""
+        return jnp.any((self.coefficients[1:] < 0) | (self.coefficients[1:] > 1))
 
 
-def best_step(curvature: Curvature, directions: list[Direction], damping: Array) -> Step:
+def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar) -> Step:
     """The best coefficients of one or two directions, at damping `τ + η`.
 
     A second direction that is zero, or parallel to the first up to roundoff,
@@ -67,7 +78,7 @@ def best_step(curvature: Curvature, directions: list[Direction], damping: Array)
     return Step(coefficients, -0.5 * jnp.dot(jnp.stack(slopes), coefficients))
 
 
-def _solve_two(b: list[Array], a: dict[tuple[int, int], Array]) -> Array:
+def _solve_two(b: list[Scalar], a: dict[tuple[int, int], Scalar]) -> Float[Array, " directions"]:
     # Elimination of the first direction; what is left of the second is zero
     # where it lies in the first's span.
     first = b[0] / a[0, 0]
@@ -78,7 +89,7 @@ def _solve_two(b: list[Array], a: dict[tuple[int, int], Array]) -> Array:
     return jnp.stack([first - ratio * second, second])
 
 
-def combine(directions: list[Direction], coefficients: Array) -> Named:
+def combine(directions: list[Direction], coefficients: Float[Array, " directions"]) -> Named:
     """`sum_i c_i v_i` by parameter name."""
     leaves = [d.leaves for d in directions]
     return jax.tree.map(

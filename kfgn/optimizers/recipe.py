@@ -7,7 +7,8 @@ step damping τ and previous step at once: hence one transformation of pure part
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,7 @@ import optax
 
 from kfgn.base.checks import check_decay, check_flag, check_whole
 from kfgn.base.errors import OptionError
-from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Named, Number, PyTree
+from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.damping import (
     FactorDamping,
@@ -26,25 +26,26 @@ from kfgn.optimizers.damping import (
     StepDamping,
     as_rule,
 )
-from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
-from kfgn.optimizers.state import all_finite, check_state, counter, keep_if, number, zeros_like
+from kfgn.optimizers.state import Count, Flag, all_finite, counter, keep_if, number, zeros_like
+from kfgn.optimizers.wrappers import by_curvature
 
 
 class ScaleByCurvatureState(NamedTuple):
     """State of `scale_by_curvature`."""
 
-    count: Array  # type: ignore[assignment]  # updates made
-    skipped: Array  # updates skipped, for numbers that were not finite
-    refused: Array  # steps not taken, as they extrapolate and the objective would rise
+    count: Count  # type: ignore[assignment]  # updates made
+    skipped: Count  # updates skipped, for numbers that were not finite
+    refused: Count  # steps not taken, as they extrapolate and the objective would rise
     factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
-    factor_damping: Array  # γ
-    step_damping: Array  # τ
-    step_size: Array  # α
-    momentum: Array  # the coefficient of the previous step
-    reduction_ratio: Array  # ρ, as last measured
+    factor_damping: Scalar  # γ
+    step_damping: Scalar  # τ
+    step_size: Scalar  # α
+    momentum: Scalar  # the coefficient of the previous step
+    reduction_ratio: Scalar  # ρ, as last measured
     previous: Named  # the previous step, or nothing without momentum
 
 
@@ -54,7 +55,7 @@ def scale_by_curvature(
     factor_damping: Number | FactorDamping | None = None,
     step_damping: Number | StepDamping = 2.0,
     decay: Number | None = 0.85,
-    refresh_inverse_every: Any = 5,
+    refresh_inverse_every: int | Array = 5,
     inverse: str = "factored",
     momentum: bool = True,
     method: str | None = None,
@@ -63,16 +64,8 @@ def scale_by_curvature(
 
     Args:
       blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
-      factor_damping: γ, of the Kronecker factors; None lets it follow τ, a
-        number starts `kfgn.transforms.Greedy`, or a rule.
-      step_damping: τ, of the quadratic model; a number starts
-        `kfgn.transforms.LevenbergMarquardt`, or a rule.
-      decay: of the moving average of the factors, or None for none.
-      refresh_inverse_every: updates between two inversions.
-      inverse: "factored" (eq. 36) or "eigen" (eq. 35).
-      momentum: a second direction, the previous step, in the quadratic model
-        (Martens & Grosse 2015, section 7). A step that goes against it, or more
-        than once along it, is taken only where the objective falls.
+      factor_damping, step_damping, decay, refresh_inverse_every, inverse, momentum: as for
+        `kfgn.kfra`.
       method: refuse curvatures of another method; None takes any.
 
     Raises:
@@ -103,30 +96,22 @@ def scale_by_curvature(
     preconditioner = Preconditioner(blocks, inverse)
     recipe = _Recipe(preconditioner, gamma, tau, decay, refresh_inverse_every, momentum)
     settings = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
+    return by_curvature(ScaleByCurvatureState, blocks, recipe.init, recipe.advance, **settings)
 
-    def init(params: PyTree) -> ScaleByCurvatureState:
-        return recipe.init(named_leaves(params))
 
-    def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
-        del params, extra
-        check_state(state, ScaleByCurvatureState)
-        gradient = named_leaves(updates)
-        curvature = require_curvature(curvature, blocks, gradient)
-        require_settings(curvature, **settings)
-        blocks.check_seen(gradient, state.factors)
-        step, state = recipe.advance(state, gradient, curvature)
-        return with_leaves(updates, step), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+#: `(inverses, γ) -> (directions, step)`, and how far the loop over candidates for γ has come:
+#: its turn, the least value of the model so far, the γ of that, the last inverses.
+BestAlong: TypeAlias = Callable[[Named, Scalar], tuple[list[Direction], Step]]
+Turn: TypeAlias = tuple[Count, Scalar, Scalar, Named]
 
 
 class _Verdict(NamedTuple):
     """What measuring a step found, or what was known before where it was not measured."""
 
-    ratio: Array  # ρ, eq. (42)
-    damping: Array  # τ for the next update
-    finite: Array  # false where the objective after the step was found not to be
-    refused: Array  # the step extrapolates, and the objective would rise
+    ratio: Scalar  # ρ, eq. (42)
+    damping: Scalar  # τ for the next update
+    finite: Flag  # false where the objective after the step was found not to be
+    refused: Flag  # the step extrapolates, and the objective would rise
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,7 +120,7 @@ class _Recipe:
     factor_damping: FactorDamping
     step_damping: StepDamping
     decay: Number | None
-    refresh_inverse_every: Any
+    refresh_inverse_every: int | Array
     momentum: bool
 
     @property
@@ -159,13 +144,14 @@ class _Recipe:
         )
 
     def advance(
-        self, state: ScaleByCurvatureState, gradient: Named, curvature: Curvature
+        self, state: ScaleByCurvatureState, gradient: Named, curvature: Curvature, **_: Any
     ) -> tuple[Named, ScaleByCurvatureState]:
         """One update; where the batch is not usable, no step and the state as it was.
 
         The large arrays never pass through a conditional, which would copy
         them: selections fuse into the operations that make the arrays.
         """
+        self.preconditioner.blocks.check_seen(gradient, state.factors)
         count = state.count + 1
         new = {name: curvature.factors[name] for name in state.factors}
         usable = all_finite((gradient, curvature.value, new))
@@ -174,7 +160,7 @@ class _Recipe:
         factors = keep_if(usable, average, state.factors)
         before = [push(curvature, state.previous)] if self.momentum else []
 
-        def best_along(inverses: Named, gamma: Array) -> tuple[list[Direction], Step]:
+        def best_along(inverses: Named, gamma: Scalar) -> tuple[list[Direction], Step]:
             # The direction, and the step by the quadratic model of the full matrix.
             direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
             directions = [push(curvature, direction), *before]
@@ -194,8 +180,8 @@ class _Recipe:
             factor_damping=gamma,
             refused=state.refused + verdict.refused.astype(jnp.int32),
             step_damping=verdict.damping,
-            step_size=best.coefficients[0].astype(jnp.float32),
-            momentum=best.coefficients[-1].astype(jnp.float32) * float(self.momentum),
+            step_size=best.step_size,
+            momentum=best.momentum,
             reduction_ratio=verdict.ratio,
         )
         skipped = numbers._replace(skipped=state.skipped + 1)
@@ -204,7 +190,9 @@ class _Recipe:
         state = keep_if(good, advanced, failed)
         return step, state._replace(factors=factors, inverses=inverses, previous=previous)
 
-    def _invert(self, state, factors: Named, best_along, usable: Array) -> tuple[Array, Named]:
+    def _invert(
+        self, state: ScaleByCurvatureState, factors: Named, best_along: BestAlong, usable: Flag
+    ) -> tuple[Scalar, Named]:
         """γ, and the inverses at it, refreshed where that is due.
 
         A loop of no turn, one, or k + 1: where γ is due its k candidates are tried,
@@ -220,23 +208,23 @@ class _Recipe:
         parts = self.preconditioner.decompose(factors, state.inverses, due)
         first = jnp.where(due, candidates[0], state.factor_damping)
 
-        def inverses_at(gamma: Array) -> Named:
+        def inverses_at(gamma: Scalar) -> Named:
             return self.preconditioner.invert(parts, gamma + self.l2)
 
         if k == 1:  # a loop of its own, with less in it to compile
 
-            def once(_):
+            def once(_: PyTree) -> tuple[Flag, Named]:
                 return jnp.array(False), inverses_at(first)
 
             return first, jax.lax.while_loop(lambda c: c[0], once, (due, state.inverses))[1]
         turns = jnp.where(search, k + 1, jnp.where(refresh, 1, 0))
         infinite = jnp.asarray(jnp.inf, jnp.float32)
 
-        def model_value(inverses: Named, gamma: Array) -> Array:
+        def model_value(inverses: Named, gamma: Scalar) -> Scalar:
             value = best_along(inverses, gamma)[1].predicted.astype(jnp.float32)
             return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
-        def turn(carry):
+        def turn(carry: Turn) -> Turn:
             i, least, gamma, _ = carry
             last = i == turns - 1
             tried = jnp.where(last, gamma, candidates[jnp.minimum(i, k - 1)])
@@ -252,7 +240,7 @@ class _Recipe:
 
     def _judge(
         self, state: ScaleByCurvatureState, curvature: Curvature, best: Step, step: Named,
-        usable: Array,
+        usable: Flag,
     ) -> _Verdict:  # fmt: skip
         """Measures the step where its turn has come, or where it extrapolates.
 
@@ -264,11 +252,8 @@ class _Recipe:
         where the objective rises. Measuring every step instead costs more and
         refuses steps that batches make up for.
         """
-        tau, due, doubtful = (
-            state.step_damping,
-            self.step_damping.due(state.count + 1),
-            best.extrapolates,
-        )
+        tau, doubtful = state.step_damping, best.extrapolates
+        due = self.step_damping.due(state.count + 1)
 
         def measure() -> _Verdict:
             rise = curvature.displaced(jax.tree.map(jnp.negative, step)) - curvature.value

@@ -6,21 +6,25 @@ static to some containers, and a buffer that two share could not be donated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool, Int
 
 from kfgn.base.errors import OptionError
-from kfgn.base.types import Array, Number, PyTree
+from kfgn.base.types import Array, Number, PyTree, Scalar
+
+Count: TypeAlias = Int[Array, ""]
+Flag: TypeAlias = Bool[Array, ""]
 
 
-def number(value: Number = 0.0) -> Array:
+def number(value: Number = 0.0) -> Scalar:
     """A number of a state."""
     return jnp.array(value, jnp.float32)
 
 
-def counter() -> Array:
+def counter() -> Count:
     """A count that starts at 0."""
     return jnp.zeros((), jnp.int32)
 
@@ -30,8 +34,8 @@ def zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, tree)
 
 
-def all_finite(tree: PyTree) -> Array:
-    """Whether every entry of a pytree is finite, a scalar.
+def all_finite(tree: PyTree) -> Flag:
+    """Whether every entry of a pytree is finite.
 
     Row sums of matrices are taken by a product: nothing that is not finite
     survives a sum, and a product needs no code of its own compiled per shape.
@@ -44,7 +48,7 @@ def all_finite(tree: PyTree) -> Array:
     return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
 
 
-def keep_if(condition: Array, new: PyTree, old: PyTree) -> PyTree:
+def keep_if(condition: Flag, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the condition holds, else `old`, for two pytrees alike."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
@@ -54,7 +58,7 @@ def stay(step: PyTree, state: Any) -> tuple[PyTree, Any]:
     return zeros_like(step), state._replace(skipped=state.skipped + 1)
 
 
-def guarded(good: Array, step: PyTree, moved: Any, state: Any) -> tuple[PyTree, Any]:
+def guarded(good: Flag, step: PyTree, moved: Any, state: Any) -> tuple[PyTree, Any]:
     """The step and the state after it where all is good, else `stay`."""
     return keep_if(good, (step, moved), stay(step, state))
 

@@ -22,28 +22,20 @@ from kfgn.base.checks import (
     check_whole,
 )
 from kfgn.base.errors import OptionError
-from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Array, Named, Number, PyTree
+from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
-from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks, require_curvature
+from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import best_step, combine, push
-from kfgn.optimizers.state import (
-    all_finite,
-    check_state,
-    counter,
-    guarded,
-    number,
-    stay,
-    zeros_like,
-)
+from kfgn.optimizers.state import Count, all_finite, counter, guarded, number, stay, zeros_like
+from kfgn.optimizers.wrappers import by_curvature
 
 
 class ScaleByKroneckerState(NamedTuple):
     """State of `scale_by_kronecker`."""
 
-    count: Array  # type: ignore[assignment]  # updates made
-    skipped: Array  # updates skipped, for numbers that were not finite
+    count: Count  # type: ignore[assignment]  # updates made
+    skipped: Count  # updates skipped, for numbers that were not finite
     factors: Named
     inverses: Named
 
@@ -53,7 +45,7 @@ def scale_by_kronecker(
     damping: Number = 1e-2,
     *,
     decay: Number | None = 0.9,
-    refresh_inverse_every: Any = 1,
+    refresh_inverse_every: int | Array = 1,
     inverse: str = "factored",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by `(Q ⊗ G + damping I)^-1` in every layer, eqs. (34)-(36).
@@ -83,19 +75,16 @@ def scale_by_kronecker(
     check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     preconditioner = Preconditioner(blocks, inverse)
 
-    def init(params: PyTree) -> ScaleByKroneckerState:
-        factors, inverses = preconditioner.init(named_leaves(params))
-        return ScaleByKroneckerState(counter(), counter(), factors, inverses)
+    def init(leaves: Named) -> ScaleByKroneckerState:
+        return ScaleByKroneckerState(counter(), counter(), *preconditioner.init(leaves))
 
-    def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
-        del params, extra
-        gradient = named_leaves(updates)
-        check_state(state, ScaleByKroneckerState)
+    def advance(
+        state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
+    ) -> tuple[Named, ScaleByKroneckerState]:
         blocks.check_seen(gradient, state.factors)
-        curvature = require_curvature(curvature, blocks, gradient)
         new = {name: curvature.factors[name] for name in state.factors}
 
-        def advance():
+        def move() -> tuple[Named, ScaleByKroneckerState]:
             count = state.count + 1
             factors = moving_average(state.factors, new, count, decay)
             total = jnp.asarray(damping)
@@ -108,19 +97,17 @@ def scale_by_kronecker(
             moved = ScaleByKroneckerState(count, state.skipped, factors, inverses)
             return guarded(all_finite(direction), direction, moved, state)
 
-        usable = all_finite((gradient, new))
-        direction, state = jax.lax.cond(usable, advance, lambda: stay(gradient, state))
-        return with_leaves(updates, direction), state
+        return jax.lax.cond(all_finite((gradient, new)), move, lambda: stay(gradient, state))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_curvature(ScaleByKroneckerState, blocks, init, advance)
 
 
 class ScaleByQuadraticModelState(NamedTuple):
     """State of `scale_by_quadratic_model`."""
 
-    skipped: Array
-    step_size: Array  # α
-    momentum: Array  # the coefficient of the previous step
+    skipped: Count  # updates skipped
+    step_size: Scalar  # α
+    momentum: Scalar  # the coefficient of the previous step
     previous: Named  # the previous step, or nothing without momentum
 
 
@@ -152,36 +139,30 @@ def scale_by_quadratic_model(
     check_not_negative("damping", damping)
     check_flag("momentum", momentum)
 
-    def init(params: PyTree) -> ScaleByQuadraticModelState:
-        previous = zeros_like(named_leaves(params)) if momentum else {}
+    def init(leaves: Named) -> ScaleByQuadraticModelState:
+        previous = zeros_like(leaves) if momentum else {}
         return ScaleByQuadraticModelState(counter(), number(1), number(), previous)
 
-    def update(updates, state, params=None, *, curvature: Curvature | None = None, **extra):
-        del params, extra
-        leaves = named_leaves(updates)
-        check_state(state, ScaleByQuadraticModelState)
-        curvature = require_curvature(curvature, NO_BLOCKS, leaves)
-        directions = [push(curvature, leaves)]
+    def advance(
+        state: ScaleByQuadraticModelState, gradient: Named, curvature: Curvature, **_: Any
+    ) -> tuple[Named, ScaleByQuadraticModelState]:
+        directions = [push(curvature, gradient)]
         if momentum:
             directions.append(push(curvature, state.previous))
         best = best_step(curvature, directions, jnp.asarray(damping))
         step = combine(directions, best.coefficients)
         moved = ScaleByQuadraticModelState(
-            state.skipped,
-            best.coefficients[0].astype(jnp.float32),
-            best.coefficients[-1].astype(jnp.float32) * float(momentum),
-            step if momentum else {},
+            state.skipped, best.step_size, best.momentum, step if momentum else {}
         )
-        step, state = guarded(all_finite((best, step)), step, moved, state)
-        return with_leaves(updates, step), state
+        return guarded(all_finite((best, step)), step, moved, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_curvature(ScaleByQuadraticModelState, NO_BLOCKS, init, advance)
 
 
 class AverageParametersState(NamedTuple):
     """State of `average_parameters`."""
 
-    count: Array  # type: ignore[assignment]  # updates seen
+    count: Count  # type: ignore[assignment]  # updates seen
     average: PyTree  # like params
 
 
@@ -212,8 +193,9 @@ def average_parameters(decay: Number = 0.95) -> optax.GradientTransformationExtr
         # A copy, so that params and state can both be donated.
         return AverageParametersState(counter(), jax.tree.map(jnp.array, params))
 
-    def update(updates, state, params=None, **extra):
-        del extra
+    def update(
+        updates: PyTree, state: AverageParametersState, params: PyTree = None, **_: Any
+    ) -> tuple[PyTree, AverageParametersState]:
         if params is None:
             raise OptionError("average_parameters needs params: call update(grads, state, params)")
         count = state.count + 1

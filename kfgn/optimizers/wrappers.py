@@ -1,14 +1,55 @@
-"""What travels to `update` by keyword: what transformations need of it, and may not see."""
+"""How optax calls a transformation: by leaves' names, and with what keyword arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
 from kfgn.base.errors import OptionError, ParameterError
-from kfgn.base.types import Batch, PyTree
+from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.types import Batch, Named, PyTree
+from kfgn.curvature.batch import Curvature
+from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.state import check_state
+
+
+def by_curvature(
+    kind: type,
+    blocks: LayerBlocks,
+    init: Callable[[Named], Any],
+    advance: Callable[..., tuple[Named, Any]],
+    **settings: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The transformation of updates that need the curvature of a batch.
+
+    Args:
+      kind: of its state.
+      blocks: the layers that the curvature must have factors of.
+      init: `leaves -> state`, of leaves by their names.
+      advance: `(state, gradient, curvature, params=, **others) -> (step, state)`, likewise,
+        `others` being what else is given to the update by keyword.
+      settings: that the curvature must have been made with.
+    """
+
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        curvature: Curvature | None = None,
+        **others: Any,
+    ) -> tuple[PyTree, Any]:
+        check_state(state, kind)
+        gradient = named_leaves(updates)
+        curvature = require_curvature(curvature, blocks, gradient)
+        require_settings(curvature, **settings)
+        step, state = advance(state, gradient, curvature, params=params, **others)
+        return with_leaves(updates, step), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: init(named_leaves(params)), update)
 
 
 def whole_params(name: str, params: PyTree, batch: Batch, all_params: PyTree) -> PyTree:
@@ -40,12 +81,11 @@ def whole_params(name: str, params: PyTree, batch: Batch, all_params: PyTree) ->
 
 def has_masked(tree: PyTree) -> bool:
     """Whether optax has put placeholders for some leaves."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_masked)
-    return any(map(_is_masked, leaves))
 
+    def masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+    return any(map(masked, jax.tree.leaves(tree, is_leaf=masked)))
 
 
 def without_curvature(
@@ -71,7 +111,15 @@ def without_curvature(
         raise OptionError(f"expected an optax transformation, found a {kind}")
     inside = optax.with_extra_args_support(transformation)
 
-    def update(updates, state, params=None, *, curvature=None, all_params=None, **extra):
+    def update(
+        updates: PyTree,
+        state: Any,
+        params: PyTree = None,
+        *,
+        curvature: Curvature | None = None,
+        all_params: PyTree = None,
+        **extra: Any,
+    ) -> tuple[PyTree, Any]:
         del curvature, all_params
         return inside.update(updates, state, params, **extra)
 
