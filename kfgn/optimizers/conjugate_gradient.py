@@ -95,6 +95,9 @@ def conjugate_gradient(
     least = 0.0 if tolerance is None else tolerance
     limit = jnp.asarray(least).astype(inner(b, b).dtype) ** 2 * inner(b, b)
 
+    def model(x: PyTree, residual: PyTree) -> Scalar:
+        return -0.5 * (inner(x, residual) + inner(x, b))
+
     def go_on(s: _Iterate) -> Flag:
         left = s.count < max_iterations
         running = left & ~s.negative & (inner(s.residual, s.residual) > limit)
@@ -109,43 +112,20 @@ def conjugate_gradient(
         steepest = precondition(residual)
         rho = inner(residual, steepest)
         count = s.count + positive.astype(s.count.dtype)
-        value = -0.5 * (inner(x, residual) + inner(x, b))
-        return _Iterate(
-            count,
-            x,
-            residual,
-            _add(steepest, rho / s.rho, s.direction),
-            rho,
-            s.values.at[count].set(value),
-            ~positive,
-        )
+        direction = _add(steepest, rho / s.rho, s.direction)
+        values = s.values.at[count].set(model(x, residual))
+        return _Iterate(count, x, residual, direction, rho, values, ~positive)
 
-    first = precondition(b)
-    found = jax.lax.while_loop(
-        go_on, turn, _begin(product, b, start, precondition, first, max_iterations)
-    )
-    return _finish(product, b, first, found)
-
-
-def _begin(
-    product: Operator,
-    b: PyTree,
-    start: PyTree | None,
-    precondition: Operator,
-    first: PyTree,
-    max_iterations: int,
-) -> _Iterate:
-    if start is None:
-        x, residual, steepest = jax.tree.map(jnp.zeros_like, b), b, first
-    else:
-        x = start
-        residual = jax.tree.map(jnp.subtract, b, product(start))
+    first = steepest = precondition(b)
+    x, residual = jax.tree.map(jnp.zeros_like, b), b
+    if start is not None:
+        x, residual = start, jax.tree.map(jnp.subtract, b, product(start))
         steepest = precondition(residual)
-    rho = inner(residual, steepest)
-    value = -0.5 * (inner(x, residual) + inner(x, b))
+    value = model(x, residual)
     values = jnp.zeros((max_iterations + 1,), value.dtype).at[0].set(value)
-    zero = jnp.zeros((), jnp.int32)
-    return _Iterate(zero, x, residual, steepest, rho, values, jnp.zeros((), bool))
+    rho, no = inner(residual, steepest), jnp.zeros((), bool)
+    begin = _Iterate(jnp.zeros((), jnp.int32), x, residual, steepest, rho, values, no)
+    return _finish(product, b, first, jax.lax.while_loop(go_on, turn, begin))
 
 
 def _finish(product: Operator, b: PyTree, first: PyTree, found: _Iterate) -> Solution:

@@ -23,12 +23,7 @@ from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.forward_pass import curved_product
 from kfgn.objective.objective import Objective, require_objective
-from kfgn.optimizers.conjugate_gradient import (
-    Solution,
-    check_stopping,
-    conjugate_gradient,
-    wide,
-)
+from kfgn.optimizers.conjugate_gradient import Solution, check_stopping, conjugate_gradient, wide
 from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import (

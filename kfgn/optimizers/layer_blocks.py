@@ -16,6 +16,27 @@ from kfgn.model.layer import Layer, require_blocks
 from kfgn.objective.objective import Objective, check_batch, require_batch
 
 
+@dataclasses.dataclass(frozen=True)
+class LoneParameter:
+    """A parameter in no layer as a block of its own, with what solvers ask of a `Layer`."""
+
+    name: str
+    slots: ClassVar = ((),)  # one
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Its name alone."""
+        return (self.name,)
+
+    def to_matrix(self, leaves: Named) -> Array:
+        """The parameter as it is."""
+        return leaves[self.name]
+
+    def from_matrix(self, matrix: Array) -> Named:
+        """The inverse of `to_matrix`."""
+        return {self.name: matrix}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerBlocks:
     """Which parameters form which layer; no arrays, no values. `find_blocks` makes it.
@@ -39,8 +60,8 @@ class LayerBlocks:
     treatment: str = "raise"
     l2: Number = 0.0
 
-    def present(self, leaves: Named) -> dict[str, Layer]:
-        """The layers all of whose parameters are among the leaves.
+    def present(self, leaves: Named) -> dict[str, Layer | LoneParameter]:
+        """What is preconditioned of the leaves: layers, and parameters that have a diagonal.
 
         Raises:
           ParameterError: a leaf is unknown or has another shape, or a layer is
@@ -67,16 +88,17 @@ class LayerBlocks:
                     f"here but {', '.join(map(repr, outside))} is masked out; its block covers "
                     "kernel and bias together, so select whole layers."
                 )
-        return {n: x for n, x in self.layers.items() if x.parameters[0] in leaves}
+        return {n: x for n, x in self.every.items() if x.parameters[0] in leaves}
 
-    def diagonals(self, leaves: Named) -> list[str]:
-        """The parameters among the leaves that are preconditioned by a diagonal."""
-        return [n for n in self.unassigned if n in leaves and self.treatment == "diagonal"]
+    @property
+    def every(self) -> dict[str, Layer | LoneParameter]:
+        """The blocks that a curvature must have factors or a diagonal of."""
+        lone = self.unassigned if self.treatment == "diagonal" else ()
+        return {**self.layers, **{n: LoneParameter(n) for n in lone}}
 
     def check_seen(self, leaves: Named, initialized: Named) -> None:
         """Raises ParameterError where an update does not match what init saw."""
-        found = {*self.present(leaves), *self.diagonals(leaves)}
-        if found != set(initialized):
+        if (found := self.present(leaves)).keys() != initialized.keys():
             raise ParameterError(
                 f"update got gradients of {sorted(found)}, but init saw {sorted(initialized)}; "
                 "initialize the state from the same params (and the same mask)."
@@ -84,22 +106,6 @@ class LayerBlocks:
 
 
 NO_BLOCKS = LayerBlocks({})
-
-
-@dataclasses.dataclass(frozen=True)
-class LoneParameter:
-    """A parameter in no layer as a block of its own, with what solvers ask of a `Layer`."""
-
-    name: str
-    slots: ClassVar = ((),)  # one
-
-    def to_matrix(self, leaves: Named) -> Array:
-        """The parameter as it is."""
-        return leaves[self.name]
-
-    def from_matrix(self, matrix: Array) -> Named:
-        """The inverse of `to_matrix`."""
-        return {self.name: matrix}
 
 
 def find_blocks(
@@ -155,8 +161,7 @@ def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: 
             f"curvature must be a kfgn.Curvature, found a {type(curvature).__name__}; pass what "
             "kfgn.value_grad_and_curvature(objective, method)(params, batch) returned."
         )
-    wanted = [*blocks.layers, *blocks.diagonals(blocks.shapes)]
-    missing = [name for name in wanted if name not in curvature.factors]
+    missing = [name for name in blocks.every if name not in curvature.factors]
     bare = [n for n in missing if n in blocks.unassigned]
     if bare:
         raise ParameterError(

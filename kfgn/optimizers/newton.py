@@ -120,12 +120,12 @@ def _by_layer(
     for name, block in hessian(objective).blocks(params, batch).items():
         if name not in present and name not in gradient:
             continue  # masked out
-        layer = present.get(name, LoneParameter(name))
-        own = layer.to_matrix(gradient)
-        vectors = own.reshape(len(layer.slots), -1)
+        part = present.get(name, LoneParameter(name))
+        own = part.to_matrix(gradient)
+        vectors = own.reshape(len(part.slots), -1)
         identity = jnp.eye(vectors.shape[1], dtype=block.dtype)
         matrices = block.reshape(-1, *identity.shape) + objective.l2 * identity
-        yield _Part(matrices, vectors, own.shape, layer.from_matrix)
+        yield _Part(matrices, vectors, own.shape, part.from_matrix)
 
 
 def _solve(

@@ -14,13 +14,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kfgn.base.checks import check_choice, is_zero
 from kfgn.base.errors import OptionError, ParameterError
-from kfgn.base.kronecker import apply_eigen, apply_factored, eigen, factored_inverses
+from kfgn.base.kronecker import (
+    Eigen,
+    FactoredInverse,
+    apply_eigen,
+    apply_factored,
+    eigen,
+    factored_inverses,
+)
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
@@ -29,7 +37,7 @@ from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
 from kfgn.objective.objective import Objective
 from kfgn.optimizers.damping import Damping
-from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.optimizers.layer_blocks import LayerBlocks, LoneParameter
 from kfgn.optimizers.state import Count, Flag, zeros_like
 
 INVERSES = ("factored", "eigen")
@@ -84,14 +92,13 @@ class Preconditioner:
     def init(self, leaves: Named) -> tuple[Named, Named]:
         """Zero factors, and zeros in the shapes of inverses, for what is among the leaves."""
         factors: Named = {}
-        for name, layer in self.blocks.present(leaves).items():
-            dtype = factor_dtype(*(leaves[p].dtype for p in layer.parameters))
-            shapes = layer.activation_shape, layer.pre_activation_shape
-            factors[name] = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
-        for name in self.blocks.diagonals(leaves):
-            factors[name] = Diagonal(
-                jnp.zeros(leaves[name].shape, factor_dtype(leaves[name].dtype))
-            )
+        for name, block in self.blocks.present(leaves).items():
+            dtype = factor_dtype(*(leaves[p].dtype for p in block.parameters))
+            if isinstance(block, LoneParameter):
+                factors[name] = Diagonal(jnp.zeros(leaves[name].shape, dtype))
+            else:
+                shapes = block.activation_shape, block.pre_activation_shape
+                factors[name] = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
         damping = jnp.ones((), jnp.float32)
         inverses = jax.eval_shape(lambda f: self.invert(self._parts(f), damping), factors)
         return factors, zeros_like(inverses)
@@ -112,44 +119,36 @@ class Preconditioner:
         if self.inverse == "eigen":
             return decomposed
         kronecker = {n: f for n, f in decomposed.items() if isinstance(f, Factors)}
-        inverses: Named = factored_inverses(kronecker, damping)
-        for name in decomposed.keys() - kronecker.keys():
-            diagonal = decomposed[name].diagonal
-            inverses[name] = Diagonal(1 / (diagonal + damping.astype(diagonal.dtype)))
-        return inverses
+        lone = {n: f.diagonal for n, f in decomposed.items() if n not in kronecker}
+        diagonals = {n: Diagonal(1 / (d + damping.astype(d.dtype))) for n, d in lone.items()}
+        return factored_inverses(kronecker, damping) | diagonals
 
     def apply(self, inverses: Named, damping: Scalar, gradient: Named) -> Named:
         """The direction `C^-1 g` for every leaf; those without curvature get `g / damping`."""
-        direction: Named = {}
-        for name, inverse in inverses.items():
-            if isinstance(inverse, Diagonal):
-                values, leaf = inverse.diagonal, gradient[name]
-                if self.inverse == "eigen":
-                    values = 1 / (values + damping.astype(values.dtype))
-                direction[name] = (values * leaf.astype(values.dtype)).astype(leaf.dtype)
-                continue
-            layer = self.blocks.layers[name]
-            matrix = layer.to_matrix(gradient)
-            matrix = matrix.astype(jax.tree.leaves(inverse)[0].dtype)
-            if self.inverse == "factored":
-                solved = apply_factored(inverse, matrix)
-            else:
-                solved = apply_eigen(inverse, damping.astype(matrix.dtype), matrix)
-            direction.update(layer.from_matrix(solved))
-        others = {n: leaf for n, leaf in gradient.items() if n not in direction}
-        return direction | {n: leaf / damping.astype(leaf.dtype) for n, leaf in others.items()}
+        direction = {n: leaf / damping.astype(leaf.dtype) for n, leaf in gradient.items()}
+        for name, block in self.blocks.present(gradient).items():
+            inverse = inverses[name]
+            dtype = jax.tree.leaves(inverse)[0].dtype
+            solved = self._solve(
+                inverse, damping.astype(dtype), block.to_matrix(gradient).astype(dtype)
+            )
+            found = block.from_matrix(solved)
+            direction |= {n: x.astype(gradient[n].dtype) for n, x in found.items()}
+        return direction
+
+    def _solve(self, inverse: Any, damping: Scalar, matrix: Array) -> Array:
+        if isinstance(inverse, FactoredInverse):
+            return apply_factored(inverse, matrix)
+        if isinstance(inverse, Eigen):
+            return apply_eigen(inverse, damping, matrix)
+        scale = inverse.diagonal
+        return matrix * (scale if self.inverse == "factored" else 1 / (scale + damping))
 
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
-        names = [*self.blocks.present(leaves), *self.blocks.diagonals(leaves)]
-        parts = self._parts({name: curvature.factors[name] for name in names})
+        parts = self._parts({n: curvature.factors[n] for n in self.blocks.present(leaves)})
         inverses = self.invert(parts, damping)
-
-        def solve(r: Named) -> Named:
-            solved = self.apply(inverses, damping, r)
-            return {n: x.astype(r[n].dtype) for n, x in solved.items()}
-
-        return solve
+        return lambda r: self.apply(inverses, damping, r)
 
 
 def diagonal_weights(

@@ -50,7 +50,7 @@ class Step(NamedTuple):
     def momentum(self) -> Scalar:
         """The coefficient of the previous step, where it is the second direction."""
         second = self.coefficients[1:]
-        return second[0].astype(jnp.float32) if len(second) else jnp.zeros(())
+        return second[0].astype(jnp.float32) if len(second) else jnp.zeros((), jnp.float32)
 
     @property
     def extrapolates(self) -> Flag:
