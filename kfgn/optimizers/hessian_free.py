@@ -143,18 +143,7 @@ def scale_by_conjugate_gradient(
         )
 
     def inverse_at(
-        total: Scalar, gradient: Named, curvature: Curvature, **given: PyTree
-    ) -> Callable[[Named], Named] | None:
-        if preconditioner is None:
-            return None
-        if preconditioner == "kronecker":
-            return kronecker.at(total, curvature, gradient)
-        params = whole_params(f"preconditioner {preconditioner!r}", **given)
-        weights = diagonal_weights(preconditioner, objective, params, given["batch"], gradient)
-        return diagonal_solve(total, weights, power)
-
-    def advance(
-        state: ScaleByConjugateGradientState,
+        total: Scalar,
         gradient: Named,
         curvature: Curvature,
         *,
@@ -162,6 +151,17 @@ def scale_by_conjugate_gradient(
         batch: Batch = None,
         all_params: PyTree = None,
         **_: Any,
+    ) -> Callable[[Named], Named] | None:
+        if preconditioner is None:
+            return None
+        if preconditioner == "kronecker":
+            return kronecker.at(total, curvature, gradient)
+        params = whole_params(f"preconditioner {preconditioner!r}", params, batch, all_params)
+        weights = diagonal_weights(preconditioner, objective, params, batch, gradient)
+        return diagonal_solve(total, weights, power)
+
+    def advance(
+        state: ScaleByConjugateGradientState, gradient: Named, curvature: Curvature, **given: Any
     ) -> tuple[Named, ScaleByConjugateGradientState]:
         if not gradient:  # all is masked out
             return gradient, state
@@ -177,7 +177,6 @@ def scale_by_conjugate_gradient(
 
         right = {n: g.astype(wide(g)) for n, g in gradient.items()}
         damping = total(factor_dtype(*(x.dtype for x in right.values())))
-        given = {"params": params, "batch": batch, "all_params": all_params}
         part = jnp.asarray(warm_start)
         warm = jax.tree.map(lambda x: part.astype(x.dtype) * x, state.previous)
         solution = conjugate_gradient(
@@ -219,17 +218,14 @@ def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
 
 
 def _adapted(
-    rule: StepDamping,
-    state: ScaleByConjugateGradientState,
-    curvature: Curvature,
-    solution: Solution,
+    rule: StepDamping, state: ScaleByConjugateGradientState, curvature: Curvature, found: Solution
 ) -> tuple[Scalar, Scalar, Flag]:
     """ρ, λ, and whether the objective is finite where the step leads."""
     if not rule.adapts:
         return state.reduction_ratio, state.damping, jnp.array(True)
-    x = solution.x
+    x = found.x
     after = curvature.displaced(jax.tree.map(jnp.negative, x))
-    curved = inner(x, solution.product) - state.damping.astype(wide(after)) * inner(x, x)
+    curved = inner(x, found.product) - state.damping.astype(wide(after)) * inner(x, x)
     slope = inner(x, {n: curvature.gradient[n] for n in x})
     ratio = ((after - curvature.value) / (0.5 * curved - slope)).astype(jnp.float32)
     due = rule.due(state.count + 1) | ~jnp.isfinite(after)

@@ -53,8 +53,7 @@ def scale_by_kronecker(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      decay: of the moving average of the factors, or None for none.
-      refresh_inverse_every: updates between two inversions.
+      decay, refresh_inverse_every: as for `kfgn.kfra`.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
 
