@@ -18,10 +18,10 @@ from kfgn.base.checks import check_not_negative, check_positive, check_whole
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
+from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.operators import gauss_newton
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import Objective, check_batch
-from kfgn.optimizers.layer_blocks import LoneParameter
 from kfgn.optimizers.state import Count, Flag
 
 Operator: TypeAlias = Callable[[PyTree], PyTree]
@@ -199,13 +199,12 @@ def block_gauss_newton_direction(
     0.9
     """
     check_not_negative("damping", damping)
-    layers: dict[str, Any] = build_graph(objective, params, check_batch(batch)[0]).layers
+    blocks = blocks_of(build_graph(objective, params, check_batch(batch)[0]))
     leaves = named_leaves(gradient)
     found: Named = {}
     residuals: dict[str, Scalar] = {}
     for name, matvec in gauss_newton(objective).block_matvecs(params, batch).items():
-        layer = layers.get(name, LoneParameter(name))
-        g = layer.to_matrix(leaves)
+        g = blocks[name].to_matrix(leaves)
 
         def product(v: Array, matvec: Any = matvec, dtype: Any = g.dtype) -> Array:
             shift = jnp.asarray(damping + objective.l2).astype(v.dtype)
@@ -214,7 +213,7 @@ def block_gauss_newton_direction(
         solution = conjugate_gradient(
             product, g.astype(wide(g)), tolerance=tolerance, max_iterations=max_iterations
         )
-        found |= layer.from_matrix(solution.x)
+        found |= blocks[name].from_matrix(solution.x)
         residuals[name] = solution.residual
     found = {n: x.astype(leaves[n].dtype) for n, x in found.items()}
     return with_leaves(gradient, found), residuals

@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, Named, Number, PyTree, Shape
+from kfgn.base.types import Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.batch import Curvature, check_unassigned
+from kfgn.curvature.blocks import Block, LoneParameter
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
 from kfgn.objective.objective import Objective, check_batch, require_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class LoneParameter:
-    """A parameter in no layer as a block of its own, with what solvers ask of a `Layer`."""
-
-    name: str
-    slots: ClassVar = ((),)  # one
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Its name alone."""
-        return (self.name,)
-
-    def to_matrix(self, leaves: Named) -> Array:
-        """The parameter as it is."""
-        return leaves[self.name]
-
-    def from_matrix(self, matrix: Array) -> Named:
-        """The inverse of `to_matrix`."""
-        return {self.name: matrix}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +39,7 @@ class LayerBlocks:
     treatment: str = "raise"
     l2: Number = 0.0
 
-    def present(self, leaves: Named) -> dict[str, Layer | LoneParameter]:
+    def present(self, leaves: Named) -> dict[str, Block]:
         """What is preconditioned of the leaves: layers, and parameters that have a diagonal.
 
         Raises:
@@ -91,10 +70,10 @@ class LayerBlocks:
         return {n: x for n, x in self.every.items() if x.parameters[0] in leaves}
 
     @property
-    def every(self) -> dict[str, Layer | LoneParameter]:
+    def every(self) -> dict[str, Block]:
         """The blocks that a curvature must have factors or a diagonal of."""
         lone = self.unassigned if self.treatment == "diagonal" else ()
-        return {**self.layers, **{n: LoneParameter(n) for n in lone}}
+        return {**self.layers, **{n: LoneParameter(n, self.shapes[n]) for n in lone}}
 
     def check_seen(self, leaves: Named, initialized: Named) -> None:
         """Raises ParameterError where an update does not match what init saw."""

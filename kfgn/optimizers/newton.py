@@ -24,7 +24,7 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar, Shape
 from kfgn.curvature.operators import hessian
 from kfgn.objective.objective import Objective, require_objective
-from kfgn.optimizers.layer_blocks import LoneParameter, find_blocks
+from kfgn.optimizers.layer_blocks import find_blocks
 from kfgn.optimizers.state import Count, all_finite, check_state, counter, guarded, number
 from kfgn.optimizers.wrappers import has_masked, whole_params
 
@@ -116,15 +116,13 @@ def _whole(objective: Objective, params: PyTree, batch: Batch, gradient: Named) 
 def _by_layer(
     objective: Objective, params: PyTree, batch: Batch, gradient: Named
 ) -> Iterator[_Part]:
-    present = find_blocks(objective, params, batch, unassigned="gradient").present(gradient)
-    for name, block in hessian(objective).blocks(params, batch).items():
-        if name not in present and name not in gradient:
-            continue  # masked out
-        part = present.get(name, LoneParameter(name))
+    present = find_blocks(objective, params, batch, unassigned="diagonal").present(gradient)
+    blocks = hessian(objective).blocks(params, batch)
+    for name, part in present.items():
         own = part.to_matrix(gradient)
         vectors = own.reshape(len(part.slots), -1)
-        identity = jnp.eye(vectors.shape[1], dtype=block.dtype)
-        matrices = block.reshape(-1, *identity.shape) + objective.l2 * identity
+        identity = jnp.eye(vectors.shape[1], dtype=blocks[name].dtype)
+        matrices = blocks[name].reshape(-1, *identity.shape) + objective.l2 * identity
         yield _Part(matrices, vectors, own.shape, part.from_matrix)
 
 

@@ -33,11 +33,12 @@ from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
+from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
 from kfgn.objective.objective import Objective
 from kfgn.optimizers.damping import Damping
-from kfgn.optimizers.layer_blocks import LayerBlocks, LoneParameter
+from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.state import Count, Flag, zeros_like
 
 INVERSES = ("factored", "eigen")
