@@ -92,8 +92,8 @@ def scale_by_conjugate_gradient(
       preconditioner: None; "diagonal": `(diag(F) + (λ + η) I)^power` with the
         empirical Fisher's diagonal on `update(..., batch=batch)` (Martens
         2010); "gauss_newton_diagonal": `(diag(G) + (λ + η) I)^power` with the
-        exact diagonal on that batch; "kronecker": `Q ⊗ G + (λ + η) I` of the
-        curvature's factors.
+        exact diagonal on that batch, with power 1 the solution itself where G is
+        diagonal; "kronecker": `Q ⊗ G + (λ + η) I` of the curvature's factors.
       power: of the diagonal.
       inverse: of the Kronecker factors, "factored" or "eigen".
 

@@ -1,13 +1,6 @@
 """Preconditioners: averages of factors, their damped inverses, directions; and diagonals.
 
-With the damping λ and the objective's l2 η, conjugate gradients on
-`G + (λ + η) I` are preconditioned by the inverse of
-
-    "diagonal"               (diag(F) + (λ + η) I)^power,  F the empirical Fisher
-    "gauss_newton_diagonal"  (diag(G) + (λ + η) I)^power
-    "kronecker"              Q ⊗ G + (λ + η) I,  in every layer
-
-of which the second is the damped matrix itself where G is diagonal and the power 1.
+Those of conjugate gradients are listed with `kfgn.transforms.scale_by_conjugate_gradient`.
 """
 
 from __future__ import annotations
