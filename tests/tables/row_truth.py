@@ -84,39 +84,39 @@ def truth(name: str) -> Truth:
         outputs = case.model(unravel(flat), jax.tree.map(lambda a: a[None], x))
         return jax.tree.map(lambda a: a[0], outputs)
 
-    def flat_outputs(flat, x):
-        return ravel_pytree(outputs_of(flat, x))[0]
-
     def probed(probes, x):
         probes, x = jax.tree.map(lambda a: a[None], (probes, x))
-        return ravel_pytree(graph.forward(named_leaves(unravel(flat)), x, probes)[0])[0]
+        leaves = named_leaves(unravel(flat))
+        outputs, values = graph.forward(leaves, x, probes, read)
+        return ravel_pytree(outputs)[0], [value[0] for value in values]
+
+    def mean_loss(flat, inputs, targets):
+        alone = jax.vmap(outputs_of, (None, 0))(flat, inputs)
+        losses = jax.vmap(reference)(alone, targets)
+        return jnp.mean(losses), (alone, losses)
+
+    def output_hessian(output, target):
+        output, restore = ravel_pytree(output)
+        return jax.hessian(lambda o: reference(restore(o), target))(output)
 
     @quick_jit
     def everything(flat, inputs, targets):
-        def mean_loss(flat):
-            alone = jax.vmap(outputs_of, (None, 0))(flat, inputs)
-            losses = jax.vmap(reference)(alone, targets)
-            return jnp.mean(losses), (alone, losses)
-
-        def output_hessian(x, t):
-            flat_output, restore = ravel_pytree(outputs_of(flat, x))
-            return jax.hessian(lambda o: reference(restore(o), t))(flat_output)
-
+        gradient_at = jax.grad(lambda p: mean_loss(p, inputs, targets), has_aux=True)
+        gradient, push, (alone, losses) = jax.linearize(gradient_at, flat, has_aux=True)
+        jacobian = jax.jacobian(lambda p, x: ravel_pytree(outputs_of(p, x))[0])
         probes = jax.tree.map(lambda a: a[0], graph.probes(1))
-        gradient, (alone, losses) = jax.grad(mean_loss, has_aux=True)(flat)
-        values = dict(zip(read, graph.forward(named_leaves(unravel(flat)), inputs, keep=read)[1],
-                          strict=True))  # fmt: skip
-        dtype = losses.dtype
+        in_probes = jax.jacobian(probed, has_aux=True)
+        probed_jacobians, values = jax.vmap(in_probes, (None, 0))(probes, inputs)
         return Truth(
             case.model(unravel(flat), inputs),
             alone,
             losses,
             gradient,
-            jax.hessian(lambda p: mean_loss(p)[0])(flat),
-            jax.vmap(output_hessian)(inputs, targets),
-            jax.vmap(lambda x: jax.jacobian(flat_outputs)(flat, x))(inputs),
-            jax.vmap(lambda x: jax.jacobian(probed)(probes, x))(inputs),
-            {n: use.activations(values[use.input], dtype) for n, use in layers},
+            jax.vmap(push)(jnp.eye(flat.size, dtype=flat.dtype)),
+            jax.vmap(output_hessian)(alone, targets),
+            jax.vmap(jacobian, (None, 0))(flat, inputs),
+            probed_jacobians,
+            {n: u.activations(x, losses.dtype) for (n, u), x in zip(layers, values, strict=True)},
         )
 
     return jax.tree.map(np.asarray, everything(flat, inputs, targets))
