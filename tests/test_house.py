@@ -112,9 +112,8 @@ def test_documented(name):
         assert not value.__doc__.startswith(f"{value.__name__}("), f"{name}: NamedTuple's own"
 
 
-#: Shown elsewhere: errors where they are raised, a kind's forms by `register_layer`.
-WITHOUT_EXAMPLE = {"kfgn.layers.ChannelRule", "kfgn.layers.Form"}
-WITHOUT_EXAMPLE |= {f"kfgn.errors.{name}" for name in kfgn.errors.__all__}
+#: Errors are shown where they are raised.
+WITHOUT_EXAMPLE = {f"kfgn.errors.{name}" for name in kfgn.errors.__all__}
 
 
 def test_examples():

@@ -14,21 +14,25 @@ recursion is the joint one.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kfgn.base.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
+from kfgn.base.types import Array
 from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
 from kfgn.curvature.recursion import Frontier, Walk, output_spans
-from kfgn.model.flat_model import Array, Var, size
+from kfgn.model.equations import Var, size
 from kfgn.model.graph import Graph, Node
 from kfgn.model.parameter_use import Use
 
 # Signs drawn for a node whose Jacobian is the same for every example.
 _DRAWS = 16
+
+Signs = dict[int, Array]  # by the number of positions
 
 
 class Layout:
@@ -48,7 +52,9 @@ class Layout:
     __hash__ = None  # type: ignore[assignment]
 
 
-def channel_matrix(matrix: Array, u: Layout, v: Layout) -> Array | None:
+def channel_matrix(
+    matrix: Float[Array, "D_u D_v"], u: Layout, v: Layout
+) -> Float[Array, "C_u C_v"] | None:
     """The mean over positions of a joint matrix's blocks, `[C_u, C_v]`."""
     if u.positions != v.positions:
         return None
@@ -56,7 +62,9 @@ def channel_matrix(matrix: Array, u: Layout, v: Layout) -> Array | None:
     return jnp.mean(blocks, axis=0)
 
 
-def summed_over_positions(use: Use, layout: Layout, omega: Array) -> Array:
+def summed_over_positions(
+    use: Use, layout: Layout, omega: Float[Array, "C C"]
+) -> Float[Array, "s o o"]:
     """`sum_t M[s, t, o, s, t, o']` of the matrix `M = I ⊗ Ω` at a use, `[s, o, o']`."""
     places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
     channel, position = layout.channel_of[places], layout.position_of[places]
@@ -68,7 +76,9 @@ def summed_over_positions(use: Use, layout: Layout, omega: Array) -> Array:
     return jnp.sum(jnp.where(together, found, 0), axis=1)
 
 
-def walk_channels(walk: Walk, output_hessian: Array) -> dict[str, tuple[Layout, Array]]:
+def walk_channels(
+    walk: Walk, output_hessian: Float[Array, "K K"]
+) -> dict[str, tuple[Layout, Array]]:
     """By use, the layout of its pre-activation and its channel matrix Ω, `[C, C]`."""
     graph, layout = walk.graph, layouts(walk.graph)
     frontier = Frontier(frozenset(), output_hessian.dtype)
@@ -129,7 +139,7 @@ class Homogeneous:
         if use is not None and rule is not None and rule.left is not None:
             return use.signed(rule.left(self.shared[use.kernel_value], block))
 
-        def own_positions(signs, rows):
+        def own_positions(signs: Signs, rows: PairBlocks) -> Array:
             sign = signs[self.layout[o].positions].astype(block.dtype)
             pulled = rows[o, i].astype(block.dtype)
             return jnp.einsum("t,rtc->cr", sign, pulled, precision=PRECISION)
@@ -175,7 +185,9 @@ class Homogeneous:
         slope = self._slopes[o, i]
         return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
 
-    def _mean_of_pulled(self, contribution: Any, wanted: list[Var]) -> Array:
+    def _mean_of_pulled(
+        self, contribution: Callable[[Signs, PairBlocks], Array], wanted: list[Var]
+    ) -> Array:
         """The mean over examples of `contribution(signs by T_o, rows by (output, input))`.
 
         Rows are `[C_o, T_i, C_i]`. Where the Jacobian is the same for every
@@ -195,7 +207,7 @@ class Homogeneous:
         zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs + node.passive]
         function, split = node.function(self.shared), len(node.inputs)
 
-        def one(arguments):
+        def one(arguments: list[Array]) -> Array:
             signs = dict(zip(lengths, arguments, strict=False))
             given = arguments[len(lengths) :] or zeros
             inputs, passive = given[:split], given[split:]
@@ -205,18 +217,18 @@ class Homogeneous:
             }
             return contribution(signs, rows)
 
-        def summed(arguments):
+        def summed(arguments: list[Array]) -> Array:
             return jnp.sum(jax.vmap(one)(arguments), axis=0)
 
         each = sum(self.layout[o].channels for o in node.outputs) * sum(map(size, wanted))
         return sum_over_examples(summed, [*signs, *values], 8 * each) / count
 
-    def _pull_channels(self, pull: Any, signs: Any, o: Var, i: Var) -> Array:
+    def _pull_channels(self, pull: Callable, signs: Signs, o: Var, i: Var) -> Array:
         position = self.node.inputs.index(i)
         entries = self.layout[o].entries
         sign = signs[self.layout[o].positions]
 
-        def row(places):
+        def row(places: Array) -> Array:
             flat = jnp.zeros(size(o), o.aval.dtype).at[places].set(sign.astype(o.aval.dtype))
             cotangents = [
                 flat.reshape(v.aval.shape) if v is o else jnp.zeros(v.aval.shape, v.aval.dtype)
@@ -227,7 +239,7 @@ class Homogeneous:
         return jax.vmap(row)(jnp.asarray(entries.T))
 
     def _probed(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        def moments(_, rows):
+        def moments(_: Signs, rows: PairBlocks) -> Array:
             return total(
                 jnp.einsum(
                     "rtc,rs,std->cd",

@@ -31,7 +31,7 @@ from kfgn.base.linalg import (
 )
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.forward_pass import Linearized, as_outputs
-from kfgn.model.flat_model import size
+from kfgn.model.equations import size
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import (
@@ -21,8 +22,10 @@ from kfgn.base.linalg import (
     cross_moment,
     matmul,
     sum_over_examples,
+    total,
 )
-from kfgn.model.flat_model import Array, Var, is_complex, size
+from kfgn.base.types import Array
+from kfgn.model.equations import Var, is_complex, size
 from kfgn.model.graph import Node
 
 PairBlocks = dict[tuple[Var, Var], Array]
@@ -73,24 +76,24 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
 class _Matrix:
     """The same matrix for every example, `[D_in, D_out]`."""
 
-    def __init__(self, node: Node, matrix: Array):
+    def __init__(self, node: Node, matrix: Float[Array, "D_in D_out"]):
         self.node, self.kernel = node, matrix
 
     def _as(self, block: Array) -> Array:
         return self.kernel.astype(block.dtype)
 
-    def left(self, o, i, block):
+    def left(self, o: Var, i: Var, block: Array) -> Array:
         return matmul(self._as(block), block)
 
-    def congruence(self, own, i, j):
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         ((matrix),) = own.values()
         return congruence(self._as(matrix), matrix)
 
-    def congruence_diagonal(self, own, i):
+    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
         ((matrix),) = own.values()
         return congruence_diagonal(self._as(matrix), matrix)
 
-    def gradient(self, outs):
+    def gradient(self, outs: Values) -> Values:
         ((g),) = outs.values()
         (i,) = self.node.inputs
         rows = g.reshape(g.shape[0], -1)
@@ -100,23 +103,23 @@ class _Matrix:
 class _Diagonal:
     """One slope per entry, the same for every example."""
 
-    def __init__(self, node: Node, slope: Array):
+    def __init__(self, node: Node, slope: Float[Array, " D"]):
         self.node, self.slope = node, slope
 
-    def left(self, o, i, block):
+    def left(self, o: Var, i: Var, block: Array) -> Array:
         return self.slope.astype(block.dtype)[:, None] * block
 
-    def congruence(self, own, i, j):
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         ((matrix),) = own.values()
         slope = self.slope.astype(matrix.dtype)
         return slope[:, None] * matrix * slope[None, :]
 
-    def congruence_diagonal(self, own, i):
+    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
         ((matrix),) = own.values()
         diagonal = jnp.diag(matrix) if matrix.ndim == 2 else matrix
         return jnp.square(self.slope.astype(matrix.dtype)) * diagonal
 
-    def gradient(self, outs):
+    def gradient(self, outs: Values) -> Values:
         ((g),) = outs.values()
         (i,) = self.node.inputs
         flat = g.reshape(g.shape[0], -1) * self.slope.astype(g.dtype)
@@ -134,13 +137,13 @@ class _Linear(Jacobian):
         self.node = node
         self.rows = _Rows(node, jax.vjp(lambda *x: function(*x, *passive), *zeros)[1])
 
-    def left(self, o, i, block):
+    def left(self, o: Var, i: Var, block: Array) -> Array:
         return self.rows({o: block}, i, turned=True).T
 
-    def congruence(self, own, i, j):
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         return _congruence(own, self.rows, i, j)
 
-    def gradient(self, outs):
+    def gradient(self, outs: Values) -> Values:
         count = next(iter(outs.values())).shape[0]
         flat = {o: g.reshape(count, -1) for o, g in outs.items()}
         return {i: self.rows(flat, i).reshape(count, *i.aval.shape) for i in self.node.inputs}
@@ -163,30 +166,30 @@ class _Elementwise:
         slope = self.slopes[o, i]
         return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
 
-    def left(self, o, i, block):
+    def left(self, o: Var, i: Var, block: Array) -> Array:
         return jnp.mean(self._slope(o, i, block), axis=0)[:, None] * block
 
-    def congruence(self, own, i, j):
-        return sum(
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
+        return total(
             block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
             for (o, p), block in own.items()
         )
 
-    def congruence_diagonal(self, own, i):
-        total: Any = 0.0
+    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
+        parts = []
         for (o, p), block in own.items():
             slopes = self._slope(o, i, block) * self._slope(p, i, block)
             diagonal = jnp.diag(block) if block.ndim == 2 else block
-            total = total + diagonal * jnp.mean(slopes, axis=0)
-        return total
+            parts.append(diagonal * jnp.mean(slopes, axis=0))
+        return total(parts)
 
-    def gradient(self, outs):
+    def gradient(self, outs: Values) -> Values:
         result = {}
         for i in self.node.inputs:
             parts = [
                 g * self.slopes[o, i].reshape(g.shape).astype(g.dtype) for o, g in outs.items()
             ]
-            result[i] = sum(parts).reshape(-1, *i.aval.shape)
+            result[i] = total(parts).reshape(-1, *i.aval.shape)
         return result
 
 
@@ -208,30 +211,30 @@ class _General(Jacobian):
     def _mean(self, of_rows: Callable[[_Rows], Array], entries: int) -> Array:
         """The mean over examples of `of_rows(rows_of_this_example)`."""
 
-        def rows(arguments):
+        def rows(arguments: list[Array]) -> _Rows:
             return _Rows(self.node, self._pull(arguments))
 
         if self.count == 1:
             self.rows = self.rows or rows([a[0] for a in self.arguments])
             return of_rows(self.rows)
 
-        def summed(arguments):
+        def summed(arguments: list[Array]) -> Array:
             return jnp.sum(jax.vmap(lambda one: of_rows(rows(one)))(arguments), axis=0)
 
         return sum_over_examples(summed, self.arguments, 4 * entries) / self.count
 
-    def left(self, o, i, block):
+    def left(self, o: Var, i: Var, block: Array) -> Array:
         entries = block.shape[1] * (size(o) + size(i))
         return self._mean(lambda rows: rows({o: block}, i, turned=True).T, entries)
 
-    def congruence(self, own, i, j):
+    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         entries = sum(size(o) for o in self.node.outputs) * (size(i) + size(j))
         return self._mean(lambda rows: _congruence(own, rows, i, j), entries)
 
-    def gradient(self, outs):
+    def gradient(self, outs: Values) -> Values:
         present = list(outs)
 
-        def one(arguments, gradients):
+        def one(arguments: list[Array], gradients: list[Array]) -> list[Array]:
             given = dict(zip(present, gradients, strict=True))
             return self._pull(arguments)(_cotangents(self.node, given))
 

@@ -10,27 +10,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kfgn.base.linalg import total
+from kfgn.base.types import Array, Scalar
 from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
-from kfgn.model.flat_model import size
+from kfgn.model.equations import size
 from kfgn.model.graph import Node
-
-Array = jax.Array
 
 
 def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> PairBlocks:
-    """The mean over examples of the node's own Hessian against its output gradients.
-
-    For an elementwise node these are the diagonals `f'' dE/da` of equation (10).
-    """
+    """The mean over examples of the node's own Hessian against its output gradients."""
     if node.use is not None or node.kind == "linear":
         return {}
     batched = batched_function(node, shared, values)
     inputs = [values[v] for v in node.inputs]
     outputs = [(k, outs[o]) for k, o in enumerate(node.outputs) if o in outs]
 
-    def against_gradient(*x):
+    def against_gradient(*x: Array) -> Scalar:
         results = batched(*x)
-        return sum(jnp.sum(results[k] * g.astype(results[k].dtype)) for k, g in outputs)
+        return total(jnp.sum(results[k] * g.astype(results[k].dtype)) for k, g in outputs)
 
     gradient = jax.grad(against_gradient, argnums=tuple(range(len(inputs))))
     if node.kind == "elementwise":
@@ -53,7 +50,7 @@ def _general_curvature(node: Node, gradient: Callable, inputs: list[Array]) -> P
     for b, j in enumerate(node.inputs):
         basis = jnp.eye(size(j), dtype=inputs[b].dtype).reshape(-1, *j.aval.shape)
 
-        def along(direction, b=b):
+        def along(direction: Array, b: int = b) -> list[Array]:
             tangents = tuple(
                 jnp.broadcast_to(direction, x.shape) if p == b else jnp.zeros_like(x)
                 for p, x in enumerate(inputs)

@@ -18,15 +18,15 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from kfgn.base.checks import check_size
 from kfgn.base.errors import ModelError
+from kfgn.base.types import Array
 from kfgn.curvature.jacobians import Jacobian, jacobian_of
 from kfgn.curvature.node_curvature import node_curvature
-from kfgn.model.flat_model import Array, Var, size, variables
+from kfgn.model.equations import Var, size, variables
 from kfgn.model.graph import Graph, Node
-
-PyTree = Any
 
 # The largest single matrix that a walk forms.
 MATRIX_BYTES = 2**31
@@ -60,8 +60,8 @@ class Walked(NamedTuple):
 
 def walk_back(
     walk: Walk,
-    output_hessian: Array,
-    output_gradient: Array | None = None,
+    output_hessian: Float[Array, "K K"],
+    output_gradient: Float[Array, "N K"] | None = None,
     diagonal: bool = False,
 ) -> Walked:
     """Pre-activation curvature of every use, and the blocks of the free parameters.
@@ -181,7 +181,7 @@ class Frontier:
                     self.add(i, j, jacobian.congruence(own, i, j))
 
 
-def _start(frontier: Frontier, graph: Graph, hessian: Array) -> None:
+def _start(frontier: Frontier, graph: Graph, hessian: Float[Array, "K K"]) -> None:
     """The blocks of the output Hessian for the outputs that are differentiable values."""
     spans = output_spans(graph)
     for a, (u, start_u, stop_u) in enumerate(spans):
@@ -205,7 +205,7 @@ def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
     return spans
 
 
-def _split_outputs(graph: Graph, gradient: Array) -> dict[Var, Array]:
+def _split_outputs(graph: Graph, gradient: Float[Array, "N K"]) -> dict[Var, Array]:
     cotangents: dict[Var, Array] = {}
     for v, start, stop in output_spans(graph):
         part = gradient[:, start:stop].reshape(-1, *v.aval.shape)

@@ -16,7 +16,7 @@ from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS, UseCost
 from kfgn.model.dependence import keeps_order
-from kfgn.model.flat_model import Equation, size
+from kfgn.model.equations import Equation, size
 from kfgn.model.graph import Graph, Node, build_graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use

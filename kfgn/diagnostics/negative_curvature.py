@@ -28,7 +28,7 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
-from kfgn.model.flat_model import Var, evaluate, read, size
+from kfgn.model.equations import Var, evaluate, read, size
 from kfgn.model.graph import Graph
 from kfgn.objective.objective import Objective, require_objective
 

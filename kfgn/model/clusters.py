@@ -8,7 +8,8 @@ between; a merge that would take in a layer is left undone.
 from __future__ import annotations
 
 from kfgn.model.dependence import is_linear, joins_freely
-from kfgn.model.flat_model import Equation, FlatModel, Role, is_complex, variables
+from kfgn.model.equations import Equation, Role, Var, is_complex, variables
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import row_of
 
@@ -136,7 +137,7 @@ def _absorb_inner(
             clusters.merge({own, target})
 
 
-def _reads(model: FlatModel, item: Item) -> set:
+def _reads(model: FlatModel, item: Item) -> set[Var]:
     return {v for e in item[0] for v in variables(e.invars) if is_active(model, v)}
 
 
@@ -150,7 +151,7 @@ def _parents(model: FlatModel, items: list[Item]) -> list[set[int]]:
     return parents
 
 
-def is_active(model: FlatModel, variable) -> bool:
+def is_active(model: FlatModel, variable: Var) -> bool:
     """Whether the walk goes through this value."""
     return model.roles.get(variable) is Role.ACTIVE
 
@@ -160,7 +161,9 @@ def _is_complex(equation: Equation) -> bool:
     return any(map(is_complex, (*equation.invars, *equation.outvars)))
 
 
-def _upstream_seeds(j, parents, barrier, seed) -> list[int]:
+def _upstream_seeds(
+    j: int, parents: list[set[int]], barrier: list[bool], seed: list[bool]
+) -> list[int]:
     """The nearest seeds from which a path without layers leads to item j, last first."""
     found, stack, seen = [], list(parents[j]), set()
     while stack:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import ModelError
+from kfgn.base.types import Array
 from kfgn.model.equations import (
     Equation,
     Role,
@@ -52,14 +53,14 @@ def with_forward_rule(
     backward = functools.cache(lambda: _backward_pass(equation, ins, outs, evaluate))
 
     @jax.custom_jvp
-    def function(*args):
+    def function(*args: Any) -> list[Any]:
         return outs.arrays(evaluate(body, args, roles))
 
     @function.defjvp
-    def rule(primals, tangents):
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         pull_jaxpr = backward()
 
-        def pull(*cotangents):
+        def pull(*cotangents: Array) -> list[Array]:
             results = jex.jaxpr_as_fun(pull_jaxpr)(*primals, *cotangents)
             return [as_array(x, s) for x, s in zip(results, ins.floats(ins.all), strict=True)]
 
@@ -113,10 +114,10 @@ def _backward_pass(
     call = as_function([equation.replace(invars=list(own))], own, equation.outvars)
     count = len(own)
 
-    def backward(*values):
+    def backward(*values: Any) -> Sequence[Array]:
         args, cotangents = values[:count], list(values[count:])
 
-        def of_floats(*floats):
+        def of_floats(*floats: Array) -> list[Array]:
             return outs.floats(call(*ins.with_floats(args, floats)))
 
         return jax.vjp(of_floats, *ins.floats(args))[1](cotangents)

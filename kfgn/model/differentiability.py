@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.base.errors import ModelError, UnknownPrimitiveWarning
-from kfgn.model.equations import is_differentiated
-from kfgn.model.flat_model import Equation, FlatModel, Role, Var, as_function, variables
+from kfgn.base.types import Array
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    Var,
+    as_function,
+    is_differentiated,
+    variables,
+)
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.primitives import is_differentiable, is_known
 
@@ -73,7 +81,7 @@ def _check_derivative(equation: Equation, operands: list[Var], results: list[Var
     others = [v for v in dict.fromkeys(variables(equation.invars)) if v not in operands]
     function = as_function([equation], [*operands, *others], results)
 
-    def pull_back(values, constants):
+    def pull_back(values: list[Array], constants: list[Array]) -> tuple[Array, ...]:
         outputs, pull = jax.vjp(lambda *x: function(*x, *constants), *values)
         return pull([jnp.ones_like(o) for o in outputs])
 

@@ -16,7 +16,6 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
 Var = Any  # jex.Var, whose declared type hides the shape and dtype of its aval
 Equation = Any  # jex.JaxprEqn, whose operands are variables and literals
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from kfgn.model.equations import Role, Var, variables
 from kfgn.model.find_uses import chosen, find_uses, meets
-from kfgn.model.flat_model import FlatModel, Role, Var, variables
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use

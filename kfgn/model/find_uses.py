@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from kfgn.model.dependence import keeps_order, moved, moves_entries
-from kfgn.model.flat_model import Equation, FlatModel, Role, Var, variables
+from kfgn.model.equations import Equation, Role, Var, variables
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import read_form
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use

@@ -18,43 +18,18 @@ import jax.numpy as jnp
 
 from kfgn.base.errors import ModelError, ParameterError
 from kfgn.base.trees import named_leaves, path_name
+from kfgn.base.types import PyTree
 from kfgn.model.equations import (
-    Array,
     Equation,
     Role,
     Var,
     abstract,
-    as_function,
-    bind,
-    evaluate,
-    is_complex,
     is_differentiated,
     joined,
-    read,
     readers_of,
-    size,
     variables,
 )
 from kfgn.model.inline import Value, inline
-
-PyTree = Any
-
-__all__ = [
-    "Array",
-    "Equation",
-    "FlatModel",
-    "Role",
-    "Var",
-    "as_function",
-    "bind",
-    "evaluate",
-    "flatten_model",
-    "is_complex",
-    "read",
-    "size",
-    "variables",
-    "with_roles",
-]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,7 +84,7 @@ def flatten_model(
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
     example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
 
-    def single(params, example):
+    def single(params: PyTree, example: PyTree) -> PyTree:
         outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
         if not jax.tree.leaves(outputs):
             raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
@@ -131,7 +106,7 @@ def flatten_model(
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
     names = list(leaves)
 
-    def inlined(*args):
+    def inlined(*args: Any) -> list[Any]:
         roles = [Role.PARAMETER if k < len(names) else Role.PASSIVE for k in range(len(args))]
         return [v.array for v in inline(closed, list(map(Value, args, roles)))]
 
@@ -208,7 +183,7 @@ def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> list[Equation]
 def _regrouped(y: Var, x: Var, s: Var, out: Var) -> list[Equation]:
     """Equations for `out = (y * x) * s`."""
 
-    def product(*operands):
+    def product(*operands: Any) -> Any:
         shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
         return jax.lax.mul(*(jnp.broadcast_to(operand, shape) for operand in operands))
 

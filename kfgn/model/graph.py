@@ -14,19 +14,10 @@ from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, PyTree
 from kfgn.model.clusters import is_active
 from kfgn.model.differentiability import check_derivatives
+from kfgn.model.equations import Equation, Role, Var, evaluate, read, variables
 from kfgn.model.find_layers import find_layers
 from kfgn.model.find_uses import constant_states
-from kfgn.model.flat_model import (
-    Equation,
-    FlatModel,
-    Role,
-    Var,
-    evaluate,
-    flatten_model,
-    read,
-    variables,
-    with_roles,
-)
+from kfgn.model.flat_model import FlatModel, flatten_model, with_roles
 from kfgn.model.independence import check_independent
 from kfgn.model.layer import Layer
 from kfgn.model.layer_kinds import LAYERS
@@ -80,7 +71,7 @@ class Graph:
         use_of = {use.output: name for name, use in self.uses.items()}
         keep = list(keep)
 
-        def one(leaves, probes):
+        def one(leaves: list[Array], probes: dict[str, Array]) -> tuple[list[Array], list[Array]]:
             env = {**shared, **dict(zip(self.model.inputs, leaves, strict=True))}
             for equation in self.model.jaxpr.eqns:
                 if self._is_shared(equation):

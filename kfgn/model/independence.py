@@ -20,9 +20,9 @@ import numpy as np
 
 from kfgn.base.errors import ModelError
 from kfgn.base.trees import path_name
+from kfgn.base.types import PyTree
 from kfgn.model.equations import abstract, as_function
 
-PyTree = Any
 Shape = jax.ShapeDtypeStruct
 Draw = Callable[[np.ndarray], np.ndarray]
 

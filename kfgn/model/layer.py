@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from kfgn.base.errors import LayerError
+from kfgn.base.types import Array
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

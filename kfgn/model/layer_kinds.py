@@ -69,6 +69,7 @@ def register_layer(primitive: str, reader: Reader) -> None:
 
           y[k, o] = sum_i x[k, i] w[i, o]
 
+      >>> import kfgn
       >>> def read_product(equation, side, source):
       ...     if side != 1:
       ...         return None  # the kernel has to be the second operand

@@ -12,9 +12,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kfgn.base.types import Array
 from kfgn.model.clusters import Item, cluster_items, is_active
 from kfgn.model.dependence import is_elementwise, is_linear
-from kfgn.model.flat_model import Array, Equation, FlatModel, Role, Var, as_function, variables
+from kfgn.model.equations import Equation, Role, Var, as_function, variables
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.parameter_use import Use
 
 

@@ -12,14 +12,13 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import numpy as np
 
+from kfgn.base.types import Array
 from kfgn.model.dependence import keeps_order, moved, moves_entries, scaling
-from kfgn.model.flat_model import Equation, FlatModel, Var, bind, variables
+from kfgn.model.equations import Equation, Var, bind, variables
+from kfgn.model.flat_model import FlatModel
 from kfgn.model.primitives import REGISTERED
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.model.flat_model import Equation, Var, size
+from kfgn.base.types import Array
+from kfgn.model.equations import Equation, Var, size
 from kfgn.model.parameter_path import Source
-
-Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +35,18 @@ class ChannelRule:
       left: `(kernel, block [c', d]) -> J' block` between equal positions, `[c, d]`.
 
     A kernel is given as the equation sees it. What is None is probed.
+
+    Example:
+      That of `h[t] = a[t] W` with `[t, i]` data:
+
+      >>> from kfgn.layers import ChannelRule
+      >>> rule = ChannelRule(
+      ...     layout=lambda a: a,
+      ...     congruence=lambda w, omega: w @ omega @ w.T,
+      ...     left=lambda w, block: w @ block,
+      ... )
+      >>> rule.left(jnp.ones((3, 2)), jnp.eye(2)).shape
+      (3, 2)
     """
 
     layout: Callable[[np.ndarray], np.ndarray]
@@ -64,6 +75,20 @@ class Form:
       channels: how the kind acts on channels.
 
     The last three are closed forms of what is else found by differentiation.
+
+    Example:
+      That of `h[t] = a[t] W` with `[4, 3]` data and a `[3, 2]` kernel; see
+      `kfgn.layers.register_layer` for the reader that makes it.
+
+      >>> from kfgn.layers import Form
+      >>> form = Form(
+      ...     kind="my product", groups=1, positions=4, d_in=3, d_out=2,
+      ...     activations=lambda a: a.reshape(-1, 1, 4, 3),
+      ...     kernel=lambda w: w.reshape(1, 3, 2),
+      ...     outputs=lambda h: h.reshape(*h.shape[:-2], 1, 4, 2),
+      ... )
+      >>> form.activations(jnp.ones((5, 4, 3))).shape
+      (5, 1, 4, 3)
     """
 
     kind: str

@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from kfgn.base.linalg import PRECISION, matmul
+from kfgn.base.types import Array
 from kfgn.model.equations import Equation, is_complex
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import ChannelRule, Form
 from kfgn.model.primitives import row_of
 
-Array = jax.Array
 Reader = Callable[[Equation, int, Source], Form | None]
 
 
@@ -42,37 +43,37 @@ def dense(equation: Equation, side: int, source: Source) -> Form | None:
         _entries(kernel, kernel_free),
     )
 
-    def activations(values):
+    def activations(values: Any) -> Any:
         axes = (0, *(1 + axis for axis in (*data_group, *data_free, *data_in)))
         return values.transpose(axes).reshape(-1, groups, positions, d_in)
 
-    def read_kernel(value):
+    def read_kernel(value: Any) -> Any:
         return value.transpose((*kernel_group, *kernel_in, *kernel_free)).reshape(
             groups, d_in, d_out
         )
 
-    def outputs(values):
+    def outputs(values: Any) -> Any:
         lead = values.shape[: values.ndim - equation.outvars[0].aval.ndim]
         if side == 0:
             return values.reshape(*lead, groups, d_out, positions).swapaxes(-1, -2)
         return values.reshape(*lead, groups, positions, d_out)
 
-    def layout(entries):
+    def layout(entries: np.ndarray) -> np.ndarray:
         return np.moveaxis(activations(entries[None])[0], 0, 1).reshape(positions, -1)
 
-    def whole(value):
+    def whole(value: Array) -> Array:
         blocks = read_kernel(value)
         return jax.scipy.linalg.block_diag(*blocks) if groups > 1 else blocks[0]
 
-    def matrix(value):
+    def matrix(value: Array) -> Float[Array, "D_in D_out"]:
         order = np.argsort(layout(np.arange(data.aval.size).reshape(data.aval.shape))[0])
         return whole(value) if np.all(np.diff(order) == 1) else whole(value)[order]
 
-    def congruence(value, omega):
+    def congruence(value: Array, omega: Float[Array, "c_out c_out"]) -> Float[Array, "c c"]:
         kernel = whole(value).astype(omega.dtype)
         return matmul(matmul(kernel, omega), kernel.T)
 
-    def left(value, block):
+    def left(value: Array, block: Float[Array, "c_out d"]) -> Float[Array, "c d"]:
         return matmul(whole(value).astype(block.dtype), block)
 
     return Form(
@@ -96,7 +97,7 @@ def convolution(equation: Equation, side: int, source: Source) -> Form | None:
     result = equation.outvars[0].aval
     positions = result.size // out_channels
 
-    def patches(example):
+    def patches(example: Array) -> Float[Array, "s i t"]:
         found = jax.lax.conv_general_dilated_patches(
             example,
             shape,
@@ -110,14 +111,14 @@ def convolution(equation: Equation, side: int, source: Source) -> Form | None:
         out = specs.out_spec
         return jnp.transpose(found, (out[1], out[0], *out[2:])).reshape(groups, d_in, positions)
 
-    def activations(values):
+    def activations(values: Any) -> Any:
         return jnp.swapaxes(jax.vmap(patches)(values), -1, -2)
 
-    def read_kernel(value):
+    def read_kernel(value: Any) -> Any:
         split = value.transpose(specs.rhs_spec).reshape(groups, d_out, d_in)
         return split.swapaxes(-1, -2)
 
-    def outputs(values):
+    def outputs(values: Any) -> Any:
         lead = values.ndim - result.ndim
         out = specs.out_spec
         axes = (*range(lead), *(lead + axis for axis in (out[1], out[0], *out[2:])))
@@ -127,10 +128,10 @@ def convolution(equation: Equation, side: int, source: Source) -> Form | None:
     axis = specs.lhs_spec[1]
     channels = data.aval.shape[axis] // groups
 
-    def layout(entries):
+    def layout(entries: np.ndarray) -> np.ndarray:
         return np.moveaxis(entries, axis, -1).reshape(-1, groups * channels)
 
-    def congruence(value, omega):
+    def congruence(value: Array, omega: Float[Array, "c_out c_out"]) -> Float[Array, "c c"]:
         """`sum_k n_k W_k Ω W_k' / T` over the entries k of a patch, n_k of which lie inside."""
         inside = jnp.ones((1, *data.aval.shape), omega.dtype)
         counts = jnp.sum(activations(inside)[0, 0], axis=0).reshape(channels, -1)[0]
@@ -165,14 +166,14 @@ def embedding(equation: Equation, side: int, source: Source) -> Form | None:
     result = equation.outvars[0].aval
     looked_up = _others(result.ndim, numbers.offset_dims)
 
-    def activations(values):
+    def activations(values: Any) -> Any:
         found = values.reshape(-1, 1, positions)
         return jnp.clip(found, 0, d_in - 1)
 
-    def read_kernel(value):
+    def read_kernel(value: Any) -> Any:
         return value.transpose((axis, *others)).reshape(1, d_in, d_out)
 
-    def outputs(values):
+    def outputs(values: Any) -> Any:
         lead = values.ndim - result.ndim
         axes = (*range(lead), *(lead + k for k in (*looked_up, *numbers.offset_dims)))
         return values.transpose(axes).reshape(*values.shape[:lead], 1, positions, d_out)
@@ -191,17 +192,17 @@ def scale(equation: Equation, side: int, source: Source) -> Form | None:
         return None
     groups, positions = places.shape
 
-    def activations(values):
+    def activations(values: Any) -> Any:
         whole = jnp.broadcast_to(values, (values.shape[0], *equation.outvars[0].aval.shape))
         return whole.reshape(values.shape[0], -1)[:, places][..., None]
 
-    def read_kernel(value):
+    def read_kernel(value: Any) -> Any:
         return _entries_in_order(source, value)[:, None, None]
 
-    def outputs(values):
+    def outputs(values: Any) -> Any:
         return _flat(values, equation)[..., places][..., None]
 
-    def diagonal(value):
+    def diagonal(value: Array) -> Float[Array, " D"]:
         return jnp.broadcast_to(value, equation.outvars[0].aval.shape).reshape(-1)
 
     return Form(
@@ -226,18 +227,18 @@ def shift(equation: Equation, side: int, source: Source) -> Form | None:
     order = places.reshape(d_in, d_out, repeats).swapaxes(1, 2).reshape(-1, d_out)
     rows = np.repeat(np.arange(d_in), repeats)
 
-    def activations(values):
+    def activations(values: Any) -> Any:
         return jnp.broadcast_to(jnp.asarray(rows), (values.shape[0], 1, rows.size))
 
-    def read_kernel(value):
+    def read_kernel(value: Any) -> Any:
         return _entries_in_order(source, value).reshape(1, d_in, d_out)
 
-    def outputs(values):
+    def outputs(values: Any) -> Any:
         return _flat(values, equation)[..., order][..., None, :, :]
 
     signs = row_of(equation).signs  # none of a concatenation
 
-    def diagonal(value):
+    def diagonal(value: Array) -> Float[Array, " D"]:
         return jnp.full(equation.outvars[0].aval.size, signs[1 - side], value.dtype)
 
     return Form(

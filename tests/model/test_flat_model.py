@@ -12,7 +12,8 @@ import pytest
 import kfgn
 from kfgn.base.errors import ModelError
 from kfgn.model.dependence import is_elementwise
-from kfgn.model.flat_model import FlatModel, Role, evaluate, flatten_model, read, variables
+from kfgn.model.equations import Role, evaluate, read, variables
+from kfgn.model.flat_model import FlatModel, flatten_model
 from tests.tables.small import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
