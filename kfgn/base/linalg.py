@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.trees import first_of
 from kfgn.base.types import Array, PyTree, Scalar
 
 PRECISION = jax.lax.Precision.HIGHEST
@@ -121,7 +122,7 @@ def sum_of_examples(
 
     def summed(chunk: Any) -> Any:
         if chunk_size == 1:  # which keeps every product two-dimensional
-            return function(jax.tree.map(lambda a: a[0], chunk))
+            return function(first_of(chunk))
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), jax.vmap(function)(chunk))
 
     return sum_over_examples(summed, arguments, chunk_size=chunk_size or count)

@@ -39,6 +39,16 @@ def named_leaves(tree: PyTree) -> Named:
     return named
 
 
+def batch_of(example: PyTree) -> PyTree:
+    """A batch of one example: its leaves with a leading axis, `[1, ...]`."""
+    return jax.tree.map(lambda a: a[None], example)
+
+
+def first_of(batch: PyTree) -> PyTree:
+    """The first example of a batch, the leaves without their leading axis."""
+    return jax.tree.map(lambda a: a[0], batch)
+
+
 def with_leaves(tree: PyTree, leaves: Named) -> PyTree:
     """The pytree with each named leaf replaced; leaves not named stay."""
     return jax.tree_util.tree_map_with_path(

@@ -29,6 +29,7 @@ from kfgn.base.linalg import (
     sum_over_examples,
     total,
 )
+from kfgn.base.trees import batch_of, first_of
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.forward_pass import Linearized, as_outputs
 from kfgn.model.equations import size
@@ -183,9 +184,8 @@ def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
     """
 
     def outputs_of(own: dict[str, Array], example: PyTree) -> PyTree:
-        batch = jax.tree.map(lambda a: a[None], example)
-        outputs, _ = model.graph.forward({**model.params, **own}, batch)
-        return jax.tree.map(lambda a: a[0], outputs)
+        outputs, _ = model.graph.forward({**model.params, **own}, batch_of(example))
+        return first_of(outputs)
 
     copies = {
         name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from kfgn.base.linalg import factor_dtype
+from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.curvature.recursion import needed_values
@@ -34,7 +34,7 @@ class Linearized(NamedTuple):
 
     @property
     def examples(self) -> int:
-        return jax.tree.leaves(self.outputs)[0].shape[0]
+        return count_of(self.outputs)
 
     @property
     def dtype(self) -> Any:
@@ -74,7 +74,7 @@ def linearize(
 ) -> Linearized:
     """Runs the model on a batch; `with_probes` makes gradients at pre-activations available."""
     leaves = jax.tree.map(jnp.asarray, named_leaves(params))
-    count = jax.tree.leaves(inputs)[0].shape[0]
+    count = count_of(inputs)
     probes = graph.probes(count) if with_probes else {}
     keep = needed_values(graph)
     outputs, push, kept = jax.linearize(

@@ -19,7 +19,7 @@ from kfgn.base.linalg import (
     mean_of_examples,
     sum_over_examples,
 )
-from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.trees import batch_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.blocks import (
     Block,
@@ -179,8 +179,8 @@ class Operator:
         def matvec_of(block: Block) -> Callable[[Array], Array]:
             def each(matrix: Array) -> Array:
                 def one(example: Batch) -> Array:
-                    alone = jax.tree.map(lambda a: a[None], example)
-                    return _in_block(self._linear(params, alone), params, block, matrix)
+                    own = self._linear(params, batch_of(example))
+                    return _in_block(own, params, block, matrix)
 
                 return map_examples(one, tuple(batch))
 

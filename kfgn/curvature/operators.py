@@ -31,7 +31,7 @@ from kfgn.base.linalg import (
     matmul,
     mean_of_examples,
 )
-from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.trees import batch_of, first_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
@@ -150,7 +150,7 @@ class GaussNewton(Operator):
         self, params: PyTree, example: PyTree, dtype: Any
     ) -> tuple[PyTree, Float[Array, "K P"]]:
         """One example's outputs, and their Jacobian by a backward pass for each."""
-        alone = jax.tree.map(lambda a: a[None], example)
+        alone = batch_of(example)
         outputs, pull = jax.vjp(lambda p: self.objective.model(p, alone), params)
 
         def row(cotangent: Float[Array, " K"]) -> Float[Array, " P"]:
@@ -158,7 +158,7 @@ class GaussNewton(Operator):
             return ravel_pytree(_astype(found, dtype))[0]
 
         rows = jax.vmap(row)(jnp.eye(width_of(outputs), dtype=dtype))
-        return jax.tree.map(lambda a: a[0], outputs), rows
+        return first_of(outputs), rows
 
 
 class EmpiricalFisher(GaussNewton):
@@ -201,13 +201,12 @@ class EmpiricalFisher(GaussNewton):
 
     def _squares(self, params: PyTree, own: dict[str, Array], example: Batch) -> dict[str, Array]:
         """One example's squared gradients of some parameters."""
-        alone = jax.tree.map(lambda a: a[None], example)
+        alone = batch_of(example)
         gradient = jax.grad(lambda p: self.objective.mean_loss(with_leaves(params, p), alone))(own)
         return {n: jnp.square(g.astype(factor_dtype(g.dtype))) for n, g in gradient.items()}
 
     def _gradient(self, outputs: PyTree, target: PyTree) -> Float[Array, " K"]:
-        one = jax.tree.map(lambda a: a[None], (outputs, target))
-        return self.objective.loss.gradients(*one)[0]
+        return self.objective.loss.gradients(*batch_of((outputs, target)))[0]
 
     def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
         gradient = self._gradient(outputs, target)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
-from kfgn.base.trees import named_leaves
+from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import Block, blocks_of
 from kfgn.curvature.factors import entries_of
@@ -71,13 +71,13 @@ def prepare(
     def one(arguments: Any) -> Walked:
         values, _, output, target = arguments
         walk = Walk(graph, shared, {v: x[None] for v, x in zip(keep, values, strict=True)})
-        one_of = jax.tree.map(lambda a: a[None], (output, target))
+        one_of = batch_of((output, target))
         gradient = loss.gradients(*one_of).astype(dtype) if second_order else None
         assert matrix is not None
         return walk_back(walk, matrix(output, target).astype(dtype), gradient, diagonal)
 
     def outer(arguments: Any) -> Walked:
-        _, example, _, target = jax.tree.map(lambda a: a[None], arguments)
+        _, example, _, target = batch_of(arguments)
 
         def value(own: dict[str, Array], probes: dict[str, Array]) -> Scalar:
             outputs, _ = graph.forward({**leaves, **own}, example, probes)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
 from kfgn.base.linalg import count_of, map_examples
-from kfgn.base.trees import named_leaves
+from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
@@ -178,7 +178,7 @@ def _example_terms(
     variables = {name: use.output for name, use in graph.uses.items()}
 
     def terms(example: Batch) -> dict[str, Array]:
-        inputs, target = jax.tree.map(lambda a: a[None], example)
+        inputs, target = batch_of(example)
 
         def value(probes: dict[str, Array]) -> tuple[Scalar, PyTree]:
             outputs, _ = graph.forward(leaves, inputs, probes)

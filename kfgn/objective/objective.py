@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from kfgn.base.checks import check_not_negative
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
-from kfgn.base.linalg import factor_dtype, inner
+from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import named_leaves, path_name
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
@@ -120,7 +120,7 @@ def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
 
 def check_outputs(loss: Loss, outputs: PyTree, inputs: PyTree, targets: PyTree) -> None:
     """Checks the model's outputs against the batch and the loss's domain."""
-    count = jax.tree.leaves(inputs)[0].shape[0]
+    count = count_of(inputs)
     if not jax.tree.leaves(outputs):
         raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
     for leaf in jax.tree.leaves(outputs):
