@@ -1,10 +1,14 @@
 """Per-example losses that know the curvature of their outputs."""
 
-from kfgn.objective.losses import (
-    Loss,
-    from_function,
+from kfgn.objective.elementwise import (
     half_squared_error,
+    huber,
+    poisson_negative_log_likelihood,
     sigmoid_binary_cross_entropy,
+)
+from kfgn.objective.gaussian import gaussian_negative_log_likelihood
+from kfgn.objective.loss import Loss, from_function
+from kfgn.objective.softmax import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
@@ -12,7 +16,10 @@ from kfgn.objective.losses import (
 __all__ = [
     "Loss",
     "from_function",
+    "gaussian_negative_log_likelihood",
     "half_squared_error",
+    "huber",
+    "poisson_negative_log_likelihood",
     "sigmoid_binary_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",

@@ -129,22 +129,25 @@ def _figures(
         dtype = factor_dtype(*(leaf.dtype for leaf in jax.tree.leaves(shapes)))
 
         def sums(chunk: Batch) -> list[Scalar]:
-            each = jax.vmap(figures_of_one)(objective.model(params, chunk[0]), chunk[1])
+            losses, hits = jax.vmap(figures_of_one)(objective.model(params, chunk[0]), chunk[1])
+            labelled = ~jnp.isnan(hits)  # NaN where all labels of an example are ignored
+            each = losses, jnp.where(labelled, hits, 0), labelled
             return [jnp.sum(x, dtype=dtype) for x in each]
 
         found = sum_over_examples(sums, (inputs, targets), chunk_size=chunk_size or count)
-        return [x / count for x in found]
+        return [found[0] / count, found[1] / found[2]]
 
     return figures
 
 
 def _counted(correct: Correct, outputs: PyTree, target: PyTree) -> Scalar:
-    """What an example counts: nothing where an output is not finite."""
+    """What an example counts: nothing where an output is NaN or no number is left to compare."""
     found = jnp.asarray(correct(outputs, target))
     if found.shape != ():
         raise OptionError(
             f"correct must return a scalar for one example, found shape {found.shape}; take the "
             "mean over an example's labels."
         )
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(outputs)]
+    # Of -inf are the logits of masked classes.
+    finite = [jnp.all(x < jnp.inf) & jnp.any(jnp.isfinite(x)) for x in jax.tree.leaves(outputs)]
     return jnp.where(jnp.all(jnp.stack(finite)), found.astype(jnp.float32), 0)

@@ -21,6 +21,12 @@ from jaxtyping import Float, Shaped
 from kfgn.base.errors import LossError
 from kfgn.base.linalg import count_of, mean_of_examples
 from kfgn.base.types import Array, Scalar
+from kfgn.objective.structure import (
+    is_entrywise,
+    root_of_part,
+    semi_definite_part,
+    semi_definite_root,
+)
 
 Outputs = Any  # an array, or a pytree of arrays
 Columns = Callable[[Array], Float[Array, "N K"]]
@@ -81,29 +87,60 @@ class Loss:
 
     # One example.
 
+    def second_derivatives(self, outputs: Outputs, target: Any) -> Float[Array, " K"] | None:
+        """The output Hessian's diagonal where it is a diagonal matrix by structure, else None.
+
+        That is so for sums over the outputs, which are recognized in the trace of
+        the product of the Hessian and a vector.
+        """
+        flat, product = self._product(outputs, target)
+        return product(jnp.ones_like(flat)) if is_entrywise(product, flat) else None
+
     def hessian(self, outputs: Outputs, target: Any) -> Float[Array, "K K"]:
         """The exact output Hessian of one example."""
+        diagonal = self.second_derivatives(outputs, target)
+        if diagonal is not None:
+            return jnp.diag(diagonal)
         flat, unravel = ravel_pytree(outputs)
         return jax.hessian(lambda o: self(unravel(o), target))(flat)
 
+    def gauss_newton_diagonal(self, outputs: Outputs, target: Any) -> Float[Array, " K"] | None:
+        """The Gauss-Newton output Hessian's diagonal where it is diagonal by structure."""
+        diagonal = self.second_derivatives(outputs, target)
+        return None if diagonal is None else jnp.maximum(diagonal, 0)
+
     def gauss_newton_hessian(self, outputs: Outputs, target: Any) -> Float[Array, "K K"]:
         """The semi-definite output Hessian that Gauss-Newton uses."""
+        diagonal = self.gauss_newton_diagonal(outputs, target)
+        if diagonal is not None:
+            return jnp.diag(diagonal)
         hessian = self.hessian(outputs, target)
-        return hessian if self.convex else _project(hessian)
+        return hessian if self.convex else semi_definite_part(hessian)
 
     def hessian_sqrt(self, outputs: Outputs, target: Any) -> Float[Array, "K R"]:
         """`C` with `C C'` the Gauss-Newton output Hessian of one example."""
-        values, vectors = jnp.linalg.eigh(self.hessian(outputs, target))
-        return vectors * jnp.sqrt(jnp.maximum(values, 0))
+        diagonal = self.gauss_newton_diagonal(outputs, target)
+        if diagonal is not None:
+            return jnp.diag(jnp.sqrt(diagonal))
+        hessian = self.hessian(outputs, target)
+        return semi_definite_root(hessian) if self.convex else root_of_part(hessian)
 
     def gauss_newton_product(
         self, outputs: Outputs, target: Any, vector: Float[Array, " K"]
     ) -> Float[Array, " K"]:
         """The Gauss-Newton output Hessian of one example times a vector."""
+        diagonal = self.gauss_newton_diagonal(outputs, target)
+        if diagonal is not None:
+            return diagonal * vector
         if not self.convex:
             return self.gauss_newton_hessian(outputs, target) @ vector
+        return self._product(outputs, target)[1](vector)
+
+    def _product(self, outputs: Outputs, target: Any) -> tuple[Array, Callable[[Array], Array]]:
+        """The flat outputs, and the product of the exact output Hessian and a vector."""
         flat, unravel = ravel_pytree(outputs)
-        return jax.jvp(jax.grad(lambda o: self(unravel(o), target)), (flat,), (vector,))[1]
+        gradient = jax.grad(lambda o: self(unravel(o), target))
+        return flat, lambda v: jax.jvp(gradient, (flat,), (v,))[1]
 
     def sample(self, key: Array, outputs: Outputs) -> Any:
         """A target of one example drawn from the model's predictive distribution.
@@ -138,15 +175,26 @@ class Loss:
 
     def mean_hessian(self, outputs: Outputs, targets: Any) -> Float[Array, "K K"]:
         """The mean Gauss-Newton output Hessian, never `[N, K, K]` at once."""
+        diagonals = jax.vmap(self.gauss_newton_diagonal)(outputs, targets)
+        if diagonals is not None:
+            return jnp.diag(jnp.mean(diagonals, axis=0))
         return mean_of_examples(lambda one: self.gauss_newton_hessian(*one), (outputs, targets))
 
     def sqrt_columns(self, outputs: Outputs, targets: Any) -> tuple[int, Columns]:
         """The number of columns and `k -> [N, K]`, the k-th column for each example."""
+        diagonals = jax.vmap(self.gauss_newton_diagonal)(outputs, targets)
+        if diagonals is not None:
+            lengths, size = jnp.sqrt(diagonals), diagonals.shape[1]
+            return size, lambda k: lengths * jax.nn.one_hot(k, size, dtype=lengths.dtype)
         roots = jax.vmap(self.hessian_sqrt)(outputs, targets)
         return roots.shape[-1], lambda k: jnp.take(roots, k, axis=-1)
 
-    def sampled_gradients(self, key: Array, outputs: Outputs) -> Float[Array, "N K"]:
-        """Output gradients at targets drawn from the model's distribution."""
+    def sampled_gradients(self, key: Array, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
+        """Output gradients at targets drawn from the model's distribution.
+
+        The batch's own targets tell only what counts, such as which labels are ignored.
+        """
+        del targets  # here all does
         keys = jax.random.split(key, count_of(outputs))
         return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
 
@@ -176,11 +224,6 @@ class Loss:
         """Raises LossError where concrete targets lie outside the loss's domain."""
 
 
-def _project(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
-    values, vectors = jnp.linalg.eigh(matrix)
-    return (vectors * jnp.maximum(values, 0)) @ vectors.T
-
-
 def from_function(
     per_example_loss: Callable[[Outputs, Any], Array],
     *,
@@ -195,7 +238,8 @@ def from_function(
         may be a pytree.
       convex: promise that the function is convex in the outputs. It saves an
         eigendecomposition per example; without it the Gauss-Newton quantities
-        use the nearest positive semi-definite output Hessian.
+        use the nearest positive semi-definite output Hessian. A sum over the
+        outputs, whose Hessian is diagonal, needs none either way.
       sample: `(key, outputs) -> target` for one example, for KFAC.
       correct: `(outputs, target) -> scalar` for one example, for `kfgn.diagnostics.accuracy`.
 
@@ -215,3 +259,22 @@ def from_function(
         )
     name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
     return Loss(per_example_loss, name, convex, sample, correct)
+
+
+def require_array(loss: Loss, outputs: Outputs) -> None:
+    """Raises LossError for outputs that are a pytree."""
+    if not hasattr(outputs, "shape"):
+        raise LossError(
+            f"{loss.name} takes a single array of outputs, found a "
+            f"{type(outputs).__name__}; use kfgn.losses.from_function for several outputs."
+        )
+
+
+def require_shape(loss: Loss, targets: Any, expected: tuple, outputs: tuple) -> None:
+    """Raises LossError for a target of another shape."""
+    found = getattr(targets, "shape", None)
+    if found != expected:
+        raise LossError(
+            f"{loss.name}: an example has outputs of shape {outputs}, so its target must have "
+            f"shape {expected}, found {found}; check the model's last layer and the targets."
+        )

@@ -9,17 +9,19 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
+from tests.tables import losses as table
 from tests.tables.comparison import close
 from tests.tables.dense import quick_jit
-from tests.tables.losses import LOSSES
 
 COUNT = 5
+LOSSES = table.LOSSES | table.MORE_LOSSES
 
 # The shape of one example's outputs, the last axis being the classes.
 SHAPES = {name: [(3,)] for name in LOSSES}
-for name in ("squared_error", "sigmoid", "pseudo_huber"):
+for name in ("squared_error", "sigmoid", "pseudo_huber", "poisson", "huber"):
     SHAPES[name] += [(), (2, 3)]
-for name in ("one_hot", "soft_labels", "integer_labels"):
+SOFTMAX = ("one_hot", "soft_labels", "integer_labels", "ignoring", "smoothed", "weighted")
+for name in (*SOFTMAX, "all_options"):
     SHAPES[name] += [(2, 3)]
 CASES = [(name, shape) for name, shapes in SHAPES.items() for shape in shapes]
 every_case = pytest.mark.parametrize(
@@ -118,7 +120,9 @@ LIKELIHOODS = [
     ("one_hot", (2, 3)),
     ("integer_labels", (3,)),
     ("integer_labels", (2, 3)),
+    ("poisson", (2, 2)),
 ]
+LIKELIHOODS += [(name, (2, 3)) for name in ("ignoring", "smoothed", "weighted", "all_options")]
 
 
 @pytest.mark.usefixtures("x64")
@@ -127,8 +131,8 @@ def test_sampled_gradients(name, shape):
     """At targets drawn from the model, gradients have mean 0 and the Hessian as covariance."""
     samples, loss = 20_000, LOSSES[name].loss
     outputs, targets = make_batch(name, shape, count=1)
-    repeated = jnp.repeat(outputs, samples, axis=0)
-    found = quick_jit(loss.sampled_gradients)(jax.random.key(4), repeated)
+    repeated, labels = (jnp.repeat(x, samples, axis=0) for x in (outputs, targets))
+    found = quick_jit(loss.sampled_gradients)(jax.random.key(4), repeated, labels)
     gradients = np.asarray(found)
     assert gradients.shape == (samples, outputs.size)
 
@@ -148,7 +152,7 @@ def test_own_sampling():
     """A loss from a function samples as it is told: the mixture's gradients have mean 0."""
     loss = LOSSES["mixture"].loss
     outputs = jnp.repeat(jnp.asarray([[0.4, 1.5, -0.8]]), 20_000, axis=0)
-    gradients = np.asarray(quick_jit(loss.sampled_gradients)(jax.random.key(2), outputs))
+    gradients = np.asarray(quick_jit(loss.sampled_gradients)(jax.random.key(2), outputs, None))
     error = np.std(gradients, axis=0) / 20_000**0.5
     assert np.all(np.abs(np.mean(gradients, axis=0)) <= 5 * error)
 
@@ -157,10 +161,10 @@ def test_without_sampling():
     """A loss that was given no way to sample says so."""
     outputs, _ = make_batch("pseudo_huber", (3,), jnp.float32)
     with pytest.raises(kfgn.errors.LossError, match="sample="):
-        LOSSES["pseudo_huber"].loss.sampled_gradients(jax.random.key(0), outputs)
+        LOSSES["pseudo_huber"].loss.sampled_gradients(jax.random.key(0), outputs, None)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "one_hot", "integer_labels", "mixture"])
+@pytest.mark.parametrize("name", ["sigmoid", "one_hot", "integer_labels", "all_options", "mixture"])
 def test_extreme_logits(name):
     """Logits of ±200, where exp overflows float32: finite, and semi-definite."""
     loss = LOSSES[name].loss
@@ -179,7 +183,7 @@ def test_extreme_logits(name):
             "mean": loss.mean_hessian(outputs, targets),
             "columns": [column(jnp.asarray(k)) for k in range(count)],
             "product": jax.vmap(loss.gauss_newton_product)(outputs, targets, outputs),
-            "sampled": loss.sampled_gradients(jax.random.key(1), outputs),
+            "sampled": loss.sampled_gradients(jax.random.key(1), outputs, targets),
         }
 
     found = everything(outputs, targets)

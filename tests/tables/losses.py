@@ -62,6 +62,54 @@ def _categorical_index(outputs, target):
     return _categorical(outputs, hot)
 
 
+IGNORED = -100
+WEIGHTS = (0.5, 2.0, 1.3)
+
+
+def _some_labels(key, outputs):
+    """Labels of which some are ignored."""
+    labels = _labels(key, outputs)
+    return jnp.where(jnp.arange(labels.size).reshape(labels.shape) % 3 == 1, IGNORED, labels)
+
+
+def _counted(outputs, target):
+    each = jnp.vectorize(_categorical_index, signature="(k),()->()")(outputs, target)
+    return jnp.sum(jnp.where(target == IGNORED, 0.0, each))
+
+
+def _smoothed(outputs, target):
+    classes = outputs.shape[-1]
+    return _categorical(outputs, 0.8 * target + 0.2 / classes)
+
+
+def _weighted(outputs, target):
+    logs = jax.nn.log_softmax(outputs)
+    return -jnp.sum(jnp.asarray(WEIGHTS) * target * logs)
+
+
+def _everything(outputs, target):
+    """torch's nn.CrossEntropyLoss with all options, as its manual writes them."""
+    w, logs = jnp.asarray(WEIGHTS), jax.nn.log_softmax(outputs)
+    hot = jax.nn.one_hot(target, outputs.shape[-1], dtype=outputs.dtype)
+    smooth = -0.1 / len(WEIGHTS) * jnp.sum(w * logs, axis=-1)
+    return jnp.sum(
+        jnp.where(target == IGNORED, 0.0, -0.9 * jnp.sum(w * hot * logs, axis=-1) + smooth)
+    )
+
+
+def _poisson(outputs, target):
+    return jnp.sum(jnp.exp(outputs) - target * outputs)
+
+
+def _counts(key, outputs):
+    return jax.random.randint(key, outputs.shape, 0, 9).astype(outputs.dtype)
+
+
+def _huber(outputs, target):
+    error = jnp.abs(outputs - target)
+    return jnp.sum(jnp.where(error <= 1.5, 0.5 * error**2, 1.5 * (error - 0.75)))
+
+
 def pseudo_huber(outputs, target):
     """Convex, with a Hessian that depends on the residual."""
     return jnp.sum(jnp.sqrt(1 + (outputs - target) ** 2) - 1)
@@ -107,14 +155,13 @@ def _gaussian_targets(key, outputs):
     return 2 * _normal(key, outputs["mean"])
 
 
+LABELS = kfgn.losses.softmax_cross_entropy_with_integer_labels
 LOSSES: dict[str, LossRow] = {
     "squared_error": LossRow(kfgn.losses.half_squared_error, _squared, _normal),
     "sigmoid": LossRow(kfgn.losses.sigmoid_binary_cross_entropy, _bernoulli, _grey),
     "one_hot": LossRow(kfgn.losses.softmax_cross_entropy, _categorical, _one_hot),
     "soft_labels": LossRow(kfgn.losses.softmax_cross_entropy, _categorical, _distribution),
-    "integer_labels": LossRow(
-        kfgn.losses.softmax_cross_entropy_with_integer_labels, _categorical_index, _labels
-    ),
+    "integer_labels": LossRow(LABELS, _categorical_index, _labels),
     "pseudo_huber": LossRow(
         kfgn.losses.from_function(pseudo_huber, convex=True), pseudo_huber, _normal
     ),
@@ -128,4 +175,24 @@ LOSSES: dict[str, LossRow] = {
     "gaussian": LossRow(
         kfgn.losses.from_function(gaussian), gaussian, _gaussian_targets, convex=False
     ),
+}
+
+# Held against their definitions only: models see of a loss no more than those above show.
+MORE_LOSSES: dict[str, LossRow] = {
+    "ignoring": LossRow(LABELS.with_options(ignore_index=IGNORED), _counted, _some_labels),
+    "smoothed": LossRow(
+        kfgn.losses.softmax_cross_entropy.with_options(label_smoothing=0.2), _smoothed, _one_hot
+    ),
+    "weighted": LossRow(
+        kfgn.losses.softmax_cross_entropy.with_options(class_weights=WEIGHTS),
+        _weighted,
+        _distribution,
+    ),
+    "all_options": LossRow(
+        LABELS.with_options(ignore_index=IGNORED, class_weights=WEIGHTS, label_smoothing=0.1),
+        _everything,
+        _some_labels,
+    ),
+    "poisson": LossRow(kfgn.losses.poisson_negative_log_likelihood, _poisson, _counts),
+    "huber": LossRow(kfgn.losses.huber(1.5), _huber, _normal),
 }

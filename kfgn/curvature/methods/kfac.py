@@ -17,10 +17,11 @@ class KFAC(Method):
 
     def moments(self, request: Request) -> dict[str, Moments]:
         loss, outputs = request.model.loss, request.model.outputs
+        targets = request.model.targets
         assert request.key is not None  # `check_key` saw to it
         keys = jax.random.split(request.key, request.samples)
         total = sum_of_examples(
-            lambda key: request.column_moments(loss.sampled_gradients(key, outputs)), keys
+            lambda key: request.column_moments(loss.sampled_gradients(key, outputs, targets)), keys
         )
         return jax.tree.map(lambda x: x / request.samples, total)
 
