@@ -235,16 +235,14 @@ class _SoftmaxCrossEntropy(Loss):
         classes = outputs.shape[-1]
         if self.integer_labels:
             labels = _wide(jnp.asarray(targets))
-            wrong, ignored = (labels < 0) | (labels >= classes), self._ignored(labels)
-            if ignored is not None:
-                wrong &= ~ignored
-            if bool(jnp.any(wrong)):
-                found = labels[wrong]
+            ignored = self._ignored(labels)
+            counted = labels if ignored is None else labels[~ignored]
+            if bool(jnp.any((counted < 0) | (counted >= classes))):
                 raise LossError(
                     f"{self.name}: targets must be class indices in [0, {classes - 1}], found "
-                    f"labels outside, from {int(jnp.min(found))} to {int(jnp.max(found))}; check "
-                    "the number of outputs of the model, and for labels that shall count for "
-                    "nothing take loss.with_options(ignore_index=...)."
+                    f"{int(jnp.min(counted))} to {int(jnp.max(counted))}; check the number of "
+                    "outputs of the model, and for labels that shall count for nothing take "
+                    "loss.with_options(ignore_index=...)."
                 )
             return
         total = jnp.sum(targets, axis=-1)
