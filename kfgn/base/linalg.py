@@ -103,7 +103,7 @@ def sum_over_examples(
     function = jax.jit(function)  # traced once, for its shapes and in the loop
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((chunk, *a.shape[1:]), a.dtype), arguments)
     shapes = jax.eval_shape(function, one)  # known for no examples, too
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    start = jax.tree.map(jnp.zeros_like, shapes)  # varying over devices as the sums do
 
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(part)), None

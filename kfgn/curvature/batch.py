@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_whole
+from kfgn.base.devices import AxisName, mean_over_devices, part_of_device, vary_like
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner, total
 from kfgn.base.trees import named_leaves, with_leaves
@@ -119,6 +120,7 @@ def value_grad_and_curvature(
     spatial: str = "joint",
     model_examples: int | None = 256,
     unassigned: str = "raise",
+    axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[tuple[Scalar, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
 
@@ -153,6 +155,13 @@ def value_grad_and_curvature(
         compute the exact diagonal of the Gauss-Newton matrix for it, at the
         cost of one backward pass per column of the output Hessian's root;
         "gradient" to leave it without curvature.
+      axis_name: inside `jax.shard_map`, `jax.pmap` or a named `jax.vmap`, the axis of
+        devices over which a batch is spread, or a tuple of them: value, gradient,
+        curvature and what an update measures are then those of the whole batch, and
+        the same on every device. Without it they are those of a device's own
+        examples, also the gradient, which `jax.grad` sums over the devices in
+        `shard_map` with `check_vma=True`; with "kfac" give each device a key of its own.
+        Under `jit` alone, with a sharded batch, nothing is to be named.
 
     Raises:
       OptionError: an unknown option, samples below 1, or no key for "kfac".
@@ -172,24 +181,27 @@ def value_grad_and_curvature(
         graph = build_graph(objective, params, inputs)
         if unassigned == "raise":
             require_blocks(graph.reasons)
+        params, inputs, targets = vary_like((params, inputs, targets), (params, batch))
         model = linearize(graph, objective, params, inputs, targets, chosen.probes)
-        moments = chosen.moments(Request(model, samples, sharing, spatial, key))
+        moments = chosen.moments(Request(model, samples, sharing, spatial, key, axis_name))
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
             values = {n: model.values[use.input] for n, use in layer.uses.items()}
             activation = activation_moments(layer, values, sharing, model.dtype)
-            factors[name] = assemble(layer, activation, moments[name])
+            both = mean_over_devices((activation, moments[name]), axis_name)
+            factors[name] = assemble(layer, *both)
         if unassigned == "diagonal" and graph.reasons:
-            factors.update(diagonal_factors(model, inputs))
-        value, gradient = _value_and_gradient(model, objective, params)
-        push, *pushed = model.quadratic(inputs, model_examples)
+            factors.update(mean_over_devices(diagonal_factors(model, inputs), axis_name))
+        own = _value_and_gradient(model, objective, params)
+        value, gradient = mean_over_devices(own, axis_name)
+        push, *pushed = model.quadratic(inputs, part_of_device(model_examples, axis_name))
         curvature = Curvature(
             factors,
             value,
             gradient,
             push,
-            Partial(_OutputProduct(objective.loss), *pushed),
-            Partial(_Displaced(objective), params, batch),
+            Partial(_OutputProduct(objective.loss, axis_name), *pushed),
+            Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
             settings,
         )
         return (value, with_leaves(params, gradient)), curvature
@@ -264,6 +276,7 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 @dataclasses.dataclass(frozen=True)
 class _OutputProduct:
     loss: Loss
+    axis_name: AxisName | None
 
     def __call__(
         self,
@@ -273,12 +286,13 @@ class _OutputProduct:
         v: Float[Array, "n K"],
     ) -> Scalar:
         product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
-        return inner(u, product) / u.shape[0]
+        return mean_over_devices(inner(u, product) / u.shape[0], self.axis_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Displaced:
     objective: Objective
+    axis_name: AxisName | None
 
     def __call__(self, params: PyTree, batch: Batch, direction: dict[str, Array]) -> Scalar:
         moved = {
@@ -286,7 +300,8 @@ class _Displaced:
             for name, leaf in named_leaves(params).items()
             if name in direction
         }
-        return self.objective(with_leaves(params, moved), batch)
+        value = self.objective(with_leaves(params, moved), batch)
+        return mean_over_devices(value, self.axis_name)
 
 
 def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Array, "n K"]:

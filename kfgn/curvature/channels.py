@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from kfgn.base.devices import vary_like
 from kfgn.base.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
 from kfgn.base.types import Array
 from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
@@ -81,7 +82,7 @@ def walk_channels(
 ) -> dict[str, tuple[Layout, Array]]:
     """By use, the layout of its pre-activation and its channel matrix Ω, `[C, C]`."""
     graph, layout = walk.graph, layouts(walk.graph)
-    frontier = Frontier(frozenset(), output_hessian.dtype)
+    frontier = Frontier(frozenset(), output_hessian.dtype, walk.axis_name)
     spans = output_spans(graph)
     for a, (u, start_u, stop_u) in enumerate(spans):
         for v, start_v, stop_v in spans[a:]:
@@ -205,6 +206,7 @@ class Homogeneous:
             for t in lengths
         ]
         zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs + node.passive]
+        zeros = vary_like(zeros, list(self.values.values()))
         function, split = node.function(self.shared), len(node.inputs)
 
         def one(arguments: list[Array]) -> Array:
@@ -234,6 +236,7 @@ class Homogeneous:
                 flat.reshape(v.aval.shape) if v is o else jnp.zeros(v.aval.shape, v.aval.dtype)
                 for v in self.node.outputs
             ]
+            cotangents = vary_like(cotangents, list(self.values.values()))
             return pull(cotangents)[position].reshape(-1)[self.layout[i].entries]
 
         return jax.vmap(row)(jnp.asarray(entries.T))

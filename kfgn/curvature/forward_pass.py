@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float
 
+from kfgn.base.devices import vary, vary_like, varying_axes
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
@@ -49,9 +50,10 @@ class Linearized(NamedTuple):
     def quadratic(self, inputs: PyTree, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
         """The linear pass of some examples, spread over the batch, their outputs and targets."""
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
+        axes = varying_axes(self.params)
         if examples is None or self.examples <= examples:
             probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
-            return Partial(_LinearPass(shapes, probes), self.push), self.outputs, self.targets
+            return Partial(_LinearPass(shapes, probes, axes), self.push), self.outputs, self.targets
         every = self.examples // examples
 
         def some(tree: PyTree) -> PyTree:
@@ -61,7 +63,7 @@ class Linearized(NamedTuple):
         outputs, push = jax.linearize(
             lambda p, z: self.graph.forward(p, chosen, z)[0], self.params, {}
         )
-        return Partial(_LinearPass(shapes, ()), push), outputs, some(self.targets)
+        return Partial(_LinearPass(shapes, (), axes), push), outputs, some(self.targets)
 
 
 def linearize(
@@ -73,9 +75,9 @@ def linearize(
     with_probes: bool,
 ) -> Linearized:
     """Runs the model on a batch; `with_probes` makes gradients at pre-activations available."""
-    leaves = jax.tree.map(jnp.asarray, named_leaves(params))
+    leaves = vary_like(jax.tree.map(jnp.asarray, named_leaves(params)), inputs)
     count = count_of(inputs)
-    probes = graph.probes(count) if with_probes else {}
+    probes = vary_like(graph.probes(count), leaves) if with_probes else {}
     keep = needed_values(graph)
     outputs, push, kept = jax.linearize(
         lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
@@ -94,7 +96,7 @@ def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:
         part = flat[:, start : start + size].reshape(leaf.shape)
         parts.append(part.astype(leaf.dtype))
         start += size
-    return jax.tree.unflatten(tree, parts)
+    return vary_like(jax.tree.unflatten(tree, parts), outputs)
 
 
 def curved_product(push: Callable[[Any], Array], v: Any, curve: Callable[[Array], Array]) -> Any:
@@ -107,6 +109,7 @@ def curved_product(push: Callable[[Any], Array], v: Any, curve: Callable[[Array]
 class _LinearPass:
     shapes: tuple
     probes: tuple
+    axes: frozenset  # of devices, over which all of these vary
 
     def __call__(self, push: Callable, direction: dict[str, Array]) -> Float[Array, "N K"]:
         full = {
@@ -114,4 +117,4 @@ class _LinearPass:
             for name, shape, dtype in self.shapes
         }
         still = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.probes}
-        return flatten_batch(push(full, still))
+        return flatten_batch(push(*vary((full, still), self.axes)))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.devices import vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import (
     congruence,
@@ -134,6 +135,7 @@ class _Linear(Jacobian):
         # Offsets do not move a linear node's Jacobian: zeros stand for them.
         passive = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.passive]
         zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
+        zeros = vary_like(zeros, list(values.values()))
         self.node = node
         self.rows = _Rows(node, jax.vjp(lambda *x: function(*x, *passive), *zeros)[1])
 
@@ -257,12 +259,13 @@ def along_ones(function: Callable, inputs: list[Array], k: int) -> list[Array]:
 
 def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
     """Those of all outputs, zero where none is given, with a leading axis if there is one."""
-    return [
+    cotangents = [
         given[o].astype(o.aval.dtype).reshape(*lead, *o.aval.shape)
         if o in given
         else jnp.zeros((*lead, *o.aval.shape), o.aval.dtype)
         for o in node.outputs
     ]
+    return vary_like(cotangents, cotangents)
 
 
 class _Rows:

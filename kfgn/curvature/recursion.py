@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_size
+from kfgn.base.devices import AxisName, mean_over_devices, vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.types import Array
 from kfgn.curvature.jacobians import Jacobian, jacobian_of
@@ -38,6 +39,7 @@ class Walk(NamedTuple):
     graph: Graph
     shared: dict[Var, Array]  # values that are the same for every example
     values: dict[Var, Array]  # values `[N, ...]` per example, see `needed_values`
+    axis_name: AxisName | None = None  # of devices that have further examples
 
 
 def needed_values(graph: Graph) -> list[Var]:
@@ -79,7 +81,8 @@ def walk_back(
       ModelError: a matrix would be too large to form.
     """
     graph, dtype = walk.graph, output_hessian.dtype
-    frontier = Frontier(_diagonal_values(graph) if diagonal else frozenset(), dtype)
+    vectors = _diagonal_values(graph) if diagonal else frozenset()
+    frontier = Frontier(vectors, dtype, walk.axis_name)
     _check_size(graph, frontier.diagonal_only, dtype)
     _start(frontier, graph, output_hessian)
     cotangents = {}
@@ -133,8 +136,9 @@ class Frontier:
     with itself is a vector, its diagonal.
     """
 
-    def __init__(self, diagonal_only: frozenset[Var], dtype: Any):
+    def __init__(self, diagonal_only: frozenset[Var], dtype: Any, axis_name: AxisName | None):
         self.dtype = dtype
+        self.axis_name = axis_name
         self.diagonal_only = diagonal_only
         self.live: dict[Var, None] = {}
         self.blocks: dict[tuple[Var, Var], Array] = {}
@@ -168,7 +172,7 @@ class Frontier:
         self.drop(node.outputs)
         for (o, v), block in cross.items():
             for i in node.inputs:
-                moved = jacobian.left(o, i, block)
+                moved = self._mean(node, jacobian.left(o, i, block))
                 if i is v and moved is not None:
                     # S[v, v] gains J'S[o, v] and its transpose.
                     moved = 2 * jnp.diag(moved) if i in self.diagonal_only else moved + moved.T
@@ -176,9 +180,16 @@ class Frontier:
         for a, i in enumerate(node.inputs):
             for j in node.inputs[a:]:
                 if i is j and i in self.diagonal_only:
-                    self.add(i, i, jacobian.congruence_diagonal(own, i))
+                    moved = jacobian.congruence_diagonal(own, i)
                 else:
-                    self.add(i, j, jacobian.congruence(own, i, j))
+                    moved = jacobian.congruence(own, i, j)
+                self.add(i, j, self._mean(node, moved))
+
+    def _mean(self, node: Node, moved: Array | None) -> Array | None:
+        """The expectation over the examples of all devices; both sides of a walk vary alike."""
+        if moved is None or node.kind in ("linear", "use"):  # the same for every example
+            return moved
+        return vary_like(mean_over_devices(moved, self.axis_name), moved)
 
 
 def _start(frontier: Frontier, graph: Graph, hessian: Float[Array, "K K"]) -> None:

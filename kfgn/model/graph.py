@@ -143,7 +143,8 @@ def _signature(params: PyTree, inputs: PyTree, exact: bool) -> Any:
     shapes = tuple(
         (np.shape(x)[k >= examples :], getattr(x, "dtype", type(x))) for k, x in enumerate(leaves)
     )
-    settings = tuple(getattr(jax.config, name) for name in _SETTINGS)
+    # Equations hold on to the mesh that they were traced under.
+    settings = jax.sharding.get_abstract_mesh(), *(getattr(jax.config, n) for n in _SETTINGS)
     known = (*REGISTERED.items(), *LAYERS.items())
     return exact, tree, shapes, settings, known
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Shaped
 
+from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError
 from kfgn.base.linalg import count_of, mean_of_examples
 from kfgn.base.types import Array, Scalar
@@ -189,13 +190,16 @@ class Loss:
         roots = jax.vmap(self.hessian_sqrt)(outputs, targets)
         return roots.shape[-1], lambda k: jnp.take(roots, k, axis=-1)
 
-    def sampled_gradients(self, key: Array, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
+    def sampled_gradients(
+        self, key: Array, outputs: Outputs, targets: Any, axis_name: AxisName | None = None
+    ) -> Float[Array, "N K"]:
         """Output gradients at targets drawn from the model's distribution.
 
         The batch's own targets tell only what counts, such as which labels are ignored.
+        With the name of an axis of devices, the examples are a device's part of a batch.
         """
         del targets  # here all does
-        keys = jax.random.split(key, count_of(outputs))
+        keys = split_over_devices(key, count_of(outputs), axis_name)
         return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
 
     def gradients(self, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError, OptionError
 from kfgn.base.linalg import PRECISION
 from kfgn.base.types import Array, Scalar
@@ -203,10 +204,12 @@ class _SoftmaxCrossEntropy(Loss):
 
         return positions * rank, column
 
-    def sampled_gradients(self, key: Array, outputs: Array, targets: Any) -> Float[Array, "N K"]:
+    def sampled_gradients(
+        self, key: Array, outputs: Array, targets: Any, axis_name: AxisName | None = None
+    ) -> Float[Array, "N K"]:
         # sqrt(s) (p - e_l) at labels l from p: of mean 0, and with the Hessian as covariance.
         p, s = self._probabilities(outputs, targets)
-        keys = jax.random.split(key, p.shape[0])
+        keys = split_over_devices(key, p.shape[0], axis_name)
         labels = jax.vmap(jax.random.categorical)(keys, self._read(outputs, targets)[0])
         drawn = jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)
         return (jnp.sqrt(s) * (p - drawn)).reshape(p.shape[0], -1)

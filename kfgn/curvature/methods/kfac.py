@@ -21,7 +21,10 @@ class KFAC(Method):
         assert request.key is not None  # `check_key` saw to it
         keys = jax.random.split(request.key, request.samples)
         total = sum_of_examples(
-            lambda key: request.column_moments(loss.sampled_gradients(key, outputs, targets)), keys
+            lambda key: request.column_moments(
+                loss.sampled_gradients(key, outputs, targets, request.axis_name)
+            ),
+            keys,
         )
         return jax.tree.map(lambda x: x / request.samples, total)
 

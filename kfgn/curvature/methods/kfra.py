@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Float
 
+from kfgn.base.devices import mean_over_devices, vary_like
 from kfgn.base.types import Array
 from kfgn.curvature.channels import summed_over_positions, walk_channels
 from kfgn.curvature.factors import Moments, over_positions, walked_moments
@@ -35,7 +36,8 @@ def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:
     model, sharing = request.model, request.sharing
     graph = model.graph
     hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
-    walk = Walk(graph, graph.shared_values(model.params), model.values)
+    hessian = vary_like(mean_over_devices(hessian, request.axis_name), model.outputs)
+    walk = Walk(graph, graph.shared_values(model.params), model.values, request.axis_name)
     if request.spatial == "homogeneous":
         found = walk_channels(walk, hessian)
         return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}

@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 from jaxtyping import Float
 
+from kfgn.base.devices import AxisName
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array
 from kfgn.curvature.factors import Moments, gradient_moments
@@ -20,6 +21,7 @@ class Request(NamedTuple):
     sharing: str
     spatial: str
     key: Array | None
+    axis_name: AxisName | None  # of devices that have further examples
 
     def column_moments(self, column: Float[Array, "N K"]) -> dict[str, Moments]:
         """The second moments of a cotangent at every layer's pre-activations."""

@@ -1,0 +1,70 @@
+"""Batches that are spread over devices by `jax.shard_map` or `jax.pmap`.
+
+Inside `jax.shard_map` JAX knows of each value over which axes of the mesh it
+varies, and sums the derivative in what does not vary over those in which the
+result does. So all that kfgn differentiates in varies as the batch does, and
+what a device computes is of its own examples until `mean_over_devices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+
+from kfgn.base.types import Array, PyTree
+
+#: The name of an axis of devices, or several.
+AxisName: TypeAlias = Hashable | tuple[Hashable, ...]
+Tree = TypeVar("Tree")
+
+
+def varying_axes(tree: PyTree) -> frozenset[Any]:
+    """The axes of the mesh over which a leaf varies; none outside of `jax.shard_map`."""
+    return frozenset[Any]().union(*map(_varying, jax.tree.leaves(tree)))
+
+
+def vary_like(tree: Tree, like: PyTree) -> Tree:
+    """The same values, seen as varying over all axes over which a leaf of `like` varies."""
+    return vary(tree, varying_axes(like))
+
+
+def vary(tree: Tree, axes: frozenset[Any]) -> Tree:
+    """The same values, seen as varying over these axes."""
+    if not axes:
+        return tree
+
+    def cast(leaf: Any) -> Any:
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def mean_over_devices(tree: Tree, axis_name: AxisName | None) -> Tree:
+    """The mean over the devices of an axis; the tree itself without one."""
+    if axis_name is None:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.pmean(x, axis_name), tree)
+
+
+def split_over_devices(key: Array, count: int, axis_name: AxisName | None) -> Array:
+    """Keys for a device's examples: its part of those for the examples of all devices."""
+    if axis_name is None:
+        return jax.random.split(key, count)
+    keys = jax.random.split(key, count * jax.lax.axis_size(axis_name))
+    return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(axis_name) * count, count)
+
+
+def part_of_device(count: int | None, axis_name: AxisName | None) -> int | None:
+    """How many of so many examples a device takes."""
+    if count is None or axis_name is None:
+        return count
+    return -(-count // jax.lax.axis_size(axis_name))
+
+
+def _varying(leaf: Any) -> frozenset[Any]:
+    aval = jax.typeof(leaf)
+    kind = getattr(aval, "manual_axis_type", aval)  # its name has changed between jax versions
+    return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())
