@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,76 +262,6 @@ def test_bfloat16(method, stored):
             expected = rows.T @ rows
         # bfloat16 rounds at 1/256; some ten roundings on the way there and back.
         close(g, expected, name, digits=0.05)
-
-
-# Several devices.
-
-SHARDED = """
-import jax
-import numpy as np
-import optax
-from jax.sharding import NamedSharding, PartitionSpec
-
-import kfgn
-from tests.tables.dense import quick_jit
-from tests.tables.comparison import setting
-
-jax.config.update("jax_enable_x64", True)
-case, objective, batch = setting("residual", count=8)
-mesh = jax.make_mesh((4,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-rows, copies = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["batch"], []))
-methods = ("kfra", "kflr", "kfac", "empirical")
-optimizer = kfgn.kfra(objective, case.params, batch)
-
-
-@quick_jit
-def step(params, state, batch):
-    results = {}
-    for method in methods:
-        key = jax.random.key(0) if method == "kfac" else None
-        (value, grads), curvature = kfgn.value_grad_and_curvature(objective, method)(
-            params, batch, key=key
-        )
-        results[method] = value, grads, curvature.factors
-        if method == "kfra":
-            updates, state = optimizer.update(grads, state, params, curvature=curvature)
-    hessian = kfgn.hessian(objective).pre_activation(params, batch, reduce="mean")
-    return results, hessian, optax.apply_updates(params, updates), state
-
-
-def run(params, batch):
-    results = []
-    state = optimizer.init(params)
-    for _ in range(2):
-        *found, params, state = step(params, state, batch)
-        results.append((found, params))
-    return results
-
-
-one = run(case.params, batch)
-spread = jax.device_put(batch, rows)
-assert len(spread[0].sharding.device_set) == 4 and not spread[0].is_fully_replicated
-many = run(jax.device_put(case.params, copies), spread)
-for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
-    # Sums over the batch in another order: roundoff, a little more after two steps.
-    np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * max(np.max(np.abs(a)), 1e-3))
-print("equal")
-"""
-
-
-def test_one_device_equals_many():
-    """A batch spread over four devices gives the curvature and the steps of one device."""
-    root = Path(__file__).parents[2]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(root),
-    }
-    command = [sys.executable, "-W", "error", "-c", SHARDED]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "equal"
 
 
 @float64

@@ -1,0 +1,173 @@
+"""A batch spread over four devices gives the curvature and the steps of one device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BEFORE = """
+import itertools
+import re
+import sys
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import kfgn
+from tests.tables.comparison import setting
+from tests.tables.dense import quick_jit
+
+jax.config.update("jax_enable_x64", True)
+net = sys.argv[1]
+case, objective, batch = setting(net, count=8)
+mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
+METHODS = ("kfra", "kflr", "kfac", "empirical")
+
+
+def close(one, many, message):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        # Sums over the batch in another order: roundoff, a little more after two steps.
+        tolerance = 1e-9 * max(np.max(np.abs(a), initial=0), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance, err_msg=message)
+
+
+def curvature_of(method, axis_name=None, **options):
+    function = kfgn.value_grad_and_curvature(objective, method, axis_name=axis_name, **options)
+    key = {"key": jax.random.key(0)} if method == "kfac" else {}
+    return lambda params, batch: function(params, batch, **key)
+"""
+
+SHARDED = """
+rows, copies = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
+optimizer = kfgn.kfra(objective, case.params, batch)
+
+
+@quick_jit
+def step(params, state, batch):
+    results = {}
+    for method in METHODS:
+        (value, grads), curvature = curvature_of(method)(params, batch)
+        results[method] = value, grads, curvature.factors
+        if method == "kfra":
+            updates, state = optimizer.update(grads, state, params, curvature=curvature)
+    hessian = kfgn.hessian(objective).pre_activation(params, batch, reduce="mean")
+    return results, hessian, optax.apply_updates(params, updates), state
+
+
+def run(params, batch):
+    results = []
+    state = optimizer.init(params)
+    for _ in range(2):
+        *found, params, state = step(params, state, batch)
+        results.append((found, params))
+    return results
+
+
+spread = jax.device_put(batch, rows)
+assert len(spread[0].sharding.device_set) == 4 and not spread[0].is_fully_replicated
+close(run(case.params, batch), run(jax.device_put(case.params, copies), spread), "sharded")
+
+
+# What one device has is never sent to others: only sums over examples are.
+def of_all(params, batch):
+    found = [curvature_of(method)(params, batch) for method in METHODS]
+    return [(first, curvature.factors) for first, curvature in found]
+
+
+text = jax.jit(of_all).lower(jax.device_put(case.params, copies), spread).compile().as_text()
+sent = set(re.findall("all-reduce|all-gather|all-to-all|collective-permute", text))
+assert sent == {"all-reduce"}, sent
+"""
+
+NAMED = """
+def measured(method, axis_name, **options):
+    optimizer = getattr(kfgn, method)(objective, case.params, batch) if method == "kfra" else None
+
+    def of(params, batch):
+        (value, grads), curvature = curvature_of(method, axis_name, **options)(params, batch)
+        moved = curvature.linearized(curvature.gradient)
+        product = curvature.output_product(moved, moved)
+        found = value, grads, curvature.factors, product, curvature.displaced(curvature.gradient)
+        state = optimizer.init(params) if optimizer else None
+        for _ in range(2 if optimizer else 0):
+            updates, state = optimizer.update(grads, state, params, curvature=curvature)
+            found = *found, updates
+        return found, state
+
+    return of
+
+
+def over_axis(function, check_vma):
+    specs = {"in_specs": (P(), P("batch")), "out_specs": P(), "check_vma": check_vma}
+    return quick_jit(jax.shard_map(function, mesh=mesh, **specs))
+
+
+RUNS = [(method, {}) for method in METHODS]
+RUNS += [("kfra", {"spatial": "homogeneous"}), ("kflr", {"unassigned": "diagonal"})]
+RUNS += [("kfac", {"model_examples": 4, "samples": 2, "sharing": "reduce"})]
+if len(sys.argv) > 2:
+    RUNS = [RUNS[int(k)] for k in sys.argv[2].split(",")]
+for method, options in RUNS:
+    one = quick_jit(measured(method, None, **options))(case.params, batch)
+    named = measured(method, "batch", **options)
+    for check_vma in (True, False):
+        many = over_axis(named, check_vma)(case.params, batch)
+        close(one, many, f"{method} {options} {check_vma}")
+    split = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
+    many = jax.pmap(named, axis_name="batch", in_axes=(None, 0))(case.params, split)
+    for device in range(4):
+        close(one, jax.tree.map(lambda a: a[device], many), f"pmap {method} {options}")
+"""
+
+OWN = """
+# Without a name, each device has the curvature of its own examples.
+for method, check_vma in itertools.product(METHODS, (True, False)):
+    def of(params, batch):
+        first, curvature = curvature_of(method)(params, batch)
+        return jax.tree.map(lambda x: x[None], (first, curvature.factors))
+
+    specs = {"in_specs": (P(), P("batch")), "out_specs": P("batch"), "check_vma": check_vma}
+    many = quick_jit(jax.shard_map(of, mesh=mesh, **specs))(case.params, batch)
+    for device in range(4):
+        part = jax.tree.map(lambda a: a[2 * device : 2 * device + 2], batch)
+        (first, curvature) = quick_jit(curvature_of(method))(case.params, part)
+        found = jax.tree.map(lambda a: a[device], many)
+        close((first, curvature.factors), found, f"{method} {check_vma}")
+"""
+
+
+def on_four_devices(script: str, *arguments: str) -> None:
+    root = Path(__file__).parents[2]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": str(root),
+    }
+    code = BEFORE + script + 'print("equal")\n'
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "equal"
+
+
+def test_sharded_batch_under_jit():
+    """Equal results, and nothing of one example sent between devices."""
+    on_four_devices(SHARDED, "residual")
+
+
+@pytest.mark.parametrize("net", ["residual"])
+def test_named_axis(net):
+    """In shard_map and pmap, the curvature, the steps and what they measure are the batch's."""
+    on_four_devices(NAMED, net)
+
+
+def test_without_a_name_each_device_has_its_own():
+    """Nothing is summed over devices behind the user's back."""
+    on_four_devices(OWN, "residual")
