@@ -42,6 +42,11 @@ def vary(tree: Tree, axes: frozenset[Any]) -> Tree:
     return jax.tree.map(cast, tree)
 
 
+def vary_shapes(tree: Tree, axes: frozenset[Any]) -> Tree:
+    """`vary` for shapes."""
+    return jax.eval_shape(lambda shapes: vary(shapes, axes), tree) if axes else tree
+
+
 def mean_over_devices(tree: Tree, axis_name: AxisName | None) -> Tree:
     """The mean over the devices of an axis; the tree itself without one."""
     if axis_name is None:
@@ -65,6 +70,6 @@ def part_of_device(count: int | None, axis_name: AxisName | None) -> int | None:
 
 
 def _varying(leaf: Any) -> frozenset[Any]:
-    aval = jax.typeof(leaf)
+    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
     kind = getattr(aval, "manual_axis_type", aval)  # its name has changed between jax versions
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())

@@ -16,6 +16,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from kfgn.base.devices import vary_shapes, varying_axes
 from kfgn.base.errors import ModelError, ParameterError
 from kfgn.base.trees import named_leaves, path_name
 from kfgn.base.types import PyTree
@@ -83,6 +84,9 @@ def flatten_model(
     _check_parameters(leaves)
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
     example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
+    # Where the batch varies over devices, constants that meet it must be cast, too.
+    axes = varying_axes((params, inputs))
+    shapes, example = vary_shapes((shapes, example), axes)
 
     def single(params: PyTree, example: PyTree) -> PyTree:
         outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
@@ -110,7 +114,7 @@ def flatten_model(
         roles = [Role.PARAMETER if k < len(names) else Role.PASSIVE for k in range(len(args))]
         return [v.array for v in inline(closed, list(map(Value, args, roles)))]
 
-    flat = jax.make_jaxpr(inlined)(*avals)
+    flat = jax.make_jaxpr(inlined)(*vary_shapes(avals, axes))
     invars = flat.jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kfgn.base.devices import varying_axes
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, PyTree
 from kfgn.model.clusters import is_active
@@ -144,7 +145,8 @@ def _signature(params: PyTree, inputs: PyTree, exact: bool) -> Any:
         (np.shape(x)[k >= examples :], getattr(x, "dtype", type(x))) for k, x in enumerate(leaves)
     )
     # Equations hold on to the mesh that they were traced under.
-    settings = jax.sharding.get_abstract_mesh(), *(getattr(jax.config, n) for n in _SETTINGS)
+    devices = jax.sharding.get_abstract_mesh(), varying_axes(leaves)
+    settings = *devices, *(getattr(jax.config, name) for name in _SETTINGS)
     known = (*REGISTERED.items(), *LAYERS.items())
     return exact, tree, shapes, settings, known
 

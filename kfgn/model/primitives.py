@@ -89,7 +89,7 @@ _ROWS = {
     # Entries moved.
     "reshape squeeze expand_dims": _in_order(),
     "copy copy_p optimization_barrier name device_put sharding_constraint layout_constraint "
-    "reshard": _in_order(),
+    "reshard pvary pcast": _in_order(),
     "convert_element_type reduce_precision": _in_order(casts=True),
     "broadcast_in_dim": _in_order(moves=_broadcast),
     "tile": _in_order(moves=lambda x, e, _: np.tile(x, e.params["reps"])),

@@ -162,7 +162,7 @@ def test_sharded_batch_under_jit():
     on_four_devices(SHARDED, "residual")
 
 
-@pytest.mark.parametrize("net", ["residual"])
+@pytest.mark.parametrize("net", ["residual", "attention"])
 def test_named_axis(net):
     """In shard_map and pmap, the curvature, the steps and what they measure are the batch's."""
     on_four_devices(NAMED, net)
