@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 
+from kfgn.base.errors import BatchError
 from kfgn.base.types import Array, PyTree
 
 #: The name of an axis of devices, or several.
@@ -67,6 +68,21 @@ def part_of_device(count: int | None, axis_name: AxisName | None) -> int | None:
     if count is None or axis_name is None:
         return count
     return -(-count // jax.lax.axis_size(axis_name))
+
+
+def refuse_explicit_axes(params: PyTree, inputs: PyTree) -> None:
+    """Raises BatchError where JAX asks for the sharding of every value, and kfgn knows it not."""
+    for what, tree in (("params", params), ("inputs", inputs)):
+        leaves = [x for x in jax.tree.leaves(tree) if not isinstance(x, jax.ShapeDtypeStruct)]
+        specs = [getattr(jax.typeof(x).sharding, "spec", ()) for x in leaves]
+        axes = dict.fromkeys(str(axis) for spec in specs for axis in spec if axis is not None)
+        if axes:
+            raise BatchError(
+                f"{what} are sharded over the explicit axis {', '.join(axes)} of a mesh; expected "
+                "automatic axes: make the mesh with axis_types=(jax.sharding.AxisType.Auto,), or "
+                "wrap the whole step, jax.jit(jax.sharding.auto_axes(step, "
+                "out_sharding=jax.sharding.PartitionSpec()))."
+            )
 
 
 def _varying(leaf: Any) -> frozenset[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfgn.base.devices import varying_axes
+from kfgn.base.devices import refuse_explicit_axes, varying_axes
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, PyTree
 from kfgn.model.clusters import is_active
@@ -123,6 +123,7 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss)."
         )
+    refuse_explicit_axes(params, inputs)
     kept, signature = _kept.setdefault(objective, {}), _signature(params, inputs, exact)
     if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
         return kept[signature]

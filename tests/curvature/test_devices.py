@@ -142,6 +142,32 @@ for method, check_vma in itertools.product(METHODS, (True, False)):
 """
 
 
+EXPLICIT = """
+# What jax.make_mesh makes by default: an error that says what to do, which works.
+mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+one = [curvature_of(method)(case.params, batch)[0] for method in METHODS]
+
+
+def step(params, batch):
+    return [curvature_of(method)(params, batch)[0] for method in METHODS]
+
+
+with jax.set_mesh(mesh):
+    spread = jax.device_put(batch, NamedSharding(mesh, P("batch")))
+    params = jax.device_put(case.params, NamedSharding(mesh, P()))
+    for refused in (step, jax.jit(step)):
+        try:
+            refused(params, spread)
+        except kfgn.errors.BatchError as error:
+            assert "inputs are sharded over the explicit axis batch" in str(error), error
+            assert "jax.jit(jax.sharding.auto_axes(step, out_sharding=" in str(error), error
+        else:
+            raise AssertionError("not refused")
+    many = quick_jit(jax.sharding.auto_axes(step, out_sharding=P()))
+    close(one, many(params, spread), "explicit")
+"""
+
+
 def on_four_devices(script: str, *arguments: str) -> None:
     root = Path(__file__).parents[2]
     environment = {
@@ -171,3 +197,8 @@ def test_named_axis(net):
 def test_without_a_name_each_device_has_its_own():
     """Nothing is summed over devices behind the user's back."""
     on_four_devices(OWN, "residual")
+
+
+def test_explicit_axes():
+    """A named error, and its remedy gives the values of one device."""
+    on_four_devices(EXPLICIT, "residual")
