@@ -250,3 +250,41 @@ def test_options_add_up_and_are_told():
     objective = kfgn.Objective(lambda p, x: x, LABELS.with_options(class_weights=np.ones(2)))
     with pytest.raises(kfgn.errors.LossError, match="3 classes, and there are 2"):
         objective({}, (jnp.ones((1, 3)), jnp.zeros(1, int)))
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("mask", ["where", "added"])
+def test_models_with_masked_classes(mask):
+    """Value, gradient and curvature with a class masked by -inf are those without the class."""
+    kept = np.asarray([0, 2, 3])
+    allowed = jnp.zeros(4, bool).at[kept].set(True)
+    barrier = jnp.where(allowed, 0, -jnp.inf)
+
+    def masked(p, x):
+        outputs = jnp.tanh(x @ p["first"]) @ p["last"]
+        return jnp.where(allowed, outputs, -jnp.inf) if mask == "where" else outputs + barrier
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {
+        "first": jax.random.normal(keys[0], (5, 6)),
+        "last": jax.random.normal(keys[1], (6, 4)),
+    }
+    inputs, labels = jax.random.normal(keys[2], (8, 5)), jnp.arange(8) % 3
+
+    def matrix(model, params, targets):
+        objective = kfgn.Objective(model, LABELS)
+        compute = kfgn.value_grad_and_curvature(objective, method="kflr")
+        (value, grads), found = quick_jit(compute)(params, (inputs, targets))
+        factors = list(found.factors.values())
+        return value, grads, [f.pre_activation for f in factors]
+
+    value, grads, curved = matrix(masked, params, jnp.asarray(kept)[labels])
+    small = {**params, "last": params["last"][:, kept]}
+    expected = matrix(lambda p, x: jnp.tanh(x @ p["first"]) @ p["last"], small, labels)
+    close(value, expected[0], "value")
+    close(grads["first"], expected[1]["first"], "first")
+    close(grads["last"][:, kept], expected[1]["last"], "last")
+    assert np.all(np.asarray(grads["last"][:, 1]) == 0)
+    close(curved[0], expected[2][0], "G of the first layer")
+    close(np.asarray(curved[1])[np.ix_(kept, kept)], expected[2][1], "G of the last layer")
+    assert np.all(np.asarray(curved[1])[1] == 0)
