@@ -1,26 +1,32 @@
-"""Whether a model treats the examples of a batch on their own.
+"""Whether a model on a batch is the model on each of its examples.
 
 Curvature is a sum over examples, so it is traced on one of them. For a model
 whose examples meet, as in a batch normalization by the batch's own statistics,
-that would be the curvature of another function. Such a model is found by
-running it: on made-up values, some examples are changed, and the outputs of
-the others must stay.
+or whose outputs depend on the batch's size or on the position in it, as with
+noise drawn for the whole batch, that would be the curvature of another
+function. Such a model is found by running it on made-up values: some examples
+are changed, and the outputs of the others must stay; some are left out, and
+those of the others must stay, too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import ModelError
 from kfgn.base.trees import path_name
 from kfgn.base.types import PyTree
+from kfgn.model.batch_noise import coarsest, draws_for_batch
 from kfgn.model.equations import abstract, as_function
 
 Shape = jax.ShapeDtypeStruct
@@ -32,6 +38,8 @@ Draw = Callable[[np.ndarray], np.ndarray]
 _COUNT = 3
 _FIRST = [0, 1, 2]
 _CHANGES = ([0, 4, 2], [3, 1, 5])
+# Those that are left in smaller batches.
+_SMALLER = ([0], [1], [2], [1, 2])
 
 # The program runs a few times, on three examples: it is not worth optimizing. (On CPU.)
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -53,9 +61,11 @@ _passed: dict[int, tuple[weakref.ref, set[Any]]] = {}
 def check_independent(
     model: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
 ) -> None:
-    """Raises ModelError if an example's outputs depend on other examples of the batch.
+    """Raises ModelError if an example's outputs depend on more than the example.
 
-    A model that fails on a batch of made-up values is let pass.
+    Other examples of the batch, its size, and the example's position must make
+    no difference: kfgn reads the model on a batch of one. A model that fails on
+    a batch of made-up values is let pass.
 
     Args:
       model: `(params, inputs) -> outputs`.
@@ -64,22 +74,23 @@ def check_independent(
       inputs: a batch of inputs; only shapes matter, and not the batch's size.
     """
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
-    batch = jax.tree.map(lambda a: abstract(a, (_COUNT, *a.shape[1:])), inputs)
-    leaves, tree = jax.tree.flatten((shapes, batch))
+    example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
+    leaves, tree = jax.tree.flatten((shapes, example))
     known, signature = _signatures(model), (tree, tuple((s.shape, s.dtype) for s in leaves))
     if signature in known:
         return
     # Made-up values may leave a function's domain, which is no bug to search for, and
-    # that they are put on a device is no transfer of the user's.
-    with jax.debug_nans(False), jax.debug_infs(False), jax.transfer_guard("allow"):
-        found = _dependence(model, shapes, batch)
+    # that they are put on a device is no transfer of the user's. Batches of different
+    # sizes are compared to roundoff.
+    with (
+        jax.debug_nans(False),
+        jax.debug_infs(False),
+        jax.transfer_guard("allow"),
+        jax.default_matmul_precision("highest"),
+    ):
+        found = _dependence(model, shapes, example)
     if found is not None:
-        raise ModelError(
-            f"the examples of a batch are not independent: {found}. kfgn needs a model that acts "
-            "on each example alone: give batch normalization frozen statistics "
-            "(use_running_average=True, or eval() in nnx), and make other operations act within an "
-            "example."
-        )
+        raise ModelError(found)
     known.add(signature)
 
 
@@ -96,28 +107,115 @@ def _signatures(model: Any) -> set[Any]:
     return signatures
 
 
-def _dependence(model: Callable, params: PyTree, batch: PyTree) -> str | None:
-    """What moved when one example was changed, in words."""
+def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
+    """What an example's outputs depend on beside it, in words."""
     try:
-        run, known, names = _compile(model, params, batch)
-        fixed = [*known, *jax.tree.leaves(params)]
+        programs = {_COUNT: _compile(model, params, example, _COUNT)}
+        for count in (1, 2):
+            with contextlib.suppress(Exception):  # the trace on one example tells what is wrong
+                programs[count] = _compile(model, params, example, count)
         # The values are no part of a trace that this may be called in.
         with jax.ensure_compile_time_eval():
-            trials = _trials(run, fixed, jax.tree.leaves(batch))
+            trials = list(_trials(programs, jax.tree.leaves(params), jax.tree.leaves(example)))
     except Exception:
-        return None  # the trace on one example tells what is wrong
-    for rows, before, after in trials:
-        for name, a, b in zip(names, before, after, strict=True):
+        return None
+    for trial in trials:
+        if (found := _influence(trial)) is not None:
+            return (
+                f"the examples of a batch are not independent: {found}. kfgn needs a model that "
+                "acts on each example alone: give batch normalization frozen statistics "
+                "(use_running_average=True, or eval() in nnx), and make other operations act "
+                "within an example."
+            )
+    tolerance = coarsest(p.jaxpr for p in programs.values()) ** 0.5
+    for trial in trials:
+        if (found := _difference(trial, tolerance)) is not None:
+            return found + _remedy(trial, tolerance, programs[_COUNT])
+    return None
+
+
+class _Program(NamedTuple):
+    """A model compiled for one size of the batch."""
+
+    run: Callable[..., Any]  # of `(*known, *params, *inputs)`
+    known: list[Any]  # what it closes over, which may be traced around this call
+    names: list[str]  # of its outputs
+    jaxpr: jex.Jaxpr
+
+
+Outputs = dict[str, np.ndarray]
+
+
+class _Trial(NamedTuple):
+    """Outputs for one draw of made-up values."""
+
+    together: Outputs  # of examples 0, 1, 2
+    changed: list[tuple[list[int], Outputs]]  # with the rows of each change
+    repeated: Outputs  # of example 0, three times
+    smaller: list[tuple[list[int], Outputs]]  # of fewer examples
+
+
+def _influence(trial: _Trial) -> str | None:
+    """Which outputs moved when one example was changed, in words."""
+    for rows, after in trial.changed:
+        for name, a in trial.together.items():
             for k in set(rows).intersection(_FIRST):
-                change, scale = _change(a[k], b[k])
+                change, scale = _change(a[k], after[name][k])
                 if change > _tolerance(a.dtype) * scale:
-                    moved = f"moved by {change:.2g} (it reaches {scale:.2g})"
                     return (
-                        f"with made-up values, {f'output {name!r}' if name else 'the output'} of "
-                        f"example {k} {moved if change < math.inf else 'turned finite or not'} "
-                        f"when the input of {_named(rows)} alone was changed"
+                        f"with made-up values, {_output(name)} of example {k} "
+                        f"{_moved(change, scale)} when the input of {_named(rows)} alone was "
+                        "changed"
                     )
     return None
+
+
+def _difference(trial: _Trial, tolerance: float) -> str | None:
+    """Which outputs are others in a smaller batch, in words."""
+    for rows, outputs in trial.smaller:
+        for name, b in outputs.items():
+            if name not in trial.together or not jnp.issubdtype(b.dtype, jnp.inexact):
+                continue
+            for place, k in enumerate(rows):
+                change, scale = _change(trial.together[name][k], b[place])
+                if change > tolerance * scale:
+                    return (
+                        "the model on a batch is not the model on each of its examples alone: "
+                        f"with made-up values, {_output(name)} of example {k} "
+                        f"{_moved(change, scale)} when of {_COUNT} examples {len(rows)} "
+                        "remained. "
+                    )
+    return None
+
+
+def _remedy(trial: _Trial, tolerance: float, program: _Program) -> str:
+    """Why outputs differ between sizes of the batch, as far as can be seen, and what helps."""
+    rows = [(x[0], x[k]) for x in trial.repeated.values() for k in (1, 2)]
+    if all(change <= tolerance * scale for change, scale in itertools.starmap(_change, rows)):
+        return (
+            "The model depends on the size of the batch, as in `x / x.shape[0]`: take sums and "
+            "means over the batch in the loss, which is averaged over examples, not in the model."
+        )
+    if draws_for_batch(program.jaxpr, program.jaxpr.invars):
+        return (
+            "It draws noise for the whole batch with one key that it closes over. Give every "
+            "example a key among the inputs, `inputs = (x, jax.random.split(key, len(x)))`, and "
+            "draw for each example alone in the model, "
+            "`jax.vmap(lambda key, x: jax.random.bernoulli(key, 0.5, x.shape))(keys, x)`."
+        )
+    return (
+        "The model depends on an example's position in the batch, as in `x * jnp.arange(len(x))` "
+        "or a constant with a row per example: pass such numbers among the inputs."
+    )
+
+
+def _output(name: str) -> str:
+    return f"output {name!r}" if name else "the output"
+
+
+def _moved(change: float, scale: float) -> str:
+    finite = f"moved by {change:.2g} (it reaches {scale:.2g})"
+    return finite if change < math.inf else "turned finite or not"
 
 
 def _named(rows: list[int]) -> str:
@@ -125,22 +223,18 @@ def _named(rows: list[int]) -> str:
     return f"example{'s' * (len(changed) > 1)} {' and '.join(changed)}"
 
 
-def _compile(
-    model: Callable, params: PyTree, batch: PyTree
-) -> tuple[Callable[..., Any], list[Any], list[str]]:
-    """The model on `(*known, *params, *inputs)`, what it closes over, and its outputs' names.
-
-    What it closes over may be known, or traced around this call.
-    """
+def _compile(model: Callable, params: PyTree, example: PyTree, count: int) -> _Program:
+    batch = jax.tree.map(lambda a: abstract(a, (count, *a.shape)), example)
     closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
     jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
-    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape)]
+    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, count)]
     function = as_function(
         jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], [jaxpr.outvars[k] for k in kept]
     )
     known = [abstract(x, x.shape) if _is_tracer(x) else x for x in closed.consts]
     lowered = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch)))
-    return _quickly(lowered), known, [path_name(outs[k][0]) for k in kept]
+    names = [path_name(outs[k][0]) for k in kept]
+    return _Program(_quickly(lowered), known, names, jaxpr)
 
 
 def _quickly(lowered: Any) -> Callable[..., Any]:
@@ -153,34 +247,42 @@ def _quickly(lowered: Any) -> Callable[..., Any]:
     return lowered.compile()
 
 
-_Trial = tuple[list[int], list[np.ndarray], list[np.ndarray]]
-
-
-def _trials(run: Callable[..., Any], fixed: list[Any], batch: list[Shape]) -> list[_Trial]:
-    """The rows of each change, and the outputs before and after it, for each draw.
-
-    Two draws are enough for which the outputs of changed examples move.
-    """
-    trials: list[_Trial] = []
+def _trials(
+    programs: dict[int, _Program], params: list[Shape], example: list[Shape]
+) -> Iterator[_Trial]:
+    """A trial for each draw; two draws are enough for which outputs of changed examples move."""
     alive = 0
     for draw in _DRAWS:
-        same = jax.device_put([_made_up(x, draw, k) for k, x in enumerate(fixed)])
-        inputs = [_examples(s, draw, k) for k, s in enumerate(batch)]
-        before, *results = (
-            list(map(np.asarray, run(*same, *(x[np.array(rows)] for x in inputs))))
-            for rows in (_FIRST, *_CHANGES)
-        )
-        trials += [(rows, before, after) for rows, after in zip(_CHANGES, results, strict=True)]
-        moved = [_change(a[1], b[1])[0] for a, b in zip(before, results[0], strict=True)]
+        leaves = jax.device_put([_made_up(x, draw, k) for k, x in enumerate(params)])
+        inputs = [_examples(s, draw, k) for k, s in enumerate(example)]
+        fixed = {n: [*_made_up_known(p, draw, len(params)), *leaves] for n, p in programs.items()}
+
+        def of(rows: list[int], fixed: Any = fixed, inputs: Any = inputs) -> Outputs:
+            program = programs[len(rows)]
+            values = program.run(*fixed[len(rows)], *(x[np.array(rows)] for x in inputs))
+            return dict(zip(program.names, map(np.asarray, values), strict=True))
+
+        together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]
+        smaller = [(rows, of(rows)) for rows in _SMALLER if len(rows) in programs]
+        yield _Trial(together, changed, of([0, 0, 0]), smaller)
+        after = changed[0][1]
+        moved = [_change(a[1], after[name][1])[0] for name, a in together.items()]
         alive += any(0 < change < math.inf for change in moved)
         if alive == 2:
-            break
-    return trials
+            return
 
 
-def _is_comparable(shape: Any) -> bool:
+def _made_up_known(program: _Program, draw: Draw, start: int) -> list[Any]:
+    """What a program closes over; what is traced is made up, alike for all sizes of the batch."""
+    place = itertools.count(start)
+    return jax.device_put(
+        [_made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
+    )
+
+
+def _is_comparable(shape: Any, count: int) -> bool:
     is_number = not jnp.issubdtype(shape.dtype, jax.dtypes.extended)
-    return is_number and shape.shape[:1] == (_COUNT,)
+    return is_number and shape.shape[:1] == (count,)
 
 
 def _is_tracer(value: Any) -> bool:
@@ -196,7 +298,7 @@ def _made_up(value: Any, draw: Draw, place: int) -> Any:
 
 def _examples(shape: Shape, draw: Draw, place: int) -> Any:
     """The examples of a batch, and what they are changed into."""
-    numbers = _numbers((2 * _COUNT, *shape.shape[1:]), shape.dtype, draw, -1 - place)
+    numbers = _numbers((2 * _COUNT, *shape.shape), shape.dtype, draw, -1 - place)
     if numbers.dtype == bool:
         numbers[_COUNT:] = ~numbers[:_COUNT]
     else:

@@ -267,13 +267,13 @@ def test_checked_once():
         return x @ p
 
     check_independent(model, KERNEL, INPUTS)
-    assert traces == [(3, 4)]
+    assert traces == [(3, 4), (1, 4), (2, 4)]
     check_independent(model, shapes(KERNEL), jnp.ones((7, 4)))
     step = jax.jit(functools.partial(check_independent, model))
     step(KERNEL, INPUTS)
-    assert len(traces) == 1
+    assert len(traces) == 3
     check_independent(model, KERNEL, INPUTS.astype(jnp.bfloat16))
-    assert len(traces) == 2
+    assert len(traces) == 6
     gc.collect()
     known = len(independence._passed)
     del model, step
@@ -289,3 +289,75 @@ def test_models_that_cannot_be_referred_to_weakly():
             return DEPENDENT_MODEL(p, x)
 
     refused(Model())
+
+
+# The model on a batch that is not the model on each of its examples.
+
+
+def one_mask(p, x):
+    return jnp.where(jax.random.bernoulli(jax.random.key(0), 0.5, x.shape), 2 * x, 0.0) @ p
+
+
+@jax.jit
+def split_inside(p, x):
+    keys = jax.random.split(jax.random.key(0), len(x))
+    return x @ p + jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
+
+
+def in_a_loop(p, x):
+    def layer(h, key):
+        return h + jax.random.normal(key, h.shape), None
+
+    return jax.lax.scan(layer, x, jax.random.split(jax.random.key(0), 2))[0] @ p
+
+
+OTHERS = {
+    "dropout": (one_mask, "noise for the whole batch(.|\n)*random.split"),
+    "noise": (lambda p, x: x @ p + jax.random.normal(jax.random.key(0), (len(x), 1)), "noise"),
+    "keys": (split_inside, "noise"),
+    "loop": (in_a_loop, "noise"),
+    "mean": (lambda p, x: x @ p / x.shape[0], "size of the batch"),
+    "even": (lambda p, x: x @ p + (len(x) == 2), "size of the batch"),
+    "alone": (lambda p, x: jax.nn.relu(x @ p) * (1 + 1e-2 * (len(x) == 1)), "size of the batch"),
+    "position": (lambda p, x: (x @ p) * jnp.arange(len(x))[:, None], "position in the batch"),
+    "table": (lambda p, x: x @ p + jnp.linspace(0, 1, len(x))[:, None], "position in the batch"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_on_a_batch(name):
+    model, words = OTHERS[name]
+    refused(model, words=f"not the model on each of its examples alone(.|\n)*{words}")
+
+
+def test_traced_key():
+    """A training step that closes over its key, as most do."""
+
+    @jax.jit
+    def step(p, x, key):
+        def model(p, x):
+            return jnp.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * x, 0.0) @ p
+
+        check_independent(model, p, x)
+        return model(p, x)
+
+    with pytest.raises(ModelError, match="one key that it closes over"):
+        step(KERNEL, INPUTS, jax.random.key(1))
+
+
+def test_a_key_for_every_example():
+    """What the error about noise recommends."""
+
+    def model(p, inputs):
+        x, keys = inputs
+        mask = jax.vmap(lambda key, x: jax.random.bernoulli(key, 0.5, x.shape))(keys, x)
+        return jnp.where(mask, 2 * x, 0.0) @ p
+
+    check_independent(model, KERNEL, (INPUTS, jax.random.split(jax.random.key(0), len(INPUTS))))
+
+
+def test_noise_that_all_examples_share():
+    """It is a constant of the model."""
+    check_independent(
+        lambda p, x: (x + jax.random.normal(jax.random.key(0), (4,))) @ p, KERNEL, INPUTS
+    )
