@@ -101,11 +101,25 @@ def variables(atoms: Iterable[Any]) -> list[Var]:
     return [v for v in atoms if _is_var(v)]
 
 
+def live_equations(jaxpr: jex.Jaxpr, with_effects: bool = False) -> list[Equation]:
+    """The equations that the outputs depend on, and those that have effects, if wanted."""
+    needed: set[Var] = set(variables(jaxpr.outvars))
+    live: list[Equation] = []
+    for equation in reversed(jaxpr.eqns):
+        if needed.intersection(equation.outvars) or (with_effects and equation.effects):
+            live.append(equation)
+            needed.update(variables(equation.invars))
+    return live[::-1]
+
+
 def readers_of(jaxpr: jex.Jaxpr) -> dict[Var, list[Equation | None]]:
-    """The equations that read each value; None stands for the output."""
+    """The equations that read each value; None stands for the output.
+
+    What only looks at a value, as `jax.debug.print` does, reads nothing.
+    """
     readers: dict[Var, list[Equation | None]] = {}
     for equation in jaxpr.eqns:
-        for v in set(variables(equation.invars)):
+        for v in set(variables(equation.invars)) if equation.outvars else ():
             readers.setdefault(v, []).append(equation)
     for v in variables(jaxpr.outvars):
         readers.setdefault(v, []).append(None)

@@ -2,7 +2,7 @@
 
 Nested calls that do not change derivatives (`jit`, `remat`, ...) are inlined,
 and loops over parameters unrolled; custom derivative rules are kept, as single
-equations.
+equations. So are effects, such as those of `jax.debug.print`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kfgn.model.equations import (
     abstract,
     is_differentiated,
     joined,
+    live_equations,
     readers_of,
     variables,
 )
@@ -118,7 +119,7 @@ def flatten_model(
     invars = flat.jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])
-    jaxpr = flat.jaxpr.replace(eqns=_live(flat.jaxpr))
+    jaxpr = flat.jaxpr.replace(eqns=live_equations(flat.jaxpr, with_effects=True))
     roles = _roles(jaxpr, parameters.values(), data)
     jaxpr = jaxpr.replace(eqns=_reassociated(jaxpr, roles))
     return FlatModel(
@@ -148,16 +149,6 @@ def _call(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:
 def _shapes(tree: PyTree) -> str:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return ", ".join(f"{path_name(path)} {jnp.shape(leaf)}".strip() for path, leaf in leaves)
-
-
-def _live(jaxpr: jex.Jaxpr) -> list[Equation]:
-    """The equations that the outputs depend on."""
-    needed, live = set(variables(jaxpr.outvars)), []
-    for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars):
-            live.append(equation)
-            needed.update(variables(equation.invars))
-    return live[::-1]
 
 
 def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> list[Equation]:
@@ -210,10 +201,11 @@ def _inner_product(
     waiting: dict[Var, Any],
 ) -> tuple[Var, Var] | None:
     """`(x, s)` of a product `x * s` that a product with data alone reads."""
-    operands, (out, *_) = variables(equation.invars), equation.outvars
+    operands = variables(equation.invars)
     pure = [roles[v] is Role.PARAMETER for v in operands]
     if equation.primitive.name != "mul" or len(operands) != 2 or sum(pure) != 1:
         return None
+    (out,) = equation.outvars
     (outer, *others) = readers.get(out, [None])
     if others or outer is None or outer.primitive.name != "mul":
         return None
@@ -267,7 +259,7 @@ def _roles(
 
 
 def _without_derivative(role: Role, equation: Equation, out: Var) -> Role:
-    differentiable = jnp.issubdtype(out.aval.dtype, jnp.inexact)
+    differentiable = jnp.issubdtype(out.aval.dtype, jnp.inexact) and out.aval.size > 0
     if differentiable and equation.primitive.name != "stop_gradient":
         return role
     if role is Role.ACTIVE:

@@ -53,7 +53,8 @@ class Graph:
         """The values that are the same for every example."""
         env = dict(self.model.constants)
         env.update({v: params[name] for name, v in self.model.parameters.items()})
-        evaluate([e for e in self.model.jaxpr.eqns if self._is_shared(e)], env)
+        equations = self.model.jaxpr.eqns
+        evaluate([e for e in equations if self._is_shared(e) and e.outvars], env)
         return env
 
     def forward(
@@ -66,7 +67,9 @@ class Graph:
         """The outputs of a batch and the values of `keep`, each with a leading `N`.
 
         A probe `[N, ...]` is added to a use's pre-activation: its cotangent
-        is the gradient there.
+        is the gradient there. Effects such as `jax.debug.print` run here, once
+        for each example, as under `jax.vmap`; nothing else that is made of the
+        graph repeats them.
         """
         shared = self.shared_values(params)
         use_of = {use.output: name for name, use in self.uses.items()}
@@ -75,7 +78,7 @@ class Graph:
         def one(leaves: list[Array], probes: dict[str, Array]) -> tuple[list[Array], list[Array]]:
             env = {**shared, **dict(zip(self.model.inputs, leaves, strict=True))}
             for equation in self.model.jaxpr.eqns:
-                if self._is_shared(equation):
+                if self._is_shared(equation) and equation.outvars:
                     continue
                 evaluate([equation], env)
                 for v in equation.outvars:

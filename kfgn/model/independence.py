@@ -27,7 +27,8 @@ from kfgn.base.errors import ModelError
 from kfgn.base.trees import path_name
 from kfgn.base.types import PyTree
 from kfgn.model.batch_noise import coarsest, draws_for_batch
-from kfgn.model.equations import abstract, as_function
+from kfgn.model.equations import Role, abstract, as_function, live_equations
+from kfgn.model.inline import Value, inline
 
 Shape = jax.ShapeDtypeStruct
 Draw = Callable[[np.ndarray], np.ndarray]
@@ -226,6 +227,8 @@ def _named(rows: list[int]) -> str:
 def _compile(model: Callable, params: PyTree, example: PyTree, count: int) -> _Program:
     batch = jax.tree.map(lambda a: abstract(a, (count, *a.shape)), example)
     closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
+    if closed.effects:
+        closed = _without_effects(closed)
     jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
     kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, count)]
     function = as_function(
@@ -235,6 +238,16 @@ def _compile(model: Callable, params: PyTree, example: PyTree, count: int) -> _P
     lowered = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch)))
     names = [path_name(outs[k][0]) for k in kept]
     return _Program(_quickly(lowered), known, names, jaxpr)
+
+
+def _without_effects(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+    """The same outputs: made-up values are nothing that a user wants printed."""
+
+    def inlined(*args: Any) -> list[Any]:
+        return [v.array for v in inline(closed, [Value(x, Role.CONSTANT) for x in args])]
+
+    flat = jax.make_jaxpr(inlined)(*(abstract(v.aval, v.aval.shape) for v in closed.jaxpr.invars))
+    return jex.ClosedJaxpr(flat.jaxpr.replace(eqns=live_equations(flat.jaxpr)), flat.consts)
 
 
 def _quickly(lowered: Any) -> Callable[..., Any]:

@@ -31,8 +31,13 @@ LAYERS: dict[str, Reader] = {}
 
 
 def read_form(equation: Equation, side: int, source: Source) -> Form | None:
-    """The form of an equation whose operand `side` is a kernel, or None."""
+    """The form of an equation whose operand `side` is a kernel, or None.
+
+    What has no entries is no layer.
+    """
     name = equation.primitive.name
+    if any(v.aval.size == 0 for v in (*equation.invars, *equation.outvars)):
+        return None
     if name in LAYERS:
         return read_registered(equation, side, source)
     reader = _READERS.get(name)
