@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kfgn.model.equations import Role, Var, variables
+from kfgn.model.equations import Role, Var, size, variables
 from kfgn.model.find_uses import chosen, find_uses, meets
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer import Layer
@@ -45,7 +45,8 @@ def find_layers(
     for name in model.parameters:
         if name not in inside:
             reasons.setdefault(name, _reason(model, name, met[name]))
-    return _named(layers), reasons
+    # A parameter without entries needs no block.
+    return _named(layers), {n: r for n, r in reasons.items() if size(model.parameters[n])}
 
 
 def _named(layers: list[Layer]) -> dict[str, Layer]:

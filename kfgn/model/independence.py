@@ -19,16 +19,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import ModelError
-from kfgn.base.trees import path_name
 from kfgn.base.types import PyTree
 from kfgn.model.batch_noise import coarsest, draws_for_batch
-from kfgn.model.equations import Role, abstract, as_function, live_equations
-from kfgn.model.inline import Value, inline
+from kfgn.model.batch_program import Program, compile_model
+from kfgn.model.equations import abstract
 
 Shape = jax.ShapeDtypeStruct
 Draw = Callable[[np.ndarray], np.ndarray]
@@ -41,9 +39,6 @@ _FIRST = [0, 1, 2]
 _CHANGES = ([0, 4, 2], [3, 1, 5])
 # Those that are left in smaller batches.
 _SMALLER = ([0], [1], [2], [1, 2])
-
-# The program runs a few times, on three examples: it is not worth optimizing. (On CPU.)
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 _POOL = np.random.default_rng(0).normal(size=10007)  # a prime: rows of a matrix differ
 
@@ -111,10 +106,10 @@ def _signatures(model: Any) -> set[Any]:
 def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
     """What an example's outputs depend on beside it, in words."""
     try:
-        programs = {_COUNT: _compile(model, params, example, _COUNT)}
+        programs = {_COUNT: compile_model(model, params, example, _COUNT)}
         for count in (1, 2):
             with contextlib.suppress(Exception):  # the trace on one example tells what is wrong
-                programs[count] = _compile(model, params, example, count)
+                programs[count] = compile_model(model, params, example, count)
         # The values are no part of a trace that this may be called in.
         with jax.ensure_compile_time_eval():
             trials = list(_trials(programs, jax.tree.leaves(params), jax.tree.leaves(example)))
@@ -135,15 +130,6 @@ def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
     return None
 
 
-class _Program(NamedTuple):
-    """A model compiled for one size of the batch."""
-
-    run: Callable[..., Any]  # of `(*known, *params, *inputs)`
-    known: list[Any]  # what it closes over, which may be traced around this call
-    names: list[str]  # of its outputs
-    jaxpr: jex.Jaxpr
-
-
 Outputs = dict[str, np.ndarray]
 
 
@@ -153,6 +139,7 @@ class _Trial(NamedTuple):
     together: Outputs  # of examples 0, 1, 2
     changed: list[tuple[list[int], Outputs]]  # with the rows of each change
     repeated: Outputs  # of example 0, three times
+    shaken: Outputs  # as together, with roundoff in all that the model is given
     smaller: list[tuple[list[int], Outputs]]  # of fewer examples
 
 
@@ -179,7 +166,7 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
                 continue
             for place, k in enumerate(rows):
                 change, scale = _change(trial.together[name][k], b[place])
-                if change > tolerance * scale:
+                if change > tolerance * scale + _roundoff(trial, name, k):
                     return (
                         "the model on a batch is not the model on each of its examples alone: "
                         f"with made-up values, {_output(name)} of example {k} "
@@ -189,7 +176,12 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
     return None
 
 
-def _remedy(trial: _Trial, tolerance: float, program: _Program) -> str:
+def _roundoff(trial: _Trial, name: str, k: int) -> float:
+    """What roundoff may change in an output, generously; an inverse magnifies it."""
+    return 30 * _change(trial.together[name][k], trial.shaken[name][k])[0]
+
+
+def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:
     """Why outputs differ between sizes of the batch, as far as can be seen, and what helps."""
     rows = [(x[0], x[k]) for x in trial.repeated.values() for k in (1, 2)]
     if all(change <= tolerance * scale for change, scale in itertools.starmap(_change, rows)):
@@ -224,44 +216,8 @@ def _named(rows: list[int]) -> str:
     return f"example{'s' * (len(changed) > 1)} {' and '.join(changed)}"
 
 
-def _compile(model: Callable, params: PyTree, example: PyTree, count: int) -> _Program:
-    batch = jax.tree.map(lambda a: abstract(a, (count, *a.shape)), example)
-    closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
-    if closed.effects:
-        closed = _without_effects(closed)
-    jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
-    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, count)]
-    function = as_function(
-        jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], [jaxpr.outvars[k] for k in kept]
-    )
-    known = [abstract(x, x.shape) if _is_tracer(x) else x for x in closed.consts]
-    lowered = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch)))
-    names = [path_name(outs[k][0]) for k in kept]
-    return _Program(_quickly(lowered), known, names, jaxpr)
-
-
-def _without_effects(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
-    """The same outputs: made-up values are nothing that a user wants printed."""
-
-    def inlined(*args: Any) -> list[Any]:
-        return [v.array for v in inline(closed, [Value(x, Role.CONSTANT) for x in args])]
-
-    flat = jax.make_jaxpr(inlined)(*(abstract(v.aval, v.aval.shape) for v in closed.jaxpr.invars))
-    return jex.ClosedJaxpr(flat.jaxpr.replace(eqns=live_equations(flat.jaxpr)), flat.consts)
-
-
-def _quickly(lowered: Any) -> Callable[..., Any]:
-    """The compiled program; which options there are differs between versions of XLA."""
-    if jax.default_backend() == "cpu":
-        try:
-            return lowered.compile(_QUICK)
-        except jax.errors.JaxRuntimeError:
-            pass
-    return lowered.compile()
-
-
 def _trials(
-    programs: dict[int, _Program], params: list[Shape], example: list[Shape]
+    programs: dict[int, Program], params: list[Shape], example: list[Shape]
 ) -> Iterator[_Trial]:
     """A trial for each draw; two draws are enough for which outputs of changed examples move."""
     alive = 0
@@ -275,9 +231,11 @@ def _trials(
             values = program.run(*fixed[len(rows)], *(x[np.array(rows)] for x in inputs))
             return dict(zip(program.names, map(np.asarray, values), strict=True))
 
+        shaken = {_COUNT: list(map(_shaken, fixed[_COUNT]))}, list(map(_shaken, inputs))
+
         together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]
         smaller = [(rows, of(rows)) for rows in _SMALLER if len(rows) in programs]
-        yield _Trial(together, changed, of([0, 0, 0]), smaller)
+        yield _Trial(together, changed, of([0, 0, 0]), of(_FIRST, *shaken), smaller)
         after = changed[0][1]
         moved = [_change(a[1], after[name][1])[0] for name, a in together.items()]
         alive += any(0 < change < math.inf for change in moved)
@@ -285,21 +243,20 @@ def _trials(
             return
 
 
-def _made_up_known(program: _Program, draw: Draw, start: int) -> list[Any]:
+def _shaken(value: Any) -> Any:
+    """Floats with an error of some roundoff, other values as they are."""
+    if not jnp.issubdtype(value.dtype, jnp.inexact):
+        return value
+    signs = np.sign(_numbers(value.shape, value.dtype, lambda x: x, 7))
+    return (value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)).astype(value.dtype)
+
+
+def _made_up_known(program: Program, draw: Draw, start: int) -> list[Any]:
     """What a program closes over; what is traced is made up, alike for all sizes of the batch."""
     place = itertools.count(start)
     return jax.device_put(
         [_made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
     )
-
-
-def _is_comparable(shape: Any, count: int) -> bool:
-    is_number = not jnp.issubdtype(shape.dtype, jax.dtypes.extended)
-    return is_number and shape.shape[:1] == (count,)
-
-
-def _is_tracer(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
 
 
 def _made_up(value: Any, draw: Draw, place: int) -> Any:

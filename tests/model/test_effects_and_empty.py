@@ -19,7 +19,7 @@ PARAMS = {
 }
 
 
-def check_against_jax(model, params, inputs):
+def check_against_jax(model, params, inputs, unassigned="raise"):
     """Value, gradient, Hessian and Gauss-Newton matrix of the user's own batch function."""
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
 
@@ -31,7 +31,7 @@ def check_against_jax(model, params, inputs):
     hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
     jacobian = jax.jacobian(lambda flat: model(unravel(flat), inputs))(flat).reshape(-1, flat.size)
     for method in ("kfra", "kflr", "kfac", "empirical"):
-        curvature = kfgn.value_grad_and_curvature(objective, method, unassigned="gradient")
+        curvature = kfgn.value_grad_and_curvature(objective, method, unassigned=unassigned)
         key = {"key": jax.random.key(0)} if method == "kfac" else {}
         found, _ = curvature(params, (inputs, Y), **key)
         # Roundoff of some ten sums in float32.
@@ -116,5 +116,21 @@ EMPTY = {
 
 @pytest.mark.parametrize("name", EMPTY)
 def test_empty(name):
+    """A parameter without entries needs no block; one that meets no data has none."""
     params, model, inputs = EMPTY[name]
-    check_against_jax(model, params, inputs)
+    unassigned = "gradient" if name == "sequence" else "raise"
+    check_against_jax(model, params, inputs, unassigned)
+
+
+@pytest.mark.parametrize("unassigned", ["raise", "diagonal", "gradient"])
+def test_empty_layer_is_trained_around(unassigned):
+    params, model, inputs = EMPTY["hidden"]
+    batch = inputs, Y
+    objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    tx = kfgn.kfra(objective, params, batch, unassigned=unassigned)
+    found = kfgn.value_grad_and_curvature(objective, "kfra", unassigned=unassigned)(params, batch)
+    (_, gradient), curvature = found
+    updates, _ = tx.update(gradient, tx.init(params), params, batch=batch, curvature=curvature)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+    # The one block, of the bias, has the identity as its curvature, and the step is downhill.
+    assert jnp.all(updates["b"] * gradient["b"] < 0)

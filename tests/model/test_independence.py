@@ -361,3 +361,13 @@ def test_noise_that_all_examples_share():
     check_independent(
         lambda p, x: (x + jax.random.normal(jax.random.key(0), (4,))) @ p, KERNEL, INPUTS
     )
+
+
+def test_roundoff_that_an_inverse_magnifies():
+    """Of a matrix that is singular but for roundoff: what comes out differs, the model does not."""
+
+    def inverse(p, x):
+        h = jnp.tanh(x @ p)
+        return jnp.linalg.inv(h[:, :, None] * h[:, None])[:, 0]
+
+    check_independent(inverse, jnp.sin(jnp.arange(12.0)).reshape(4, 3), INPUTS)
