@@ -166,7 +166,8 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
                 continue
             for place, k in enumerate(rows):
                 change, scale = _change(trial.together[name][k], b[place])
-                if change > tolerance * scale + _roundoff(trial, name, k):
+                # Whether a singular matrix has an inverse is roundoff's, too.
+                if math.inf > change > (tolerance + _roundoff(trial, name)) * (scale or 1):
                     return (
                         "the model on a batch is not the model on each of its examples alone: "
                         f"with made-up values, {_output(name)} of example {k} "
@@ -176,9 +177,13 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
     return None
 
 
-def _roundoff(trial: _Trial, name: str, k: int) -> float:
-    """What roundoff may change in an output, generously; an inverse magnifies it."""
-    return 30 * _change(trial.together[name][k], trial.shaken[name][k])[0]
+def _roundoff(trial: _Trial, name: str) -> float:
+    """What roundoff may change in an output, relatively and generously; an inverse magnifies it."""
+    pairs = zip(trial.together[name], trial.shaken[name], strict=True)
+    found = max(
+        (change / (scale or 1) for change, scale in itertools.starmap(_change, pairs)), default=0.0
+    )
+    return 30 * found if 30 * found < 1 else math.inf
 
 
 def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:

@@ -363,11 +363,17 @@ def test_noise_that_all_examples_share():
     )
 
 
-def test_roundoff_that_an_inverse_magnifies():
-    """Of a matrix that is singular but for roundoff: what comes out differs, the model does not."""
+@pytest.mark.parametrize("width", [2, 5, 40])
+def test_roundoff_that_a_model_magnifies(width):
+    """What comes out differs from one size of the batch to another; the model does not."""
 
     def inverse(p, x):
         h = jnp.tanh(x @ p)
         return jnp.linalg.inv(h[:, :, None] * h[:, None])[:, 0]
 
-    check_independent(inverse, jnp.sin(jnp.arange(12.0)).reshape(4, 3), INPUTS)
+    def chaotic(p, x):
+        h = x @ p
+        return jnp.sin(1e5 * jnp.sum(h, axis=1, keepdims=True) * h)
+
+    for model in (inverse, chaotic):
+        check_independent(model, jnp.ones((16, width)), jnp.ones((2, 16)))
