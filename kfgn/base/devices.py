@@ -63,6 +63,11 @@ def split_over_devices(key: Array, count: int, axis_name: AxisName | None) -> Ar
     return jax.lax.dynamic_slice_in_dim(keys, jax.lax.axis_index(axis_name) * count, count)
 
 
+def count_over_devices(count: int, axis_name: AxisName | None) -> int:
+    """How many all devices have together where each has so many."""
+    return count if axis_name is None else count * jax.lax.axis_size(axis_name)
+
+
 def part_of_device(count: int | None, axis_name: AxisName | None) -> int | None:
     """How many of so many examples a device takes."""
     if count is None or axis_name is None:

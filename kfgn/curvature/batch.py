@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import numbers
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -13,7 +14,13 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_whole
-from kfgn.base.devices import AxisName, mean_over_devices, part_of_device, vary_like
+from kfgn.base.devices import (
+    AxisName,
+    count_over_devices,
+    mean_over_devices,
+    part_of_device,
+    vary_like,
+)
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner, total
 from kfgn.base.trees import named_leaves, with_leaves
@@ -108,6 +115,7 @@ class Curvature(NamedTuple):
     linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
     output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
     displaced: Partial  # direction -> the objective at params + direction
+    examples: Scalar  # how many the batch has, its weight in an average
     settings: CurvatureSettings  # static: what it was made with
 
 
@@ -202,6 +210,7 @@ def value_grad_and_curvature(
             push,
             Partial(_OutputProduct(objective.loss, axis_name), *pushed),
             Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
+            jnp.asarray(count_over_devices(model.examples, axis_name), value.dtype),
             settings,
         )
         return (value, with_leaves(params, gradient)), curvature
@@ -228,11 +237,12 @@ def _value_and_gradient(
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
-    """The mean of the curvatures of micro-batches of one size, at the same params.
+    """The mean of the curvatures of micro-batches at the same params, by their examples.
 
     Value, gradient, quadratic model and objective are those of the whole
     batch; so are the factors of "kflr", "kfac" and "empirical". Those of
-    "kfra" are the mean of what each micro-batch's own recursion gives.
+    "kfra" are the mean of what each micro-batch's own recursion gives. The
+    gradients that go with it need the same weights, as `curvature.gradient` has.
 
         curvatures.append(curvature)              # for each micro-batch
         optimizer.update(mean_grads, state, params, curvature=kfgn.average_curvature(curvatures))
@@ -252,19 +262,23 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     if not curvatures or not all(isinstance(c, Curvature) for c in curvatures):
         found = ", ".join(type(c).__name__ for c in curvatures) or "nothing"
         raise OptionError(f"expected one kfgn.Curvature or more to average, found {found}")
-    first, count = curvatures[0].settings, len(curvatures)
+    first = curvatures[0].settings
     for other in curvatures[1:]:
         first.require_equal(other.settings, "curvatures of one average")
 
+    examples = total(c.examples for c in curvatures)
+    weights = [c.examples / examples for c in curvatures]
     known = [(c.factors, c.value, c.gradient) for c in curvatures]
-    factors, value, gradient = jax.tree.map(lambda *x: total(x) / count, *known)
+    factors, value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
+    rows = tuple(jax.eval_shape(c.linearized, c.gradient).shape[0] for c in curvatures)
     return Curvature(
         factors=factors,
         value=value,
         gradient=gradient,
         linearized=Partial(_concatenated, [c.linearized for c in curvatures]),
-        output_product=Partial(_mean_product, [c.output_product for c in curvatures]),
-        displaced=Partial(_mean_value, [c.displaced for c in curvatures]),
+        output_product=Partial(_MeanProduct(rows), weights, [c.output_product for c in curvatures]),
+        displaced=Partial(_mean_value, weights, [c.displaced for c in curvatures]),
+        examples=examples,
         settings=first,
     )
 
@@ -309,10 +323,26 @@ def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Ar
     return jnp.concatenate([part(direction) for part in parts])
 
 
-def _mean_product(parts: list[Partial], u: Float[Array, "n K"], v: Float[Array, "n K"]) -> Scalar:
-    pairs = zip(parts, jnp.split(u, len(parts)), jnp.split(v, len(parts)), strict=True)
-    return total(part(a, b) for part, a, b in pairs) / len(parts)
+@dataclasses.dataclass(frozen=True)
+class _MeanProduct:
+    rows: tuple[int, ...]  # of each micro-batch
+
+    def __call__(
+        self,
+        weights: list[Scalar],
+        parts: list[Partial],
+        u: Float[Array, "n K"],
+        v: Float[Array, "n K"],
+    ) -> Scalar:
+        ends = list(itertools.accumulate(self.rows))[:-1]
+        pairs = zip(parts, jnp.split(u, ends), jnp.split(v, ends), strict=True)
+        return _weighted(weights, [part(a, b) for part, a, b in pairs])
 
 
-def _mean_value(parts: list[Partial], direction: dict[str, Array]) -> Scalar:
-    return total(part(direction) for part in parts) / len(parts)
+def _mean_value(weights: list[Scalar], parts: list[Partial], direction: dict[str, Array]) -> Scalar:
+    return _weighted(weights, [part(direction) for part in parts])
+
+
+def _weighted(weights: list[Scalar], values: Sequence[Array]) -> Array:
+    """The sum of the values times their weights."""
+    return total(w.astype(x.dtype) * x for w, x in zip(weights, values, strict=True))

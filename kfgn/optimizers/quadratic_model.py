@@ -61,8 +61,8 @@ class Step(NamedTuple):
 def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar) -> Step:
     """The best coefficients of one or two directions, at damping `τ + η`.
 
-    A second direction that is zero, or parallel to the first up to roundoff,
-    gets the coefficient 0.
+    A direction that is zero, or parallel to one before it up to roundoff, gets
+    the coefficient 0; where the gradient is zero, all do, and nothing is predicted.
     """
     gradient = curvature.gradient
     slopes, grams = [], {}
@@ -72,7 +72,7 @@ def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar
             flat = curvature.output_product(u.outputs, v.outputs)
             grams[j, i] = flat + damping.astype(flat.dtype) * inner(u.leaves, v.leaves)
     if len(directions) == 1:
-        coefficients = jnp.stack([slopes[0] / grams[0, 0]])
+        coefficients = jnp.stack([_over(slopes[0], grams[0, 0])])
     else:
         coefficients = _solve_two(slopes, grams)
     return Step(coefficients, -0.5 * jnp.dot(jnp.stack(slopes), coefficients))
@@ -81,12 +81,17 @@ def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar
 def _solve_two(b: list[Scalar], a: dict[tuple[int, int], Scalar]) -> Float[Array, " directions"]:
     # Elimination of the first direction; what is left of the second is zero
     # where it lies in the first's span.
-    first = b[0] / a[0, 0]
-    ratio = a[0, 1] / a[0, 0]
+    first, ratio = _over(b[0], a[0, 0]), _over(a[0, 1], a[0, 0])
     left = a[1, 1] - ratio * a[0, 1]
     usable = left > 1e-5 * a[1, 1]
     second = jnp.where(usable, (b[1] - ratio * b[0]) / jnp.where(usable, left, 1), 0)
     return jnp.stack([first - ratio * second, second])
+
+
+def _over(a: Scalar, b: Scalar) -> Scalar:
+    """`a / b`, and 0 for `0 / 0`: there is no slope along what is zero."""
+    nothing = (a == 0) & (b == 0)
+    return jnp.where(nothing, 0, a / jnp.where(nothing, 1, b))
 
 
 def combine(directions: list[Direction], coefficients: Float[Array, " directions"]) -> Named:

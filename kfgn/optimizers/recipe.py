@@ -39,6 +39,7 @@ class ScaleByCurvatureState(NamedTuple):
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
     refused: Count  # steps not taken, as they extrapolate and the objective would rise
+    still: Count  # updates with a gradient of zero, which move neither parameters nor dampings
     factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
     factor_damping: Scalar  # γ
@@ -133,6 +134,7 @@ class _Recipe:
             count=counter(),
             skipped=counter(),
             refused=counter(),
+            still=counter(),
             factors=factors,
             inverses=inverses,
             factor_damping=number(self.factor_damping.initial),
@@ -179,6 +181,7 @@ class _Recipe:
             count=count,
             factor_damping=gamma,
             refused=state.refused + verdict.refused.astype(jnp.int32),
+            still=state.still + (best.predicted == 0).astype(jnp.int32),
             step_damping=verdict.damping,
             step_size=best.step_size,
             momentum=best.momentum,
@@ -253,7 +256,7 @@ class _Recipe:
         refuses steps that batches make up for.
         """
         tau, doubtful = state.step_damping, best.extrapolates
-        due = self.step_damping.due(state.count + 1)
+        due = self.step_damping.due(state.count + 1) & (best.predicted != 0)
 
         def measure() -> _Verdict:
             rise = curvature.displaced(jax.tree.map(jnp.negative, step)) - curvature.value

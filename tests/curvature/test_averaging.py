@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +31,16 @@ def _problem():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("method", ["kflr", "empirical"])
-def test_average_of_halves_is_the_whole(method):
+@pytest.mark.parametrize("ends", [(0, 4, 8), (0, 3, 4, 8)], ids=["halves", "unequal"])
+def test_average_of_parts_is_the_whole(method, ends):
+    """Also where one part is itself an average."""
     objective, params, x, y = _problem()
     curvature_fn = quick_jit(kfgn.value_grad_and_curvature(objective, method))
     whole = curvature_fn(params, (x, y))[1]
-    halves = [curvature_fn(params, (x[i : i + 4], y[i : i + 4]))[1] for i in (0, 4)]
-    mean = quick_jit(kfgn.average_curvature)(halves)
+    parts = [curvature_fn(params, (x[i:j], y[i:j]))[1] for i, j in itertools.pairwise(ends)]
+    average = quick_jit(kfgn.average_curvature)
+    mean = average(parts if len(parts) == 2 else [average(parts[:2]), parts[2]])
+    assert mean.examples == whole.examples == 8
     direction = jax.tree.map(jnp.cos, whole.gradient)
 
     @quick_jit

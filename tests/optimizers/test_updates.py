@@ -413,6 +413,47 @@ def without_skipped(tree: Any) -> Any:
     return optax.tree_utils.tree_set(tree, skipped=jnp.zeros((), jnp.int32))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum": False}, {"factor_damping": 1.0}, kfgn.transforms.PRESETS["paper"]],
+    ids=["default", "no momentum", "greedy", "paper"],
+)
+def test_gradient_of_zero_moves_nothing(options):
+    """Three batches of four with nothing left to fit: no failure, so no damping changes."""
+    objective = kfgn.Objective(lambda w, x: jnp.tanh(x @ w), kfgn.losses.half_squared_error)
+    w, zeros = jnp.ones((3, 2)), jnp.zeros((3, 2))
+    optimizer = kfgn.kfra(objective, w, (jnp.eye(3), zeros), **options)
+    curvature_fn = kfgn.value_grad_and_curvature(objective)
+
+    @jit
+    def update(w, state, inputs):
+        (_, grads), curvature = curvature_fn(w, (inputs, zeros))
+        return optimizer.update(grads, state, w, curvature=curvature)
+
+    get = optax.tree_utils.tree_get
+    state = optimizer.init(w)
+    for k in range(24):
+        before = state
+        step, state = update(w, state, jnp.eye(3) if k % 4 == 0 else jnp.zeros((3, 3)))
+        if k % 4:
+            assert not np.any(step)
+            assert get(state, "step_damping") == get(before, "step_damping")
+        w = w + step
+    assert int(get(state, "still")) == 18 and int(get(state, "skipped")) == 0
+    assert np.all(w < 1)  # the other batches moved it
+
+
+def test_direction_of_zero_stays_zero():
+    """The quadratic model has no step size for it, and needs none."""
+    params, batch = make_params(), make_batch()
+    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(OBJECTIVE))(params, batch)
+    tx = kfgn.transforms.scale_by_quadratic_model(0.1, momentum=True)
+    nothing = jax.tree.map(jnp.zeros_like, grads)
+    updates, state = jit(tx.update)(nothing, tx.init(params), params, curvature=curvature)
+    assert int(state.skipped) == 0
+    assert all(not np.any(u) for u in jax.tree.leaves(updates))
+
+
 def test_broken_direction_is_skipped_by_the_quadratic_model():
     params = make_params()
     (_, grads), curvature = curvature_fn()(params, make_batch())
