@@ -24,6 +24,8 @@ from tests.tables.comparison import setting
 from tests.tables.dense import quick_jit
 
 jax.config.update("jax_enable_x64", True)
+# Two programs at once on more devices than cores may each wait for the other's threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 net = sys.argv[1]
 case, objective, batch = setting(net, count=8)
 mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Auto,))
