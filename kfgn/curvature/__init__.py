@@ -1,11 +1,7 @@
 """Second derivatives: forward pass, Jacobians, the recursion, factors, methods, operators."""
 
-from kfgn.curvature.batch import (
-    Curvature,
-    CurvatureSettings,
-    average_curvature,
-    value_grad_and_curvature,
-)
+from kfgn.curvature.averaging import average_curvature
+from kfgn.curvature.batch import Curvature, CurvatureSettings, value_grad_and_curvature
 from kfgn.curvature.blocks import ParameterBlocks
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.curvature.operator import Operator

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +21,7 @@ from kfgn.base.devices import (
     vary_like,
 )
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import inner, total
+from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.factors import (
@@ -236,53 +235,6 @@ def _value_and_gradient(
     }
 
 
-def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
-    """The mean of the curvatures of micro-batches at the same params, by their examples.
-
-    Value, gradient, quadratic model and objective are those of the whole
-    batch; so are the factors of "kflr", "kfac" and "empirical". Those of
-    "kfra" are the mean of what each micro-batch's own recursion gives. The
-    gradients that go with it need the same weights, as `curvature.gradient` has.
-
-        curvatures.append(curvature)              # for each micro-batch
-        optimizer.update(mean_grads, state, params, curvature=kfgn.average_curvature(curvatures))
-
-    Raises:
-      OptionError: there is nothing to average, or not only curvatures, or they
-        were made with different settings.
-
-    >>> import jax.numpy as jnp, kfgn
-    >>> objective = kfgn.Objective(lambda p, x: jnp.tanh(x @ p), kfgn.losses.half_squared_error)
-    >>> params, batch = jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))
-    >>> _, curvature = kfgn.value_grad_and_curvature(objective)(params, batch)
-    >>> bool(kfgn.average_curvature([curvature, curvature]).value == curvature.value)
-    True
-    """
-    curvatures = list(curvatures)
-    if not curvatures or not all(isinstance(c, Curvature) for c in curvatures):
-        found = ", ".join(type(c).__name__ for c in curvatures) or "nothing"
-        raise OptionError(f"expected one kfgn.Curvature or more to average, found {found}")
-    first = curvatures[0].settings
-    for other in curvatures[1:]:
-        first.require_equal(other.settings, "curvatures of one average")
-
-    examples = total(c.examples for c in curvatures)
-    weights = [c.examples / examples for c in curvatures]
-    known = [(c.factors, c.value, c.gradient) for c in curvatures]
-    factors, value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
-    rows = tuple(jax.eval_shape(c.linearized, c.gradient).shape[0] for c in curvatures)
-    return Curvature(
-        factors=factors,
-        value=value,
-        gradient=gradient,
-        linearized=Partial(_concatenated, [c.linearized for c in curvatures]),
-        output_product=Partial(_MeanProduct(rows), weights, [c.output_product for c in curvatures]),
-        displaced=Partial(_mean_value, weights, [c.displaced for c in curvatures]),
-        examples=examples,
-        settings=first,
-    )
-
-
 # Callables with static data only: they compare equal when their data does, as
 # the tree structure of a Partial must.
 
@@ -316,33 +268,3 @@ class _Displaced:
         }
         value = self.objective(with_leaves(params, moved), batch)
         return mean_over_devices(value, self.axis_name)
-
-
-def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Array, "n K"]:
-    """The outputs' changes of all micro-batches, one after another."""
-    return jnp.concatenate([part(direction) for part in parts])
-
-
-@dataclasses.dataclass(frozen=True)
-class _MeanProduct:
-    rows: tuple[int, ...]  # of each micro-batch
-
-    def __call__(
-        self,
-        weights: list[Scalar],
-        parts: list[Partial],
-        u: Float[Array, "n K"],
-        v: Float[Array, "n K"],
-    ) -> Scalar:
-        ends = list(itertools.accumulate(self.rows))[:-1]
-        pairs = zip(parts, jnp.split(u, ends), jnp.split(v, ends), strict=True)
-        return _weighted(weights, [part(a, b) for part, a, b in pairs])
-
-
-def _mean_value(weights: list[Scalar], parts: list[Partial], direction: dict[str, Array]) -> Scalar:
-    return _weighted(weights, [part(direction) for part in parts])
-
-
-def _weighted(weights: list[Scalar], values: Sequence[Array]) -> Array:
-    """The sum of the values times their weights."""
-    return total(w.astype(x.dtype) * x for w, x in zip(weights, values, strict=True))
