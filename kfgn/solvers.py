@@ -1,6 +1,5 @@
 """Solvers beside the Kronecker-factored ones: conjugate gradients, Newton, general minimizers."""
 
-from kfgn.objective.batches import batches
 from kfgn.optimizers.conjugate_gradient import (
     Solution,
     block_gauss_newton_direction,
@@ -13,7 +12,6 @@ __all__ = [
     "MINIMIZERS",
     "Minimum",
     "Solution",
-    "batches",
     "block_gauss_newton_direction",
     "conjugate_gradient",
     "minimize",

@@ -22,6 +22,7 @@ import kfgn
 from benchmarks.harness.arguments import finite, options, positive_int, positive_number
 from benchmarks.harness.display import figure, table
 from benchmarks.harness.experiment import experiment
+from benchmarks.harness.measures import iterations_to_tolerance
 from benchmarks.harness.optimizers import with_gradient
 
 NAME = "rosenbrock"
@@ -158,9 +159,7 @@ def _measured(run: Run, given: Any) -> dict[str, Any]:
         "iterations": len(run.points) - 1,
         "reached": run.iterations_to(given.tolerance) is not None,
         f"iterations_to_{ROUGH}": run.iterations_to(ROUGH),
-        "iterations_of_equation_29": kfgn.diagnostics.iterations_to_tolerance(
-            run.values, given.epsilon
-        ),
+        "iterations_of_equation_29": iterations_to_tolerance(run.values, given.epsilon),
         "order": run.order(),
         "highest_value": float(np.max(run.values)) if finite else None,
         "final_value": float(run.values[-1]) if finite else None,
@@ -178,7 +177,7 @@ def _table(runs: Sequence[Run], given: Any) -> Table:
     for run in runs:
         rows.append([
             run.name, run.iterations_to(ROUGH), run.iterations_to(given.tolerance),
-            kfgn.diagnostics.iterations_to_tolerance(run.values, given.epsilon),
+            iterations_to_tolerance(run.values, given.epsilon),
             figure(run.order(), ".2f"), f"{np.max(run.values):.4g}",
             f"{run.values[-1]:.2g}", f"{run.distances[-1]:.2g}",
         ])  # fmt: skip

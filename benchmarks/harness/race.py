@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-import kfgn
 from benchmarks.harness import interrupt
+from benchmarks.harness.batches import draw_batches
 from benchmarks.harness.optimizers import Optimizer, evaluated_params
 
 
@@ -29,7 +29,7 @@ def batches(
     images: np.ndarray, targets: np.ndarray, size: int, seed: int, start: int = 0
 ) -> Iterator[Any]:
     """Batches of reshuffled passes over the data, without end, from the update `start` on."""
-    for batch, _ in kfgn.solvers.batches((images, targets), size, seed=seed, start=start):
+    for batch, _ in draw_batches((images, targets), size, seed=seed, start=start):
         yield jax.device_put(batch)
 
 

@@ -1,4 +1,4 @@
-"""Checks of derivatives by Taylor's theorem, and the number of iterations to convergence.
+"""Checks of derivatives by Taylor's theorem.
 
 Along a direction d the remainders of a smooth function f shrink as
 
@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Bool, Float
 
-from kfgn.base.checks import check_flag, check_not_negative, check_positive, check_whole
+from kfgn.base.checks import check_flag, check_positive, check_whole
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves
@@ -136,32 +136,6 @@ def curvature_check(
     if not callable(product):
         raise OptionError(f"product must be callable as product(point, vector), found {product!r}")
     return _check(function, point, direction, key, gradient, product, False, step, halvings)
-
-
-def iterations_to_tolerance(losses: Any, tolerance: float) -> int | None:
-    """The first k with `|f(x_k) - f(x_{k-1})| <= tolerance`, eq. (29) of Veitch, or None.
-
-    Args:
-      losses: the values `[f(x_0), f(x_1), ...]`; a change that is not finite
-        never counts.
-      tolerance: ε, at least 0.
-
-    Raises:
-      OptionError: there are no losses, or not in one axis, or tolerance is negative.
-
-    >>> import kfgn
-    >>> kfgn.diagnostics.iterations_to_tolerance([1.0, 0.5, 0.45, 0.449], 0.1)
-    2
-    """
-    check_not_negative("tolerance", tolerance)
-    values = np.asarray(losses, np.float64)
-    if values.ndim != 1 or not values.size:
-        raise OptionError(
-            f"losses must be a sequence of at least one number, found shape {values.shape}"
-        )
-    with np.errstate(invalid="ignore"):
-        within = np.abs(np.diff(values)) <= tolerance
-    return int(np.argmax(within)) + 1 if within.any() else None
 
 
 def _check(

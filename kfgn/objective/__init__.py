@@ -1,7 +1,6 @@
-"""What is minimized: an objective, its per-example loss, and which examples a solver sees."""
+"""What is minimized: an objective, and its per-example loss."""
 
-from kfgn.objective.batches import batches
 from kfgn.objective.loss import Loss, from_function
 from kfgn.objective.objective import Objective
 
-__all__ = ["Loss", "Objective", "batches", "from_function"]
+__all__ = ["Loss", "Objective", "from_function"]

@@ -53,8 +53,8 @@ class _SigmoidBinaryCrossEntropy(_Elementwise):
 
     >>> import jax.numpy as jnp, kfgn
     >>> loss, logits, target = kfgn.losses.sigmoid_binary_cross_entropy, jnp.zeros(2), jnp.ones(2)
-    >>> loss.hessian(logits, target).tolist(), float(loss.correct(logits + 1, target))
-    ([[0.25, 0.0], [0.0, 0.25]], 1.0)
+    >>> loss.hessian(logits, target).tolist()
+    [[0.25, 0.0], [0.0, 0.25]]
     """
 
     def __init__(self) -> None:
@@ -68,10 +68,7 @@ class _SigmoidBinaryCrossEntropy(_Elementwise):
         def sample(key: Array, outputs: Array) -> Array:
             return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
 
-        def correct(outputs: Array, target: Array) -> Scalar:
-            return jnp.mean((outputs > 0) == (target > 0.5))
-
-        super().__init__(value, "sigmoid_binary_cross_entropy", True, sample, correct)
+        super().__init__(value, "sigmoid_binary_cross_entropy", True, sample)
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
         # sigmoid(o) sigmoid(-o), without the cancellation of p (1 - p) at p near 1.

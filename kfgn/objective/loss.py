@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError
@@ -61,8 +61,6 @@ class Loss:
         (negative eigenvalues set to zero), so that they stay semi-definite.
       sample: `(key, outputs) -> target` of one example, drawn from the model's
         predictive distribution, or None where the loss has no such reading.
-      correct: `(outputs, target) -> scalar` of one example, whether (or how much
-        of) the target is predicted, or None where the loss predicts no classes.
     """
 
     def __init__(
@@ -71,13 +69,11 @@ class Loss:
         name: str,
         convex: bool = False,
         sample: Callable[[Array, Outputs], Any] | None = None,
-        correct: Callable[[Outputs, Any], Array] | None = None,
     ) -> None:
         self.function = function
         self.name = name
         self.convex = convex
         self._sample = sample
-        self._correct = correct
 
     def __repr__(self) -> str:
         return f"kfgn.losses.{self.name}"
@@ -158,20 +154,6 @@ class Loss:
             )
         return self._sample(key, outputs)
 
-    def correct(self, outputs: Outputs, target: Any) -> Shaped[Array, ""]:
-        """Whether one example's target is predicted, or the share of its labels that are.
-
-        Raises:
-          LossError: the loss predicts no classes.
-        """
-        if self._correct is None:
-            raise LossError(
-                f"the loss {self.name!r} predicts no classes, so accuracy has no meaning of its "
-                "own; pass correct=, a function (outputs, target) -> True or False of one "
-                "example, such as lambda h, y: h.argmax() == y.argmax() for one-hot targets."
-            )
-        return self._correct(outputs, target)
-
     # A batch.
 
     def mean_hessian(self, outputs: Outputs, targets: Any) -> Float[Array, "K K"]:
@@ -233,7 +215,6 @@ def from_function(
     *,
     convex: bool = False,
     sample: Callable[[Array, Outputs], Any] | None = None,
-    correct: Callable[[Outputs, Any], Array] | None = None,
 ) -> Loss:
     """A loss from any twice differentiable function of one example.
 
@@ -245,7 +226,6 @@ def from_function(
         use the nearest positive semi-definite output Hessian. A sum over the
         outputs, whose Hessian is diagonal, needs none either way.
       sample: `(key, outputs) -> target` for one example, for KFAC.
-      correct: `(outputs, target) -> scalar` for one example, for `kfgn.diagnostics.accuracy`.
 
     Raises:
       LossError: it is no function.
@@ -262,7 +242,7 @@ def from_function(
             f"expected a function (outputs, target) -> scalar, found {type(per_example_loss)}"
         )
     name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
-    return Loss(per_example_loss, name, convex, sample, correct)
+    return Loss(per_example_loss, name, convex, sample)
 
 
 def require_array(loss: Loss, outputs: Outputs) -> None:

@@ -32,9 +32,6 @@ class _SoftmaxCrossEntropy(Loss):
     >>> loss, logits = kfgn.losses.softmax_cross_entropy, jnp.zeros(2)
     >>> loss.hessian(logits, jnp.array([0.0, 1.0])).tolist()
     [[0.25, -0.25], [-0.25, 0.25]]
-    >>> loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
-    >>> float(loss.correct(logits.at[1].set(1.0), 1))
-    1.0
     """
 
     def __init__(
@@ -45,7 +42,7 @@ class _SoftmaxCrossEntropy(Loss):
         class_weights: np.ndarray | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(self._value, name, True, self._sample_of, self._share_correct)
+        super().__init__(self._value, name, True, self._sample_of)
         self.integer_labels = integer_labels
         self.ignore_index = ignore_index
         self.class_weights = class_weights
@@ -149,13 +146,6 @@ class _SoftmaxCrossEntropy(Loss):
         if self.integer_labels:
             return labels
         return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
-
-    def _share_correct(self, outputs: Array, target: Any) -> Scalar:
-        """Of the labels that count; NaN where none does."""
-        labels = _wide(jnp.asarray(target)) if self.integer_labels else jnp.argmax(target, axis=-1)
-        hits = jnp.argmax(outputs, axis=-1).astype(labels.dtype) == labels
-        ignored = self._ignored(labels) if self.integer_labels else None
-        return jnp.mean(hits, where=None if ignored is None else ~ignored)
 
     def second_derivatives(self, outputs: Array, target: Any) -> None:
         return None  # of several classes the Hessian is no diagonal matrix

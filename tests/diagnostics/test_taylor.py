@@ -1,4 +1,4 @@
-"""Checks of derivatives find what is right and what is wrong; iterations to a tolerance."""
+"""Checks of derivatives find what is right and what is wrong."""
 
 from __future__ import annotations
 
@@ -177,28 +177,6 @@ def test_wrong_curvature(dtype):
     assert not found.passed and abs(found.order - 2) < 0.2
 
 
-# Iterations.
-
-
-@pytest.mark.parametrize(
-    ("losses", "tolerance", "expected"),
-    [
-        ([3.0, 2.0, 1.5, 1.49, 1.2], 0.1, 3),
-        ([3.0, 2.0, 1.5], 1.0, 1),
-        ([3.0, 2.0, 1.5], 0.1, None),
-        ([2.0, 2.0], 0.0, 1),
-        ([1.0, 1.25], 0.25, 1),  # upwards as well
-        ([1.0], 10.0, None),
-        ([np.inf, np.inf, 1.0, np.nan, np.nan, 2.0, 2.0], 0.5, 6),
-    ],
-)
-def test_iterations_to_tolerance(losses, tolerance, expected):
-    """Eq. (29) of Veitch: the first change that is small enough."""
-    found = kfgn.diagnostics.iterations_to_tolerance(losses, tolerance)
-    assert found == expected and type(found) is type(expected)
-    assert kfgn.diagnostics.iterations_to_tolerance(np.asarray(losses), tolerance) == expected
-
-
 # Bad input.
 
 
@@ -278,21 +256,6 @@ def square(x):
             lambda p: kfgn.diagnostics.curvature_check(square, p, None),
             kfgn.errors.OptionError,
             "product must be",
-        ),
-        (
-            lambda p: kfgn.diagnostics.iterations_to_tolerance([], 0.1),
-            kfgn.errors.OptionError,
-            "at least one",
-        ),
-        (
-            lambda p: kfgn.diagnostics.iterations_to_tolerance([[1.0]], 0.1),
-            kfgn.errors.OptionError,
-            r"\(1, 1\)",
-        ),
-        (
-            lambda p: kfgn.diagnostics.iterations_to_tolerance([1.0], -0.1),
-            kfgn.errors.OptionError,
-            "tolerance must be",
         ),
     ],
 )

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax.tree_util import Partial
@@ -102,16 +101,3 @@ def test_from_where_the_objective_is_not_finite_no_step_is_made(name):
     assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
     assert_equal(after[0]._replace(skipped=state[0].skipped), state[0])
     assert int(after[0].skipped) == 1
-
-
-def test_batches_that_run_dry_end_a_loop_with_an_error():
-    data = make_batch()
-    stream = kfgn.solvers.batches(data, 8, steps=2)
-    with pytest.raises(StopIteration):
-        for _ in range(3):
-            batch, _ = next(stream)
-            assert np.isfinite(float(OBJECTIVE(make_params(), batch)))
-    with pytest.raises(StopIteration):  # and stays so
-        next(stream)
-    with pytest.raises(ValueError, match="shorter"):
-        list(zip(range(3), kfgn.solvers.batches(data, 8, steps=2), strict=True))

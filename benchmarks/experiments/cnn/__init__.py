@@ -19,7 +19,6 @@ import jax
 import numpy as np
 from rich.table import Table
 
-import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.datasets import NAMES, load
 from benchmarks.experiments.cnn.lecture import (
@@ -43,6 +42,7 @@ from benchmarks.harness.arguments import (
     up_to,
     widths,
 )
+from benchmarks.harness.batches import draw_batches
 from benchmarks.harness.display import figure, table
 from benchmarks.harness.experiment import experiment
 from benchmarks.harness.race import timed_steps
@@ -193,9 +193,7 @@ def _train(
         del key
         return *program(params, state, batch, rate_argument), None
 
-    drawn = (
-        batch for batch, _ in kfgn.solvers.batches(part.train, method.batch_size, seed=given.seed)
-    )
+    drawn = (batch for batch, _ in draw_batches(part.train, method.batch_size, seed=given.seed))
     curve, due = [part.first], seconds / evaluations
     steps: list[dict[str, float]] = []
     for at in timed_steps(step, part.start, state, drawn, 0, given.iterations, seconds):

@@ -31,6 +31,7 @@ from benchmarks.harness.arguments import (
     some_of,
     widths,
 )
+from benchmarks.harness.batches import draw_batches
 from benchmarks.harness.display import Ticker, table
 from benchmarks.harness.experiment import experiment
 from benchmarks.harness.models import chain, chain_params
@@ -106,7 +107,7 @@ def _train(name: str, data: Any, given: Any, at: Sequence[int], ticker: Ticker) 
     loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
     objective = kfgn.Objective(chain(TRANSFERS[name]), loss)
     train = data.train.astype(np.float64), data.train_labels
-    batches = kfgn.solvers.batches(train, given.batch_size, seed=given.seed)
+    batches = draw_batches(train, given.batch_size, seed=given.seed)
     adam = with_gradient("adam", objective, optax.adam(given.learning_rate))
     state, step, look, seen = adam.init(params), jax.jit(adam.step), _looker(objective), []
     shown = jax.tree.map(lambda a: a[: given.examples], train)

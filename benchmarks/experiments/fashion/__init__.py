@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-import kfgn
 from benchmarks import BenchmarkError
 from benchmarks.experiments.fashion import depth as depths
 from benchmarks.experiments.fashion.depth import Depth
@@ -36,6 +35,7 @@ from benchmarks.experiments.fashion.tables import all_tables
 from benchmarks.experiments.fashion.training import Classifier, Problem, Run, minimize, train
 from benchmarks.harness import tasks
 from benchmarks.harness.arguments import number, options, positive_int, positive_number, widths
+from benchmarks.harness.batches import draw_batches
 from benchmarks.harness.experiment import Experiment, experiment
 from benchmarks.harness.optimizers import first_order, second_order
 
@@ -111,7 +111,7 @@ def _data(given: Any) -> tuple[Sequence[Any], Any]:
             f"--images must be a multiple of --batch-size {given.batch_size} and at most {count}, "
             f"found {given.images}"
         )
-    batches = kfgn.solvers.batches(
+    batches = draw_batches(
         (data.train, data.train_labels), given.batch_size, strategy="fixed", seed=given.seed
     )
     chosen = itertools.islice(batches, given.images // given.batch_size)

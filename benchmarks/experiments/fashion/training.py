@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 import kfgn
+from benchmarks.harness.measures import bias_variance
 from benchmarks.harness.optimizers import Optimizer
 from benchmarks.harness.race import timed_steps
 from benchmarks.harness.timing import compiled
@@ -112,7 +113,7 @@ class Problem:
         self.train: Arrays = (inputs, labels)
         self.dev = _on_device(dev)
         self.params = module.init(jax.random.key(seed), inputs[:1])
-        self._figures = jax.jit(kfgn.diagnostics.bias_variance(self.objective, chunk_size=10_000))
+        self._figures = jax.jit(bias_variance(self.objective, chunk_size=10_000))
 
     def measure(self, params: Any, iteration: int, seconds: float) -> Point:
         """Losses and accuracies on the images trained on and on the others."""

@@ -15,6 +15,8 @@ import optax
 from jax.experimental import io_callback
 
 import kfgn
+from benchmarks.harness.batches import draw_batches
+from benchmarks.harness.measures import iterations_to_tolerance
 from benchmarks.harness.optimizers import with_gradient
 
 MINIMIZERS = {"NLCG": "cg", "L-BFGS": "l-bfgs-b"}
@@ -62,9 +64,9 @@ class Draws:
     def __init__(self, count: int, size: int, sampling: str, batches: int, seed: int) -> None:
         whole = sampling in ("full", "fixed")
         if sampling == "full":
-            self._pairs = kfgn.solvers.batches(np.arange(count), strategy="full")
+            self._pairs = draw_batches(np.arange(count), strategy="full")
         else:
-            self._pairs = kfgn.solvers.batches(
+            self._pairs = draw_batches(
                 np.arange(count),
                 size,
                 strategy="fixed" if whole else "reshuffled",
@@ -125,7 +127,7 @@ class Solvers:
             path[-1],
             _accuracy(path[-1], self.points.train),
             _accuracy(path[-1], self.points.test),
-            kfgn.diagnostics.iterations_to_tolerance(losses, given.epsilon),
+            iterations_to_tolerance(losses, given.epsilon),
             seconds,
             None if later is None else 1000 * float(np.median(later)),
             message,

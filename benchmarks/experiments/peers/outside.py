@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-import kfgn
 from benchmarks.datasets.base import resolve_cache_dir
+from benchmarks.harness.batches import draw_batches
 from benchmarks.harness.race import Point
 
 RELEASE = "kfac-jax==0.0.8"
@@ -85,7 +85,7 @@ def kfac_jax_run(
 
 def _batches(count: int, size: int, seed: int) -> np.ndarray:
     """The indices of the batches that `race.batches` gives, `[updates, batch]`."""
-    drawn = kfgn.solvers.batches(np.arange(count, dtype=np.int32), size, seed=seed)
+    drawn = draw_batches(np.arange(count, dtype=np.int32), size, seed=seed)
     return np.stack([batch for batch, _ in itertools.islice(drawn, MOST_UPDATES)])
 
 

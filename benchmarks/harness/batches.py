@@ -23,7 +23,7 @@ STRATEGIES = ("fixed", "reshuffled", "repeated", "full")
 _CURVATURE = 1
 
 
-def batches(
+def draw_batches(
     data: PyTree,
     batch_size: int | None = None,
     *,
@@ -62,13 +62,6 @@ def batches(
     Raises:
       BatchError: the data have no examples, or arrays that differ in their number.
       OptionError: an unknown strategy, or a number that does not fit the data.
-
-    >>> import numpy as np, kfgn
-    >>> data = np.arange(6)
-    >>> pairs = kfgn.solvers.batches(data, 3, strategy="fixed", curvature_size=2, steps=2)
-    >>> gradient, curvature = zip(*pairs)
-    >>> sorted(np.concatenate(gradient).tolist()), [len(c) for c in curvature]
-    ([0, 1, 2, 3, 4, 5], [2, 2])
     """
     count = _examples(data)
     check_choice("strategy", strategy, STRATEGIES)
