@@ -377,3 +377,17 @@ def test_roundoff_that_a_model_magnifies(width):
 
     for model in (inverse, chaotic):
         check_independent(model, jnp.ones((16, width)), jnp.ones((2, 16)))
+
+
+def test_roundoff_of_saturated_units():
+    """A curvature of 1e-4 is roundoff where slopes are of size 1: another on a smaller batch."""
+
+    def u(p, x):
+        return jnp.tanh(jnp.tanh(x @ p["v"]) @ p["w"])[0]
+
+    def laplacian(p, x):
+        return jax.vmap(lambda x: jnp.trace(jax.hessian(lambda x: u(p, x))(x))[None])(x)
+
+    for scale in (1.0, 8.0):  # of what is made up
+        model = lambda p, x, s=scale: laplacian(jax.tree.map(lambda a: s * a, p), x)  # noqa: E731
+        check_independent(model, {"v": jnp.ones((2, 64)), "w": jnp.ones((64, 1))}, jnp.ones((2, 2)))
