@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+# Beside no optimizations, these halve the time that XLA takes to compile.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+    if not hasattr(config, "workerinput"):  # workers are started with this process's environment
+        flags = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"}
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        # An XLA that does not know a flag ends the process.
+        if subprocess.run(command, env=flags, capture_output=True).returncode == 0:
+            os.environ |= flags
     config.addinivalue_line("markers", "loose_dtypes: allow implicit dtype promotion")
     config.addinivalue_line("markers", "row(parameter): what the tests of a row share is compiled")
 

@@ -15,7 +15,7 @@ from kfgn.base import kronecker, linalg
 from kfgn.base import spd_inverse as spd
 from kfgn.optimizers import quadratic_model as quadratic
 from tests.tables.comparison import by_path, close, setting
-from tests.tables.dense import dense_truth, quick_jit
+from tests.tables.dense import dense_truth
 from tests.tables.losses import LOSSES
 
 # Around the sizes at which the algorithm changes, and some between.
@@ -50,7 +50,7 @@ def precise_inverse(matrix, columns):
     return x[:, columns] + x @ (np.eye(len(matrix))[:, columns] - a @ x[:, columns])
 
 
-all_inverses = quick_jit(spd.spd_inverses)
+all_inverses = jax.jit(spd.spd_inverses)
 extended = np.finfo(np.longdouble).eps < 1e-18
 
 
@@ -216,7 +216,7 @@ def model():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         case, objective, batch = setting("residual")
         truth = dense_truth(case, LOSSES["one_hot"], batch[1])
-        _, curvature = quick_jit(kfgn.value_grad_and_curvature(objective))(case.params, batch)
+        _, curvature = jax.jit(kfgn.value_grad_and_curvature(objective))(case.params, batch)
         gradient, unravel = jax.flatten_util.ravel_pytree(jax.grad(objective)(case.params, batch))
     return curvature, np.mean(truth.gauss_newton, axis=0), np.asarray(gradient), unravel
 

@@ -9,7 +9,7 @@ import pytest
 
 import kfgn
 from benchmarks.harness.measures import accuracy, bias_variance, iterations_to_tolerance
-from tests.tables.small import CLASSES, INPUTS, OBJECTIVE, jit, make_batch, make_params, network
+from tests.tables.small import CLASSES, INPUTS, OBJECTIVE, make_batch, make_params, network
 
 LOSSES = kfgn.losses
 
@@ -32,7 +32,7 @@ def test_labels(count, chunk_size):
     measure = accuracy(OBJECTIVE, chunk_size=chunk_size)
     # A count over a count, in float32: one rounding.
     np.testing.assert_allclose(measure(params, batch), expected, rtol=2e-7)
-    np.testing.assert_allclose(jit(measure)(params, batch), expected, rtol=2e-7)
+    np.testing.assert_allclose(jax.jit(measure)(params, batch), expected, rtol=2e-7)
 
 
 def test_losses_count_in_their_own_way():

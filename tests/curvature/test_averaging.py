@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import kfgn
-from tests.tables.dense import quick_jit
 
 
 def _problem():
@@ -35,15 +34,15 @@ def _problem():
 def test_average_of_parts_is_the_whole(method, ends):
     """Also where one part is itself an average."""
     objective, params, x, y = _problem()
-    curvature_fn = quick_jit(kfgn.value_grad_and_curvature(objective, method))
+    curvature_fn = jax.jit(kfgn.value_grad_and_curvature(objective, method))
     whole = curvature_fn(params, (x, y))[1]
     parts = [curvature_fn(params, (x[i:j], y[i:j]))[1] for i, j in itertools.pairwise(ends)]
-    average = quick_jit(kfgn.average_curvature)
+    average = jax.jit(kfgn.average_curvature)
     mean = average(parts if len(parts) == 2 else [average(parts[:2]), parts[2]])
     assert mean.examples == whole.examples == 8
     direction = jax.tree.map(jnp.cos, whole.gradient)
 
-    @quick_jit
+    @jax.jit
     def summary(curvature):
         outputs = curvature.linearized(direction)
         form = curvature.output_product(outputs, outputs)
@@ -64,7 +63,7 @@ def test_averaged_curvature_drives_an_update():
     state = optimizer.init(params)
     before = objective(params, (x, y))
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         parts = [curvature_fn(params, (x[i : i + 4], y[i : i + 4])) for i in (0, 4)]
         grads = jax.tree.map(lambda a, b: (a + b) / 2, *[grads for (_, grads), _ in parts])
@@ -99,7 +98,7 @@ def test_different_settings_have_no_average(options, l2, found):
         kfgn.value_grad_and_curvature(objective),
         kfgn.value_grad_and_curvature(other, **options),
     )
-    parts = [quick_jit(function)(params, (x, y))[1] for function in functions]
+    parts = [jax.jit(function)(params, (x, y))[1] for function in functions]
     with pytest.raises(kfgn.errors.OptionError, match=found):
         kfgn.average_curvature(parts)
 
@@ -109,14 +108,14 @@ def test_settings_are_static():
     objective, params, x, y = _problem()
     function = kfgn.value_grad_and_curvature(objective, "kflr", sharing="reduce")
     expected = kfgn.curvature.CurvatureSettings("kflr", 1, "reduce", "joint", 256, "raise", 1e-2)
-    curvature = quick_jit(function)(params, (x, y))[1]
+    curvature = jax.jit(function)(params, (x, y))[1]
     assert curvature.settings == expected
     assert jax.tree.leaves(curvature.settings) == []
     assert jax.tree.map(jnp.negative, curvature).settings == expected
-    assert quick_jit(lambda c: c._replace(value=-c.value))(curvature).settings == expected
+    assert jax.jit(lambda c: c._replace(value=-c.value))(curvature).settings == expected
     many = jax.tree.map(lambda a: jnp.stack([a, a]), params)
     of_many = jax.vmap(lambda p: (lambda c: (c.value, c.settings))(function(p, (x, y))[1]))
-    values, found = quick_jit(of_many)(many)
+    values, found = jax.jit(of_many)(many)
     assert values.shape == (2,) and found == expected
     of_array = kfgn.Objective(objective.model, objective.loss, l2=jnp.float32(0.1))
     found = kfgn.value_grad_and_curvature(of_array)(params, (x, y))[1].settings

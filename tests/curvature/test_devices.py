@@ -21,7 +21,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import kfgn
 from tests.tables.comparison import setting
-from tests.tables.dense import quick_jit
 
 jax.config.update("jax_enable_x64", True)
 # Two programs at once on more devices than cores may each wait for the other's threads.
@@ -50,7 +49,7 @@ rows, copies = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
 optimizer = kfgn.kfra(objective, case.params, batch)
 
 
-@quick_jit
+@jax.jit
 def step(params, state, batch):
     results = {}
     for method in METHODS:
@@ -107,7 +106,7 @@ def measured(method, axis_name, **options):
 
 def over_axis(function, check_vma):
     specs = {"in_specs": (P(), P("batch")), "out_specs": P(), "check_vma": check_vma}
-    return quick_jit(jax.shard_map(function, mesh=mesh, **specs))
+    return jax.jit(jax.shard_map(function, mesh=mesh, **specs))
 
 
 RUNS = [(method, {}) for method in METHODS]
@@ -116,7 +115,7 @@ RUNS += [("kfac", {"model_examples": 4, "samples": 2, "sharing": "reduce"})]
 if len(sys.argv) > 2:
     RUNS = [RUNS[int(k)] for k in sys.argv[2].split(",")]
 for method, options in RUNS:
-    one = quick_jit(measured(method, None, **options))(case.params, batch)
+    one = jax.jit(measured(method, None, **options))(case.params, batch)
     named = measured(method, "batch", **options)
     for check_vma in (True, False):
         many = over_axis(named, check_vma)(case.params, batch)
@@ -135,10 +134,10 @@ for method, check_vma in itertools.product(METHODS, (True, False)):
         return jax.tree.map(lambda x: x[None], (first, curvature.factors))
 
     specs = {"in_specs": (P(), P("batch")), "out_specs": P("batch"), "check_vma": check_vma}
-    many = quick_jit(jax.shard_map(of, mesh=mesh, **specs))(case.params, batch)
+    many = jax.jit(jax.shard_map(of, mesh=mesh, **specs))(case.params, batch)
     for device in range(4):
         part = jax.tree.map(lambda a: a[2 * device : 2 * device + 2], batch)
-        (first, curvature) = quick_jit(curvature_of(method))(case.params, part)
+        (first, curvature) = jax.jit(curvature_of(method))(case.params, part)
         found = jax.tree.map(lambda a: a[device], many)
         close((first, curvature.factors), found, f"{method} {check_vma}")
 """
@@ -165,7 +164,7 @@ with jax.set_mesh(mesh):
             assert "jax.jit(jax.sharding.auto_axes(step, out_sharding=" in str(error), error
         else:
             raise AssertionError("not refused")
-    many = quick_jit(jax.sharding.auto_axes(step, out_sharding=P()))
+    many = jax.jit(jax.sharding.auto_axes(step, out_sharding=P()))
     close(one, many(params, spread), "explicit")
 """
 
@@ -175,7 +174,7 @@ def on_four_devices(script: str, *arguments: str) -> None:
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
         "PYTHONPATH": str(root),
     }
     code = BEFORE + script + 'print("equal")\n'

@@ -12,7 +12,6 @@ import kfgn
 from kfgn.base.trees import named_leaves
 from tests.tables.architectures import ROWS, loss_row, make_targets
 from tests.tables.comparison import close
-from tests.tables.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -35,7 +34,7 @@ def test_blocks_and_diagonals(name):
 
         return jax.grad(value)(params)
 
-    @quick_jit
+    @jax.jit
     def everything(params, batch):
         each = jax.vmap(gradient, (None, 0, 0))(params, *batch)
         blocks = operator.blocks(params, batch)
@@ -77,6 +76,6 @@ def test_no_large_matrix_is_formed():
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
     with pytest.raises(kfgn.errors.ModelError, match="the recursion's matrix over a value"):
         kfgn.gauss_newton(objective).diagonal(params, batch)
-    found = quick_jit(kfgn.empirical_fisher(objective).diagonal)(params, batch)
+    found = jax.jit(kfgn.empirical_fisher(objective).diagonal)(params, batch)
     gradient = jax.grad(lambda p: objective.mean_loss(p, batch))(params)  # examples are alike
     close(found["second"].ravel(), np.ravel(gradient["second"] ** 2))

@@ -12,7 +12,6 @@ import kfgn
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.model.layer import Layer
 from tests.tables.architectures import ROWS, SECOND_LOSS
-from tests.tables.dense import quick_jit
 from tests.tables.row_truth import (
     entries,
     factors,
@@ -208,7 +207,7 @@ def test_pre_activation_matrices(name):
     """`J'HJ` of every example over all positions of a use, in the order of the value itself."""
     case, objective, batch, graph = setting(name)
     function = kfgn.gauss_newton(objective).pre_activation
-    found = quick_jit(function)(case.params, batch)
+    found = jax.jit(function)(case.params, batch)
     assert set(found) == set(graph.uses)
     for use, matrix in found.items():
         jacobian = truth(name).probed[use]

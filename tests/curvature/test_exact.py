@@ -9,7 +9,7 @@ import pytest
 
 import kfgn
 from tests.tables.comparison import L2, OPERATORS, by_path, close, compare, setting
-from tests.tables.dense import quick_jit, submatrix
+from tests.tables.dense import submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import MODELS, dense
 
@@ -240,7 +240,7 @@ def test_chunks_change_nothing(model):
     case, objective, batch = setting(model)
     expected = compare(model).ours
 
-    @quick_jit
+    @jax.jit
     def variants(params, batch):
         return {
             (name_of(kind, verb), chunk): getattr(make(objective), verb)(
@@ -262,7 +262,7 @@ def test_reduced_to_the_mean(model):
     case, objective, batch = setting(model)
     expected = compare(model).ours
 
-    @quick_jit
+    @jax.jit
     def means(params, batch):
         return {
             (kind, chunk): make(objective).pre_activation(

@@ -10,7 +10,7 @@ import pytest
 import kfgn
 from kfgn.base.trees import named_leaves
 from tests.tables.comparison import as_params, close, setting
-from tests.tables.dense import dense_truth, indices, quick_jit, submatrix
+from tests.tables.dense import dense_truth, indices, submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import Case, Slot, dense, normalize
 
@@ -21,7 +21,7 @@ def factors_of(objective, method, params, batch, **options):
     """The factors of one method, as numpy arrays."""
     key = options.pop("key", None)
     function = kfgn.value_grad_and_curvature(objective, method, **options)
-    _, curvature = quick_jit(function)(params, batch, key=key)
+    _, curvature = jax.jit(function)(params, batch, key=key)
     return jax.tree.map(np.asarray, curvature.factors)
 
 
@@ -197,7 +197,7 @@ def test_parameters_without_a_block():
     with pytest.raises(kfgn.errors.LayerError, match="norm/scale"):
         factors_of(objective, "kflr", params, (inputs, targets))
     function = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="gradient")
-    (_, gradient), curvature = quick_jit(function)(params, (inputs, targets))
+    (_, gradient), curvature = jax.jit(function)(params, (inputs, targets))
     assert set(curvature.factors) == set(slots)
     mean = np.mean(truth.gauss_newton, axis=0)
     for name, place in indices(case).items():
@@ -217,7 +217,7 @@ def test_float32():
     """Single precision is kept, and good to its own roundoff."""
     case, objective, batch = setting("residual", dtype=jnp.float32)
     truth = dense_truth(case, LOSSES["one_hot"], batch[1])
-    hessian = quick_jit(kfgn.hessian(objective).pre_activation)(case.params, batch)
+    hessian = jax.jit(kfgn.hessian(objective).pre_activation)(case.params, batch)
     factors = factors_of(objective, "kflr", case.params, batch)
     for name, place in indices(case).items():
         assert hessian[name].dtype == factors[name].pre_activation.dtype == np.float32
@@ -247,7 +247,7 @@ def test_bfloat16(method, stored):
     params = jax.tree.map(lambda a: a.astype(stored), rounded)
     objective = kfgn.Objective(model, LOSSES["one_hot"].loss)
     function = kfgn.value_grad_and_curvature(objective, method)
-    (value, gradient), curvature = quick_jit(function)(params, one)
+    (value, gradient), curvature = jax.jit(function)(params, one)
     assert value.dtype == jnp.float32
     assert all(leaf.dtype == stored for leaf in jax.tree.leaves(gradient))
 
@@ -274,7 +274,7 @@ def test_quadratic_model_of_some_examples():
 
     def model_of(batch, examples):
         function = kfgn.value_grad_and_curvature(objective, model_examples=examples)
-        (_, gradient), curvature = quick_jit(function)(case.params, batch)
+        (_, gradient), curvature = jax.jit(function)(case.params, batch)
         pushed = curvature.linearized(named)
         return gradient, pushed, curvature.output_product(pushed, pushed)
 

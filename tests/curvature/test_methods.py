@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ import pytest
 import kfgn
 from kfgn.curvature.methods import METHODS, Method
 from tests.tables.comparison import close, setting
-from tests.tables.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -39,7 +39,7 @@ def test_a_method_of_ones_own(monkeypatch):
     with pytest.raises(kfgn.errors.OptionError, match=r'method "signs" .* needs a random key'):
         function(case.params, batch)
     key = kfgn.curvature  # anything but None: nothing is drawn from it
-    _, curvature = quick_jit(lambda p, b: function(p, b, key=key))(case.params, batch)
+    _, curvature = jax.jit(lambda p, b: function(p, b, key=key))(case.params, batch)
     assert curvature.settings.method == "signs"
     signs = np.where(np.arange(batch[1].size) % 2, 1.0, -1.0).reshape(batch[1].shape)
     close(curvature.factors["out"].pre_activation, signs.T @ signs / len(signs))

@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 import kfgn
 from tests.tables.comparison import OPERATORS, close, setting
 from tests.tables.comparison import compare as compare_with_truth
-from tests.tables.dense import quick_jit, submatrix
+from tests.tables.dense import submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import chain
 
@@ -83,7 +83,7 @@ def setup(activation: str, loss: str) -> Setup:
             gradient[:, None] * gradient,
         )
 
-    truth = map(np.asarray, quick_jit(jax.vmap(one))(inputs, targets))
+    truth = map(np.asarray, jax.jit(jax.vmap(one))(inputs, targets))
     entries = jax.tree.map(np.asarray, unravel(jnp.arange(flat.size, dtype=flat.dtype)))
     entries = jax.tree.map(lambda a: a.astype(int), entries)
     objective = kfgn.Objective(model, row.loss, l2=0.1)
@@ -104,7 +104,7 @@ def found(activation: str, loss: str) -> dict[str, Any]:
             "negative": kfgn.diagnostics.negative_curvature(case.objective)(params, batch),
         }
 
-    return quick_jit(everything)(case.params, case.batch)
+    return jax.jit(everything)(case.params, case.batch)
 
 
 @every_activation
@@ -133,7 +133,7 @@ def test_blocks_of_every_operator(kind, per_example):
     case = setup("tanh", "one_hot")
     operator = OPERATORS[kind](case.objective)
 
-    @quick_jit
+    @jax.jit
     def everything(params, batch):
         verb = functools.partial(operator.blocks, params, batch, per_example=per_example)
         return verb(split_bias=True), verb()
@@ -159,7 +159,7 @@ def test_products(kind, per_example):
         for name, layer in case.params.items()
     }
 
-    @quick_jit
+    @jax.jit
     def everything(params, batch, vectors):
         matvecs = OPERATORS[kind](case.objective).block_matvecs(
             params, batch, per_example=per_example, split_bias=True
@@ -184,14 +184,14 @@ def test_layers_without_bias():
     compared = compare_with_truth("tanh_without_bias")
     case, objective, batch = setting("tanh_without_bias")
     mean = np.mean(compared.truth.hessian, axis=0)
-    ours = quick_jit(split(kfgn.hessian(objective).blocks))(case.params, batch)
+    ours = jax.jit(split(kfgn.hessian(objective).blocks))(case.params, batch)
     matvecs = split(kfgn.hessian(objective).block_matvecs)(case.params, batch)
     assert set(ours) == set(matvecs) == set(compared.index)
     for name, place in compared.index.items():
         assert ours[name].weight_bias is ours[name].bias_bias is None
         close(ours[name].weight_weight, submatrix(mean, place.block))
     kernel = jnp.ones(case.params["out"]["w"].shape)
-    product, none = quick_jit(matvecs["out"])(kernel)
+    product, none = jax.jit(matvecs["out"])(kernel)
     assert none is None
     close(product.ravel(), submatrix(mean, compared.index["out"].block) @ np.ones(kernel.size))
 
@@ -223,14 +223,14 @@ def test_other_layers():
     objective = kfgn.Objective(scales_and_stacks, kfgn.losses.half_squared_error)
     flat, unravel = ravel_pytree(params)
     index = unravel(jnp.arange(flat.size, dtype=flat.dtype))
-    truth = quick_jit(jax.hessian(lambda p: objective.mean_loss(unravel(p), batch)))(flat)
+    truth = jax.jit(jax.hessian(lambda p: objective.mean_loss(unravel(p), batch)))(flat)
     truth = np.asarray(truth)
 
     def at(row, column):
         row, column = (np.asarray(i).astype(int).ravel() for i in (row, column))
         return truth[row[:, None], column]
 
-    dense = quick_jit(split(kfgn.hessian(objective).blocks))(params, batch)
+    dense = jax.jit(split(kfgn.hessian(objective).blocks))(params, batch)
     norm, stack = index["norm"], index["stack"]
     close(dense["norm"].weight_weight, at(norm["scale"], norm["scale"]))
     close(dense["norm"].weight_bias, at(norm["scale"], norm["shift"]))
@@ -241,7 +241,7 @@ def test_other_layers():
         close(dense["stack"].bias_bias[k], at(stack["b"][k], stack["b"][k]))
     close(dense["bare"].weight_weight, at(index["bare"], index["bare"]))
 
-    @quick_jit
+    @jax.jit
     def products(params, batch):
         matvecs = split(kfgn.hessian(objective).block_matvecs)(params, batch)
         scale = jnp.ones((3, 1, 1))
@@ -293,7 +293,7 @@ def test_pre_activation_diagnosis():
 def test_block_diagnosis():
     """The mean block of a layer's parameters; one example may hide what the mean shows."""
     case = setup("tanh", "one_hot")
-    function = quick_jit(kfgn.diagnostics.negative_curvature(case.objective, of="block"))
+    function = jax.jit(kfgn.diagnostics.negative_curvature(case.objective, of="block"))
     ours = function(case.params, case.batch)
     assert ours["first"].negative_share > 0
     for name, own in ours.items():
@@ -341,7 +341,7 @@ def test_own_terms(activation, loss):
         return above_second(transfer(x @ p["second"]["w"] + p["second"]["b"]), y)
 
     for name, z, above in (("first", first, above_first), ("second", second, above_second)):
-        gradients = quick_jit(jax.vmap(jax.grad(above)))(transfer(z), targets)
+        gradients = jax.jit(jax.vmap(jax.grad(above)))(transfer(z), targets)
         terms = SECOND[activation](np.asarray(z)) * np.asarray(gradients)
         own, largest = ours[name], np.max(np.abs(terms), axis=1, keepdims=True)
         close(own.term_negative_share, np.mean(terms < -1e-13 * largest))
@@ -370,7 +370,7 @@ def test_own_terms_add_up():
 
     inputs, targets = jnp.asarray(rng.normal(size=(1, 3))), jnp.asarray(rng.normal(size=(1, 3)))
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
-    own = quick_jit(kfgn.diagnostics.negative_curvature(objective))(p, (inputs, targets))["first"]
+    own = jax.jit(kfgn.diagnostics.negative_curvature(objective))(p, (inputs, targets))["first"]
 
     def ends(z):
         h, direct = next_of(z, p)
@@ -383,7 +383,7 @@ def test_own_terms_add_up():
     z = inputs[0] @ p["first"]
     behind = jax.grad(loss, (0, 1))(*ends(z))
     truth = jax.hessian(lambda z: sum(jnp.vdot(g, e) for g, e in zip(behind, ends(z), strict=True)))
-    values = np.linalg.eigvalsh(np.asarray(quick_jit(truth)(z)))
+    values = np.linalg.eigvalsh(np.asarray(jax.jit(truth)(z)))
     close(own.term_trace, values.sum())
     close(own.term_norm, np.linalg.norm(values))
     close(own.term_negative_share, np.mean(values < 0))
@@ -393,10 +393,10 @@ def test_own_terms_add_up():
 def test_losses_that_are_not_convex():
     """Their own negative curvature is seen in the last layer."""
     case, objective, batch = setting("tanh", "mixture")
-    own = quick_jit(kfgn.diagnostics.negative_curvature(objective))(case.params, batch)["out"]
+    own = jax.jit(kfgn.diagnostics.negative_curvature(objective))(case.params, batch)["out"]
     assert own.least < 0 < own.negative_share
     assert own.second_order_norm > 0
-    everything = quick_jit(kfgn.diagnostics.negative_curvature(objective, tolerance=1.0))(
+    everything = jax.jit(kfgn.diagnostics.negative_curvature(objective, tolerance=1.0))(
         case.params, batch
     )["out"]
     assert everything.negative_share == 0

@@ -13,7 +13,6 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from tests.tables.comparison import L2, OPERATORS, close, setting
-from tests.tables.dense import quick_jit
 from tests.tables.losses import LOSSES
 
 COUNT = 5
@@ -60,7 +59,7 @@ def truth_of(model: str, loss: str) -> Truth:
     reference = LOSSES[loss].reference
     start, unravel = ravel_pytree(case.params)
 
-    @quick_jit
+    @jax.jit
     def everything(flat, inputs, targets):
         def mean_loss(p):
             return jnp.mean(jax.vmap(reference)(case.model(unravel(p), inputs), targets))
@@ -102,7 +101,7 @@ def test_dense_matrices(model, loss, with_l2):
     """The whole matrices, with and without the penalty."""
     truth = truth_of(model, loss)
     for name, (operator, expected) in matrices(truth).items():
-        dense = quick_jit(functools.partial(operator.dense, with_l2=with_l2))
+        dense = jax.jit(functools.partial(operator.dense, with_l2=with_l2))
         close(dense(truth.params, truth.batch), expected + with_l2 * truth.penalty, name)
 
 
@@ -112,7 +111,7 @@ def test_outputs(model, loss):
     """J of every example in the order of the named leaves, and B with and without projection."""
     truth = truth_of(model, loss)
     close(
-        quick_jit(kfgn.gauss_newton(truth.objective).jacobian)(truth.params, truth.batch),
+        jax.jit(kfgn.gauss_newton(truth.objective).jacobian)(truth.params, truth.batch),
         truth.jacobian,
     )
     gradients = truth.output_gradients
@@ -121,7 +120,7 @@ def test_outputs(model, loss):
         (kfgn.gauss_newton, truth.projected),
         (kfgn.empirical_fisher, np.einsum("nk,nl->nkl", gradients, gradients)),
     ):
-        close(quick_jit(make(truth.objective).output)(truth.params, truth.batch), expected)
+        close(jax.jit(make(truth.objective).output)(truth.params, truth.batch), expected)
     convex = LOSSES[loss].convex
     assert convex == np.allclose(truth.outputs, truth.projected, atol=1e-12)
 
@@ -134,7 +133,7 @@ def test_products_in_chunks(model, loss):
     for name, (operator, matrix) in matrices(truth).items():
         for chunk_size in (None, 1, 2, COUNT, 7):
             product = functools.partial(operator.matvec, with_l2=True, chunk_size=chunk_size)
-            found = quick_jit(product)(truth.params, truth.batch, truth.vector)
+            found = jax.jit(product)(truth.params, truth.batch, truth.vector)
             assert jax.tree.structure(found) == jax.tree.structure(truth.params)
             expected = (matrix + truth.penalty) @ truth.flat
             close(ravel_pytree(found)[0], expected, f"{name} {chunk_size}")
@@ -146,7 +145,7 @@ def test_diagonals_by_parameter(model, loss):
     """The diagonal as a pytree like params."""
     truth = truth_of(model, loss)
     for name, (operator, matrix) in matrices(truth).items():
-        found = quick_jit(operator.diagonal_by_parameter)(truth.params, truth.batch)
+        found = jax.jit(operator.diagonal_by_parameter)(truth.params, truth.batch)
         assert jax.tree.structure(found) == jax.tree.structure(truth.params)
         close(ravel_pytree(found)[0], np.diag(matrix), name)
 
@@ -176,7 +175,7 @@ def test_memory_does_not_grow_with_the_batch(make):
 
     def temporary(count, chunk_size):
         objective, params, batch = wide(count)
-        product = quick_jit(functools.partial(make(objective).matvec, chunk_size=chunk_size))
+        product = jax.jit(functools.partial(make(objective).matvec, chunk_size=chunk_size))
         compiled = product.lower(params, batch, params).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -208,7 +207,7 @@ def test_rank(loss):
     """Appendix E: N times the rank of the output Hessian, where there are enough parameters."""
     case, objective, batch = setting("tanh", loss, count=3)
 
-    @quick_jit
+    @jax.jit
     def everything(params, batch):
         return (
             kfgn.gauss_newton(objective).rank(params, batch),
@@ -227,7 +226,7 @@ def test_rank(loss):
 def test_rank_of_repeated_examples_and_tolerance():
     """The same examples again add nothing; a tolerance of 1 leaves nothing above it."""
     case, objective, batch = setting("tanh", count=3)
-    rank = quick_jit(kfgn.gauss_newton(objective).rank)
+    rank = jax.jit(kfgn.gauss_newton(objective).rank)
     twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), batch)
     assert rank(case.params, twice) == rank(case.params, batch)
     assert rank(case.params, batch, tolerance=1.0) == 0
@@ -239,7 +238,7 @@ def test_rank_of_repeated_examples_and_tolerance():
 def test_rank_of_the_empirical_fisher_matrix(model, loss):
     """That of the gradients: one for every example; the same examples again add nothing."""
     truth = truth_of(model, loss)
-    rank = quick_jit(kfgn.empirical_fisher(truth.objective).rank)
+    rank = jax.jit(kfgn.empirical_fisher(truth.objective).rank)
     twice = jax.tree.map(lambda a: jnp.concatenate([a, a]), truth.batch)
     expected = np.linalg.matrix_rank(truth.empirical_fisher, tol=1e-12)
     assert rank(truth.params, truth.batch) == rank(truth.params, twice) == expected == COUNT

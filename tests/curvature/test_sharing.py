@@ -15,7 +15,6 @@ import kfgn
 from kfgn.curvature.channels import Homogeneous, layouts
 from kfgn.model.graph import build_graph
 from tests.tables.architectures import LOSSES, ROWS, make_targets
-from tests.tables.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -90,7 +89,7 @@ def test_exact_where_theory_says_so(name, method):
     model, sharing, options = EXACT[name]
     objective, params, batch = case(model, **options)
     function = kfgn.value_grad_and_curvature(objective, method, sharing=sharing)
-    _, curvature = quick_jit(function)(params, batch)
+    _, curvature = jax.jit(function)(params, batch)
     for layer, (q, g) in curvature.factors.items():
         truth = gauss_newton_block(objective, params, batch[0], layer)
         np.testing.assert_allclose(jnp.kron(q, g), as_matrix(layer, params, truth), **CLOSE)
@@ -101,7 +100,7 @@ def test_the_other_one_is_not(model, sharing):
     """So that the test above can fail."""
     objective, params, batch = case(model)
     function = kfgn.value_grad_and_curvature(objective, "kflr", sharing=sharing)
-    _, curvature = quick_jit(function)(params, batch)
+    _, curvature = jax.jit(function)(params, batch)
     truth = gauss_newton_block(objective, params, batch[0], "first")
     q, g = curvature.factors["first"]
     assert np.linalg.norm(jnp.kron(q, g) - truth) > 0.1 * np.linalg.norm(truth)
@@ -127,7 +126,7 @@ def recursion(name, spatial):
         objective = kfgn.Objective(model, LOSSES[ROWS[name].loss].loss)
         batch = (inputs, make_targets(name, row.case(count=6)))
         function = kfgn.value_grad_and_curvature(objective, "kfra", spatial=spatial)
-        return quick_jit(lambda *args: function(*args)[1].factors)(params, batch)
+        return jax.jit(lambda *args: function(*args)[1].factors)(params, batch)
 
 
 CONVOLUTIONS = {

@@ -13,7 +13,6 @@ import kfgn
 from kfgn.curvature import recursion as walk
 from kfgn.diagnostics.inspect import Row
 from tests.tables.architectures import LOSSES, ROWS, make_targets
-from tests.tables.dense import quick_jit
 from tests.tables.training_models import TRAINING
 
 
@@ -151,7 +150,7 @@ def test_bytes(name):
     """Those of the factors that are really made."""
     objective, params, batch = _objective(name)
     function = kfgn.value_grad_and_curvature(objective, "kflr")
-    factors = quick_jit(lambda p, b: function(p, b)[1].factors)(params, batch)
+    factors = jax.jit(lambda p, b: function(p, b)[1].factors)(params, batch)
     found = kfgn.inspect(objective, params, batch, file=io.StringIO())
     assert {row.name: row.bytes for row in found.rows} == {
         block: sum(leaf.nbytes for leaf in leaves) for block, leaves in factors.items()

@@ -13,7 +13,6 @@ import pytest
 
 import kfgn
 from kfgn.errors import BatchError, LayerError, LossError, ModelError, OptionError, ParameterError
-from tests.tables.dense import quick_jit
 
 COUNT, LENGTH, FEATURES, CLASSES = 4, 3, 2, 2
 LABELS = kfgn.losses.softmax_cross_entropy_with_integer_labels
@@ -265,7 +264,7 @@ def test_weight_normalization_trains_if_asked_to(unassigned, method):
     tx = getattr(kfgn, method)(objective, WEIGHT_NORMALIZED, BATCH, unassigned=unassigned)
     curvature_fn = kfgn.value_grad_and_curvature(objective, method, unassigned=unassigned)
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         (value, grads), found = curvature_fn(params, BATCH)
         updates, state = tx.update(grads, state, params, curvature=found)

@@ -14,7 +14,6 @@ from kfgn.base.errors import ModelError
 from kfgn.model.dependence import is_elementwise
 from kfgn.model.equations import Role, evaluate, read, variables
 from kfgn.model.flat_model import FlatModel, flatten_model
-from tests.tables.small import jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -58,7 +57,7 @@ def check(model, params, inputs, reference=None) -> FlatModel:
     flat, reference = flatten_model(model, params, inputs), reference or model
     direction = jax.tree.map(jnp.cos, params)
 
-    @functools.partial(jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def everything(function, params):
         def loss(p):
             return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(function(p)))

@@ -21,7 +21,6 @@ import kfgn
 from kfgn.base.trees import named_leaves
 from kfgn.model import differentiability, layer_kinds, primitives
 from kfgn.model.graph import build_graph
-from tests.tables.dense import quick_jit
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -114,7 +113,7 @@ def assert_exact(model: Callable, params: Any, inputs: Any) -> None:
         curved = jax.hessian(cross_entropy)(outputs(p, x), t)
         return hessian, jacobian.T @ curved @ jacobian
 
-    @quick_jit
+    @jax.jit
     def both(params, batch):
         found = [f(objective).blocks(params, batch) for f in (kfgn.hessian, kfgn.gauss_newton)]
         return found, jax.vmap(truth, (None, 0, 0))(flat, *batch)
@@ -220,7 +219,7 @@ def test_registered_layer_has_the_right_factors(method):
     inputs = inputs if method == "kflr" else inputs[:1]  # for which kfra is exact
     batch = make_batch(inputs)
     function = kfgn.value_grad_and_curvature(objective_of(model), method)
-    (_, gradient), curvature = quick_jit(function)(params, batch)
+    (_, gradient), curvature = jax.jit(function)(params, batch)
     factors = curvature.factors["blocks"]
 
     ones = jnp.ones((len(inputs), 2, 1))
@@ -259,7 +258,7 @@ def test_an_optimizer_updates_a_registered_layer():
     optimizer = kfgn.kfra(objective, params, batch)
     curvature_fn = kfgn.value_grad_and_curvature(objective, "kfra")
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         (value, grads), curvature = curvature_fn(params, batch)
         updates, state = optimizer.update(grads, state, params, curvature=curvature)
@@ -422,7 +421,7 @@ def test_forms_that_do_not_fit(changes, message):
     with pytest.raises(
         kfgn.errors.OptionError, match=f"registered for 'scaled_product_w'.*{message}"
     ):
-        quick_jit(kfgn.hessian(objective_of(model)).blocks)(params, make_batch(inputs))
+        jax.jit(kfgn.hessian(objective_of(model)).blocks)(params, make_batch(inputs))
 
 
 def test_reader_that_returns_no_form():

@@ -9,7 +9,6 @@ import pytest
 
 import kfgn
 from tests.tables.comparison import close
-from tests.tables.dense import quick_jit
 
 LABELS = kfgn.losses.softmax_cross_entropy_with_integer_labels
 ONE_HOT = kfgn.losses.softmax_cross_entropy
@@ -29,7 +28,7 @@ VERBS = (
 def everything(loss, outputs, targets):
     """All verbs of a loss, `[N, ...]` where they are of each example."""
 
-    @quick_jit
+    @jax.jit
     def run(outputs, targets):
         vector = jnp.linspace(-1, 1, outputs[0].size, dtype=outputs.dtype)
         count, column = loss.sqrt_columns(outputs, targets)
@@ -155,7 +154,7 @@ def test_small_integers(dtype, classes):
     logs = outputs - jax.scipy.special.logsumexp(outputs, axis=1, keepdims=True)
     expected = -np.mean(np.asarray(logs)[np.arange(3), labels])
     close(objective(jnp.asarray(1.0), (outputs, small)), expected, "value")
-    close(quick_jit(objective)(jnp.asarray(1.0), (outputs, small)), expected, "value")
+    close(jax.jit(objective)(jnp.asarray(1.0), (outputs, small)), expected, "value")
 
 
 @pytest.mark.usefixtures("x64")
@@ -188,7 +187,7 @@ def test_masked_classes(kind):
     assert all(np.all(np.isfinite(found[verb])) for verb in VERBS)
 
     # jax differentiates the loss itself as well.
-    hessians = quick_jit(jax.vmap(jax.hessian(loss)))(outputs, targets)
+    hessians = jax.jit(jax.vmap(jax.hessian(loss)))(outputs, targets)
     close(np.asarray(hessians).reshape(4, 10, 10), found["hessian"], "jax.hessian")
 
     masked = jnp.full_like(labels, 1)
@@ -262,7 +261,7 @@ def test_models_with_masked_classes(mask):
     def matrix(model, params, targets):
         objective = kfgn.Objective(model, LABELS)
         compute = kfgn.value_grad_and_curvature(objective, method="kflr")
-        (value, grads), found = quick_jit(compute)(params, (inputs, targets))
+        (value, grads), found = jax.jit(compute)(params, (inputs, targets))
         factors = list(found.factors.values())
         return value, grads, [f.pre_activation for f in factors]
 

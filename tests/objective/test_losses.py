@@ -11,7 +11,6 @@ from jax.flatten_util import ravel_pytree
 import kfgn
 from tests.tables import losses as table
 from tests.tables.comparison import close
-from tests.tables.dense import quick_jit
 
 COUNT = 5
 LOSSES = table.LOSSES | table.MORE_LOSSES
@@ -72,7 +71,7 @@ def test_derivatives_and_roots(name, shape):
             "product": loss.gauss_newton_product(output, target, vector),
         }
 
-    @quick_jit
+    @jax.jit
     def everything(outputs, targets):
         count, column = loss.sqrt_columns(outputs, targets)
         columns = jnp.stack([column(jnp.asarray(k)) for k in range(count)], axis=-1)
@@ -105,9 +104,9 @@ def test_projection_is_needed():
     for name in ("mixture", "gaussian"):
         loss = LOSSES[name].loss
         batch = make_batch(name, (3,))
-        hessians = quick_jit(jax.vmap(loss.hessian))(*batch)
+        hessians = jax.jit(jax.vmap(loss.hessian))(*batch)
         assert np.min(np.linalg.eigvalsh(np.asarray(hessians))) < -1e-2
-        projected = quick_jit(jax.vmap(loss.gauss_newton_hessian))(*batch)
+        projected = jax.jit(jax.vmap(loss.gauss_newton_hessian))(*batch)
         spectra = np.linalg.eigvalsh(np.asarray(projected))
         assert np.min(spectra) > -1e-14 * np.max(spectra)
 
@@ -132,7 +131,7 @@ def test_sampled_gradients(name, shape):
     samples, loss = 20_000, LOSSES[name].loss
     outputs, targets = make_batch(name, shape, count=1)
     repeated, labels = (jnp.repeat(x, samples, axis=0) for x in (outputs, targets))
-    found = quick_jit(loss.sampled_gradients)(jax.random.key(4), repeated, labels)
+    found = jax.jit(loss.sampled_gradients)(jax.random.key(4), repeated, labels)
     gradients = np.asarray(found)
     assert gradients.shape == (samples, outputs.size)
 
@@ -152,7 +151,7 @@ def test_own_sampling():
     """A loss from a function samples as it is told: the mixture's gradients have mean 0."""
     loss = LOSSES["mixture"].loss
     outputs = jnp.repeat(jnp.asarray([[0.4, 1.5, -0.8]]), 20_000, axis=0)
-    gradients = np.asarray(quick_jit(loss.sampled_gradients)(jax.random.key(2), outputs, None))
+    gradients = np.asarray(jax.jit(loss.sampled_gradients)(jax.random.key(2), outputs, None))
     error = np.std(gradients, axis=0) / 20_000**0.5
     assert np.all(np.abs(np.mean(gradients, axis=0)) <= 5 * error)
 
@@ -171,7 +170,7 @@ def test_extreme_logits(name):
     outputs = jnp.asarray([[200.0, -200, 0], [-200, 200, 200], [-200, -200, -200]], jnp.float32)
     targets = LOSSES[name].targets(jax.random.key(0), outputs)
 
-    @quick_jit
+    @jax.jit
     def everything(outputs, targets):
         count, column = loss.sqrt_columns(outputs, targets)
         return {

@@ -13,7 +13,6 @@ import pytest
 import kfgn
 from kfgn.objective.structure import semi_definite_root
 from tests.tables.comparison import close
-from tests.tables.dense import quick_jit
 
 SUMS = {
     "power": lambda o, y: jnp.sum((o - y) ** 4),
@@ -60,7 +59,7 @@ def found_of(loss, outputs, targets):
             ),
         }
 
-    compiled = quick_jit(run).lower(outputs, targets).compile()
+    compiled = jax.jit(run).lower(outputs, targets).compile()
     return jax.tree.map(np.asarray, compiled(outputs, targets)), compiled.as_text()
 
 
@@ -79,7 +78,7 @@ def test_sums_have_diagonal_hessians(name, convex):
     assert loss.second_derivatives(outputs[0], targets[0]) is not None
     found, program = found_of(loss, outputs, targets)
     assert not decomposes(program)
-    truth = np.asarray(quick_jit(jax.vmap(jax.hessian(SUMS[name])))(outputs, targets))
+    truth = np.asarray(jax.jit(jax.vmap(jax.hessian(SUMS[name])))(outputs, targets))
     truth = truth.reshape(4, 6, 6)
     convex_part = np.maximum(truth, 0)  # of a diagonal matrix
     close(found["hessian"], truth, "Hessian")
@@ -97,9 +96,9 @@ def test_coupled_outputs_are_not_taken_for_sums(name):
     shape = (3,) if name == "row_beside_column" else (2, 3)
     outputs, targets = batch(shape)
     assert loss.second_derivatives(outputs[0], targets[0]) is None
-    truth = quick_jit(jax.vmap(jax.hessian(COUPLED[name])))(outputs, targets)
+    truth = jax.jit(jax.vmap(jax.hessian(COUPLED[name])))(outputs, targets)
     size = outputs[0].size
-    hessians = quick_jit(jax.vmap(loss.hessian))(outputs, targets)
+    hessians = jax.jit(jax.vmap(loss.hessian))(outputs, targets)
     close(hessians, np.asarray(truth).reshape(4, size, size), "Hessian")
 
 
@@ -111,7 +110,7 @@ def test_convex_losses_decompose_nothing(name):
     outputs, targets = batch((2, 3))
     found, program = found_of(loss, outputs, targets)
     assert not decomposes(program)
-    truth = np.asarray(quick_jit(jax.vmap(jax.hessian(COUPLED[name])))(outputs, targets))
+    truth = np.asarray(jax.jit(jax.vmap(jax.hessian(COUPLED[name])))(outputs, targets))
     truth = truth.reshape(4, 6, 6)
     for root in ("root", "columns"):
         close(found[root] @ np.swapaxes(found[root], 1, 2), truth, root)
@@ -130,7 +129,7 @@ def test_roots_of_singular_matrices(size, rank):
     rng = np.random.default_rng(size + 100 * rank)
     factor = rng.normal(size=(3, size, rank)) * 10.0 ** rng.integers(-6, 6, (size, 1))
     matrices = factor @ np.swapaxes(factor, 1, 2)
-    roots = np.asarray(quick_jit(jax.vmap(semi_definite_root))(jnp.asarray(matrices)))
+    roots = np.asarray(jax.jit(jax.vmap(semi_definite_root))(jnp.asarray(matrices)))
     error = np.max(np.abs(roots @ np.swapaxes(roots, 1, 2) - matrices), axis=(1, 2))
     # The stopping rule leaves size * eps of the largest diagonal entry, rounding as much again.
     scale = np.max(np.abs(matrices), axis=(1, 2))
@@ -160,25 +159,25 @@ def test_gaussian_with_learned_variance():
     outputs = (mean, log_variance)
     close(jax.vmap(loss)(outputs, targets), jax.vmap(density)(flat, targets), "value")
     close(loss.gradients(outputs, targets), jax.vmap(jax.grad(density))(flat, targets), "gradient")
-    hessians = quick_jit(jax.vmap(loss.hessian))(outputs, targets)
-    close(hessians, quick_jit(jax.vmap(jax.hessian(density)))(flat, targets), "Hessian")
+    hessians = jax.jit(jax.vmap(loss.hessian))(outputs, targets)
+    close(hessians, jax.jit(jax.vmap(jax.hessian(density)))(flat, targets), "Hessian")
 
     # The mean of the Hessian over the three points of Gauss-Hermite quadrature is exact.
     nodes, weights = np.polynomial.hermite_e.hermegauss(3)
-    of = quick_jit(jax.vmap(jax.hessian(density)))
+    of = jax.jit(jax.vmap(jax.hessian(density)))
     spread = jnp.exp(0.5 * log_variance)
     fisher = sum(
         w / np.sum(weights) * np.asarray(of(flat, mean + x * spread))
         for x, w in zip(nodes, weights, strict=True)
     )
-    close(quick_jit(jax.vmap(loss.gauss_newton_hessian))(outputs, targets), fisher, "Fisher")
-    roots = np.asarray(quick_jit(jax.vmap(loss.hessian_sqrt))(outputs, targets))
+    close(jax.jit(jax.vmap(loss.gauss_newton_hessian))(outputs, targets), fisher, "Fisher")
+    roots = np.asarray(jax.jit(jax.vmap(loss.hessian_sqrt))(outputs, targets))
     close(roots @ np.swapaxes(roots, 1, 2), fisher, "root")
     close(loss.mean_hessian(outputs, targets), np.mean(fisher, axis=0), "mean")
 
     samples = 40_000
     many = jax.tree.map(lambda x: jnp.repeat(x[:1], samples, axis=0), outputs)
-    gradients = np.asarray(quick_jit(loss.sampled_gradients)(jax.random.key(1), many, targets[:1]))
+    gradients = np.asarray(jax.jit(loss.sampled_gradients)(jax.random.key(1), many, targets[:1]))
     outer = gradients[:, :, None] * gradients[:, None, :]
     error = np.std(outer, axis=0) / samples**0.5
     assert np.all(np.abs(np.mean(outer, axis=0) - fisher[0]) <= 5 * error)

@@ -20,7 +20,6 @@ from tests.tables.small import (
     INPUTS,
     LOSS,
     OBJECTIVE,
-    jit,
     make_batch,
     make_params,
     network,
@@ -63,7 +62,7 @@ def kfra(of: Any = OBJECTIVE, params: Any = PARAMS, batch: Any = BATCH, **option
 
 @functools.cache
 def good() -> Any:
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(OBJECTIVE))(PARAMS, BATCH)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))(PARAMS, BATCH)
     return grads, curvature
 
 
@@ -622,7 +621,7 @@ def test_parameter_without_block_trains_if_asked_to(name):
     tx = kfra(of, params, unassigned="gradient")
     curvature_fn = kfgn.value_grad_and_curvature(of, unassigned="gradient")
 
-    @jit
+    @jax.jit
     def step(params, state):
         (loss, grads), curvature = curvature_fn(params, BATCH)
         updates, state = tx.update(grads, state, params, curvature=curvature)

@@ -20,7 +20,6 @@ from tests.tables.small import (
     LOSS,
     OBJECTIVE,
     assert_equal,
-    jit,
     make_batch,
     make_params,
     make_step,
@@ -36,7 +35,7 @@ def plain_losses() -> list[float]:
     """The losses of the plain loop, which every framework must repeat."""
     params, batch = make_params(), make_batch()
     tx = kfgn.kfra(OBJECTIVE, params, batch)
-    step, state, losses = jit(make_step(tx)), tx.init(params), []
+    step, state, losses = jax.jit(make_step(tx)), tx.init(params), []
     for _ in range(UPDATES):
         params, state, loss = step(params, state, batch)
         losses.append(float(loss))
@@ -66,7 +65,7 @@ def test_flax_train_state(expected):
         apply_fn=model.apply, params=params, tx=kfgn.kfra(objective, params, batch)
     )
 
-    @jit
+    @jax.jit
     def step(train, batch):
         (loss, grads), curvature = curvature_fn(train.params, batch)
         updates, opt_state = train.tx.update(
@@ -147,7 +146,7 @@ def test_equinox_partition(expected):
     tx = kfgn.kfra(objective, params, batch)
     curvature_fn = kfgn.value_grad_and_curvature(objective)
 
-    @jit
+    @jax.jit
     def step(params, state):
         (loss, grads), curvature = curvature_fn(params, batch)
         updates, state = tx.update(grads, state, params, curvature=curvature)
@@ -164,7 +163,7 @@ def test_equinox_partition(expected):
 def test_orbax_round_trip_continues_alike(tmp_path, inverse):
     params, batch = make_params(), make_batch()
     tx = kfgn.kfra(OBJECTIVE, params, batch, inverse=inverse, average_decay=0.95)
-    step, state = jit(make_step(tx)), tx.init(params)
+    step, state = jax.jit(make_step(tx)), tx.init(params)
     for _ in range(3):
         params, state, _ = step(params, state, batch)
     saved = {"params": params, "state": state}

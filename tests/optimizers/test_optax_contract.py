@@ -31,7 +31,6 @@ from tests.tables.small import (
     OBJECTIVE,
     assert_close,
     assert_equal,
-    jit,
     make_batch,
     make_params,
     make_step,
@@ -177,7 +176,7 @@ def test_plain_calls_need_no_jit():
     params, batch = make_params(), make_batch()
     tx = recipe()
     actual = make_step(tx)(params, tx.init(params), batch)
-    expected = jit(make_step(tx))(params, tx.init(params), batch)
+    expected = jax.jit(make_step(tx))(params, tx.init(params), batch)
     assert_close(actual, expected, 1e-4)
 
 
@@ -215,7 +214,7 @@ def test_donated_buffers(make):
     step = make_step(tx)
     params, donated = make_params(), make_params()
     state, donated_state = tx.init(params), tx.init(donated)
-    plain, donating = jit(step), jit(step, donate_argnums=(0, 1))
+    plain, donating = jax.jit(step), jax.jit(step, donate_argnums=(0, 1))
     for _ in range(3):
         params, state, _ = plain(params, state, batch)
         before = jax.tree.leaves((donated, donated_state))
@@ -229,7 +228,7 @@ def test_bfloat16(method):
     params = make_params(jnp.bfloat16)
     batches = [make_batch(jnp.bfloat16, seed=seed) for seed in range(3)]
     tx = getattr(kfgn, method)(OBJECTIVE, params, batches[0])
-    step, state = jit(make_step(tx, method)), tx.init(params)
+    step, state = jax.jit(make_step(tx, method)), tx.init(params)
     layout, losses = jax.tree.map(lambda a: (a.shape, a.dtype), state), []
     for k in range(UPDATES):
         key = jax.random.key(k) if method == "kfac" else None
@@ -250,7 +249,7 @@ def test_vmap_over_two_trainings(make):
     several = [(make_params(seed=seed), make_batch(seed=seed)) for seed in range(2)]
     params, batches = jax.tree.map(lambda *xs: jnp.stack(xs), *several)
     states = jax.vmap(tx.init)(params)
-    both, one = jit(jax.vmap(step)), jit(step)
+    both, one = jax.jit(jax.vmap(step)), jax.jit(step)
     alone = [(p, tx.init(p)) for p, _ in several]
     for _ in range(ADAPTS):
         params, states, _ = both(params, states, batches)
@@ -272,7 +271,7 @@ def test_tree_get_reads_the_state():
 
 
 def update_once(tx, params, grads, curvature):
-    return jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
+    return jax.jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
 
 
 @pytest.fixture
@@ -321,7 +320,7 @@ def test_injected_damping_is_used(first):
         assert_close(updates, expected, 1e-5)
         assert state.hyperparams["damping"] == pytest.approx(0.3)
     state.hyperparams["damping"] = jnp.array(0.5)
-    scheduled, state = jit(tx.update)(first[1], state, first[0], curvature=first[2])
+    scheduled, state = jax.jit(tx.update)(first[1], state, first[0], curvature=first[2])
     assert state.hyperparams["damping"] == pytest.approx(0.37)
     second, _ = update_once(kronecker(0.37), *first)
     assert_close(scheduled, second, 1e-5)  # the same batch again leaves its factors
@@ -342,7 +341,7 @@ def test_multi_steps_averages_gradients_and_keeps_the_last_curvature(first):
     params, grads, curvature = first
     (_, other), last = measure("kfra", params, make_batch(seed=1))
     tx = optax.MultiSteps(kronecker(), 2)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     idle, state = update(grads, tx.init(params), params, curvature=curvature)
     assert_equal(idle, jax.tree.map(jnp.zeros_like, params))
     updates, state = update(other, state, params, curvature=last)

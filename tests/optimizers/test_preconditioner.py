@@ -12,7 +12,6 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.optimizers.preconditioner import diagonal_solve
-from tests.tables.dense import quick_jit as jit
 from tests.tables.small import L2, OBJECTIVE, assert_close, make_batch, make_params
 
 LAMBDA = 0.25  # the state has it in float32
@@ -51,7 +50,7 @@ def dense_diagonal(objective: kfgn.Objective, params: Any, batch: Any) -> Any:
         hessian = jax.vmap(jax.hessian(objective.loss))(outputs, targets)
         return jnp.einsum("nkp,nkl,nlp->p", jacobian, hessian, jacobian) / len(inputs)
 
-    return unravel(jit(diagonal)(flat))
+    return unravel(jax.jit(diagonal)(flat))
 
 
 def network_problem() -> tuple:
@@ -66,7 +65,7 @@ def stacked_problem() -> tuple:
 @pytest.mark.parametrize("make", [network_problem, stacked_problem])
 def test_gauss_newton_diagonal_is_the_dense_one(make, x64):
     objective, params, batch = make()
-    found = jit(kfgn.gauss_newton(objective).diagonal_by_parameter)(params, batch)
+    found = jax.jit(kfgn.gauss_newton(objective).diagonal_by_parameter)(params, batch)
     assert_close(found, dense_diagonal(objective, params, batch), 1e-10)
 
 
@@ -97,14 +96,14 @@ def test_a_diagonal_matrix_needs_one_iteration(make, x64):
     model, params, batch = make()
     objective = kfgn.Objective(model, squared_error, l2=0.01)
     curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr")
-    (_, grads), curvature = jit(curvature_fn)(params, batch)
+    (_, grads), curvature = jax.jit(curvature_fn)(params, batch)
     iterations, directions = {}, {}
     exact = "gauss_newton_diagonal"
     for name, power in ((None, 1.0), (exact, 1.0), (exact, 0.5)):
         tx = kfgn.transforms.scale_by_conjugate_gradient(
             objective, damping=LAMBDA, tolerance=1e-10, preconditioner=name, power=power
         )
-        direction, state = jit(tx.update)(
+        direction, state = jax.jit(tx.update)(
             grads, tx.init(params), params, curvature=curvature, batch=batch
         )
         iterations[name, power] = int(state.iterations)
@@ -119,7 +118,7 @@ def test_a_diagonal_matrix_needs_one_iteration(make, x64):
 
 def test_what_it_needs():
     params, batch = make_params(), make_batch()
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kflr"))(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kflr"))(params, batch)
     tx = kfgn.transforms.scale_by_conjugate_gradient(
         OBJECTIVE, preconditioner="gauss_newton_diagonal"
     )

@@ -11,7 +11,7 @@ import pytest
 from jax.tree_util import Partial
 
 import kfgn
-from tests.tables.small import OBJECTIVE, assert_equal, jit, make_batch, make_params
+from tests.tables.small import OBJECTIVE, assert_equal, make_batch, make_params
 
 # At w = 0.9 all steps to a minimum of the quadratic model lead to w < 0, where log(w) is NaN.
 LOGARITHM = kfgn.Objective(lambda p, x: x * jnp.log(p["w"]), kfgn.losses.half_squared_error)
@@ -25,15 +25,15 @@ def negated(product: Partial, u: jax.Array, v: jax.Array) -> jax.Array:
 
 def test_negative_curvature_is_in_the_state_and_the_direction_still_ascends():
     params, batch = make_params(), make_batch()
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kflr"))(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kflr"))(params, batch)
     indefinite = curvature._replace(output_product=Partial(negated, curvature.output_product))
     tx = kfgn.transforms.scale_by_conjugate_gradient(OBJECTIVE, damping=0.02, tolerance=1e-6)
-    found, state = jit(tx.update)(grads, tx.init(params), params, curvature=indefinite)
+    found, state = jax.jit(tx.update)(grads, tx.init(params), params, curvature=indefinite)
     assert bool(state.negative_curvature) and int(state.skipped) == 0
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(grads), strict=True)
     assert sum(float(jnp.vdot(d, g)) for d, g in pairs) > 0
     assert all(bool(jnp.all(jnp.isfinite(d))) for d in jax.tree.leaves(found))
-    _, state = jit(tx.update)(grads, state, params, curvature=curvature)
+    _, state = jax.jit(tx.update)(grads, state, params, curvature=curvature)
     assert not bool(state.negative_curvature)  # of the last solution
 
 
@@ -41,7 +41,7 @@ def update_of(tx: Any, search: bool = False) -> Any:
     """`(state, params) -> (updates, state)` for the logarithm, compiled."""
     curvature_fn = kfgn.value_grad_and_curvature(LOGARITHM, "kflr", unassigned="gradient")
 
-    @jit
+    @jax.jit
     def update(state, params, batch):
         (value, grads), curvature = curvature_fn(params, batch)
         more = {"value": value, "grad": grads, "value_fn": LOGARITHM} if search else {}

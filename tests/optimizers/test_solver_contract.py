@@ -38,7 +38,6 @@ from tests.tables.small import (
     OBJECTIVE,
     assert_close,
     assert_equal,
-    jit,
     make_batch,
     make_params,
     shapes,
@@ -195,7 +194,7 @@ def test_vmap_over_two_problems(name):
     def update(grads, state, params, keywords):
         return record.tx.update(grads, state, params, **keywords)
 
-    assert_close(jit(jax.vmap(update))(*arguments), expected, 1e-3)
+    assert_close(jax.jit(jax.vmap(update))(*arguments), expected, 1e-3)
 
 
 @each_solver
@@ -207,7 +206,7 @@ def test_donated_buffers(name):
         updates, state = record.tx.update(grads, state, params, **keywords)
         return optax.apply_updates(params, updates), state
 
-    donating = jit(step, donate_argnums=(0, 1))
+    donating = jax.jit(step, donate_argnums=(0, 1))
     params = make_params()
     state = record.tx.init(params)
     for (grads, _, before, keywords), (updates, after) in record.calls[:2]:
@@ -223,7 +222,7 @@ def test_donated_buffers(name):
 def test_bfloat16(name):
     tx = CASES[name].make()
     params, batch = make_params(jnp.bfloat16), make_batch(jnp.bfloat16)
-    update, state = jit(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     layout, losses = jax.tree.map(lambda a: (a.shape, a.dtype), state), []
     for _ in range(UPDATES):
         (loss, grads), curvature = measure("kflr", params, batch)
@@ -248,8 +247,8 @@ def test_block_direction_is_a_function_of_arrays(kind):
             0
         ]
 
-    both = jit(jax.vmap(direction))(*jax.tree.map(lambda *xs: jnp.stack(xs), *several))
-    alone = [jit(direction)(*one) for one in several]
+    both = jax.jit(jax.vmap(direction))(*jax.tree.map(lambda *xs: jnp.stack(xs), *several))
+    alone = [jax.jit(direction)(*one) for one in several]
     assert_close(both, jax.tree.map(lambda *xs: jnp.stack(xs), *alone), 0.02)
     assert {leaf.dtype for leaf in jax.tree.leaves((both, alone))} == {dtype}
 
@@ -260,7 +259,7 @@ def test_block_direction_is_a_function_of_arrays(kind):
 def dense(matrix_of: Any, params: Any, batch: Any, name: str) -> np.ndarray:
     """A dense matrix of one layer's parameters, in the order of `vector`."""
     flat, unravel = ravel_pytree(params[name])
-    found = jit(lambda x, batch: matrix_of(lambda y: {**params, name: unravel(y)}, x, batch))
+    found = jax.jit(lambda x, batch: matrix_of(lambda y: {**params, name: unravel(y)}, x, batch))
     return np.asarray(found(flat, batch))
 
 
@@ -281,7 +280,7 @@ def test_masked_conjugate_gradients_solve_in_what_is_left(preconditioner):
     params, batch = make_params(), make_batch()
     (_, grads), curvature = measure("kflr", params, batch)
     tx = optax.masked(free(preconditioner, tolerance=1e-5), second_layer)
-    updates, _ = jit(tx.update)(
+    updates, _ = jax.jit(tx.update)(
         grads, tx.init(params), params, curvature=curvature, batch=batch, all_params=params
     )
     assert_equal(updates["hidden"], grads["hidden"])
@@ -335,7 +334,9 @@ def test_mask_that_splits_a_layer(name):
 def test_other_solvers_take_kernels_without_their_biases(make):
     (grads, _, params, keywords), _ = trained("newton").calls[0]
     tx = optax.masked(make(), jax.tree.map(lambda p: p.ndim == 2, params))
-    updates, state = jit(tx.update)(grads, tx.init(params), params, all_params=params, **keywords)
+    updates, state = jax.jit(tx.update)(
+        grads, tx.init(params), params, all_params=params, **keywords
+    )
     for name in params:
         assert_equal(updates[name]["bias"], grads[name]["bias"])
         assert bool(jnp.any(updates[name]["kernel"] != grads[name]["kernel"]))
@@ -353,8 +354,8 @@ def test_injected_numbers_are_used():
         (inject_newton(OBJECTIVE, 0.5, damping=0.3),
          kfgn.solvers.newton(OBJECTIVE, 0.5, damping=0.3)),
     ):  # fmt: skip
-        updates, state = jit(tx.update)(grads, tx.init(params), params, **keywords)
-        expected, _ = jit(plain.update)(grads, plain.init(params), params, **keywords)
+        updates, state = jax.jit(tx.update)(grads, tx.init(params), params, **keywords)
+        expected, _ = jax.jit(plain.update)(grads, plain.init(params), params, **keywords)
         assert_close(updates, expected, 1e-4)
         assert state.hyperparams["damping"] == pytest.approx(0.3)
 

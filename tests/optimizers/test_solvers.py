@@ -14,7 +14,6 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.optimizers.minimize import MINIMIZERS
-from tests.tables.dense import quick_jit as jit
 from tests.tables.small import (
     L2,
     OBJECTIVE,
@@ -31,7 +30,7 @@ def vector(tree: Any) -> np.ndarray:
     return np.asarray(ravel_pytree(tree)[0])
 
 
-@jit
+@jax.jit
 def dense_gauss_newton(params, batch):
     """`J'HJ` of the small network's cross-entropy by jax.jacobian, `[P, P]`."""
     flat, unravel = ravel_pytree(params)
@@ -49,17 +48,17 @@ measure = kfgn.value_grad_and_curvature(OBJECTIVE, "kflr")
 def dense_hessian(objective, params, batch) -> np.ndarray:
     """The objective's Hessian by jax.hessian, `[P, P]`."""
     flat, unravel = ravel_pytree(params)
-    hessian = jit(lambda x, data: jax.hessian(lambda y: objective(unravel(y), data))(x))
+    hessian = jax.jit(lambda x, data: jax.hessian(lambda y: objective(unravel(y), data))(x))
     return np.asarray(hessian(flat, batch))
 
 
 def gradient_of(objective, params, batch):
-    return jit(lambda p, data: jax.grad(objective)(p, data))(params, batch)
+    return jax.jit(lambda p, data: jax.grad(objective)(p, data))(params, batch)
 
 
 @functools.cache
 def curvature_fn() -> Any:
-    return jit(measure)
+    return jax.jit(measure)
 
 
 def problem(dtype: Any = jnp.float64, seed: int = 0) -> tuple:
@@ -79,7 +78,7 @@ def run(tx, problem, state=None, **extra):
     params, batch, grads, curvature = problem
     state = tx.init(params) if state is None else state
     extra = {"curvature": curvature, "batch": batch, **extra}
-    return jit(tx.update)(grads, state, params, **extra)
+    return jax.jit(tx.update)(grads, state, params, **extra)
 
 
 # Conjugate gradients alone.
@@ -219,7 +218,7 @@ def test_preconditioners_save_iterations(x64):
     }
     targets = jnp.asarray(rng.normal(size=(256, 3)))
     batch = (jnp.asarray(rng.normal(size=(256, 8)) * scales), targets)
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     iterations = {}
     for name in (None, "diagonal", "gauss_newton_diagonal", "factored", "eigen"):
         tx = kfgn.transforms.scale_by_conjugate_gradient(
@@ -243,7 +242,7 @@ def test_exact_factors_of_one_linear_layer_need_one_iteration(x64):
     params = {"kernel": jnp.zeros((5, 2))}
     rng = np.random.default_rng(0)
     batch = (jnp.asarray(rng.normal(size=(40, 5)) * [10, 3, 1, 1, 0.1]), jnp.ones((40, 2)))
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     tx = kfgn.transforms.scale_by_conjugate_gradient(
         objective,
         blocks=kfgn.layers.find_blocks(objective, params, batch),
@@ -270,12 +269,12 @@ def test_curvature_of_other_examples_and_of_micro_batches(x64):
 
 def test_empirical_fisher_diagonal(x64):
     params, batch = make_params(jnp.float64), make_batch(jnp.float64)
-    found = jit(kfgn.empirical_fisher(OBJECTIVE).diagonal_by_parameter)(params, batch)
+    found = jax.jit(kfgn.empirical_fisher(OBJECTIVE).diagonal_by_parameter)(params, batch)
 
     def one(x, y):
         return jax.grad(lambda p: OBJECTIVE.mean_loss(p, (x[None], y[None])))(params)
 
-    each = jit(jax.vmap(one))(*batch)
+    each = jax.jit(jax.vmap(one))(*batch)
     assert_close(found, jax.tree.map(lambda g: jnp.mean(g**2, axis=0), each), 1e-12)
 
 
@@ -318,7 +317,7 @@ def test_damping_follows_the_ratio():
     params, _, grads, curvature = problem(jnp.float32)
     tx = adaptive(tolerance=1e-5)
     # An objective that changes by just so much of what the model predicts.
-    update = jit(
+    update = jax.jit(
         lambda value: tx.update(
             grads,
             tx.init(params),
@@ -346,7 +345,7 @@ def test_a_fixed_damping_may_follow_a_schedule():
     tx = optax.inject_hyperparams(
         lambda damping: kfgn.transforms.scale_by_conjugate_gradient(OBJECTIVE, damping=damping)
     )(schedule)
-    update = jit(lambda state: tx.update(whole[2], state, whole[0], curvature=whole[3]))
+    update = jax.jit(lambda state: tx.update(whole[2], state, whole[0], curvature=whole[3]))
     state = tx.init(whole[0])
     for damping in (0.5, 0.1):
         updates, state = update(state)
@@ -380,7 +379,7 @@ def train(tx, updates=12, dtype=jnp.float32, **extra):
     params, batch = make_params(dtype), make_batch(dtype)
     state, losses = tx.init(params), []
 
-    @jit
+    @jax.jit
     def step(params, state, batch):
         (value, grads), curvature = measure(params, batch)
         more = {n: f(value, grads) for n, f in extra.items()}
@@ -509,7 +508,7 @@ def test_what_update_needs():
 
 def test_block_direction_is_the_dense_solution(x64):
     params, batch, grads, _ = problem()
-    solve = jit(
+    solve = jax.jit(
         lambda p, b, g: kfgn.solvers.block_gauss_newton_direction(
             OBJECTIVE, p, b, g, DAMPING, tolerance=1e-12
         )
@@ -539,12 +538,12 @@ def test_block_direction_of_stacks_and_of_parameters_in_no_layer(x64):
     batch = (jnp.asarray(rng.normal(size=(10, 3))), jnp.asarray(rng.normal(size=(10, 3))))
     grads = gradient_of(objective, params, batch)
     solve = functools.partial(kfgn.solvers.block_gauss_newton_direction, objective, tolerance=1e-12)
-    direction, _ = jit(lambda p, b, g: solve(p, b, g, 0.1))(params, batch, grads)
+    direction, _ = jax.jit(lambda p, b, g: solve(p, b, g, 0.1))(params, batch, grads)
     for name in ("stack", "scale"):
         # With squared error the Gauss-Newton matrix is J'J, here of one parameter.
         pushed = jax.jacobian(lambda x, name=name: model({**params, name: x}, batch[0]))
         rows = np.asarray(grads[name]).reshape((2, 9) if name == "stack" else (1, 3))
-        jacobians = np.asarray(jit(pushed)(params[name])).reshape(10 * 3, *rows.shape)
+        jacobians = np.asarray(jax.jit(pushed)(params[name])).reshape(10 * 3, *rows.shape)
         expected = [
             np.linalg.solve(j.T @ j / 10 + 0.1 * np.eye(len(r)), r)
             for j, r in zip(jacobians.swapaxes(0, 1), rows, strict=True)
@@ -567,7 +566,7 @@ def test_newton_converges_quadratically(x64):
     tx = kfgn.solvers.newton(objective)
     state, norms = tx.init(params), []
 
-    @jit
+    @jax.jit
     def step(params, state, batch):
         grads = jax.grad(objective)(params, batch)
         updates, state = tx.update(grads, state, params, batch=batch)
@@ -593,7 +592,7 @@ def test_newton_minimizes_a_quadratic_in_one_step(structure, x64):
     batch = (jnp.asarray(rng.normal(size=(20, 4))), jnp.asarray(rng.normal(size=(20, 3))))
     tx = kfgn.solvers.newton(objective, structure=structure)
     grads = gradient_of(objective, params, batch)
-    updates, _ = jit(tx.update)(grads, tx.init(params), params, batch=batch)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, batch=batch)
     after = gradient_of(objective, optax.apply_updates(params, updates), batch)
     assert np.abs(vector(after)).max() < 1e-12
 
@@ -602,7 +601,7 @@ def test_newton_minimizes_a_quadratic_in_one_step(structure, x64):
 def test_newton_is_the_dense_solution(damping, x64):
     """On an indefinite Hessian: absolute values of its eigenvalues."""
     params, batch, grads, _ = problem()
-    solve = jit(functools.partial(kfgn.solvers.newton_direction, OBJECTIVE, damping=damping))
+    solve = jax.jit(functools.partial(kfgn.solvers.newton_direction, OBJECTIVE, damping=damping))
     found = solve(params, batch, grads)
     hessian = dense_hessian(OBJECTIVE, params, batch)
     values, vectors = np.linalg.eigh(hessian)
@@ -613,7 +612,7 @@ def test_newton_is_the_dense_solution(damping, x64):
     assert expected @ vector(grads) > 0
     convex, params, batch = logistic()
     grads = gradient_of(convex, params, batch)
-    solve = jit(functools.partial(kfgn.solvers.newton_direction, convex, damping=damping))
+    solve = jax.jit(functools.partial(kfgn.solvers.newton_direction, convex, damping=damping))
     direction = solve(params, batch, grads).direction
     hessian = dense_hessian(convex, params, batch)
     dense = np.linalg.solve(hessian + damping * np.eye(len(hessian)), vector(grads))
@@ -622,7 +621,7 @@ def test_newton_is_the_dense_solution(damping, x64):
 
 def test_block_newton_is_the_dense_solution_of_each_block(x64):
     params, batch, grads, _ = problem()
-    solve = jit(
+    solve = jax.jit(
         functools.partial(kfgn.solvers.newton_direction, OBJECTIVE, structure="block", damping=0.1)
     )
     found = solve(params, batch, grads)
@@ -655,7 +654,7 @@ def test_newton_skips_a_broken_batch():
     params, (inputs, labels) = make_params(), make_batch()
     tx = kfgn.transforms.scale_by_newton(OBJECTIVE, damping=0.1)
     grads = gradient_of(OBJECTIVE, params, (inputs, labels))
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = update(grads, tx.init(params), params, batch=(inputs, labels))
     broken = (inputs.at[0, 0].set(jnp.nan), labels)
     updates, after = update(grads, state, params, batch=broken)

@@ -17,7 +17,6 @@ import optax
 import pytest
 
 import kfgn
-from tests.tables.dense import quick_jit
 from tests.tables.training_models import TRAINING, Training
 
 pytestmark = pytest.mark.row("name")
@@ -56,7 +55,7 @@ class Setting(NamedTuple):
 def setting(name: str) -> Setting:
     training = TRAINING[name]()
     objective = kfgn.Objective(training.model, training.loss)
-    return Setting(training, objective, quick_jit(objective))
+    return Setting(training, objective, jax.jit(objective))
 
 
 def make_step(
@@ -89,7 +88,7 @@ def test_loss_falls(name, method, sharing):
     (_, params, batch, _), objective, loss = setting(name)
     tx = optimizer(method, objective, params, batch)
     # A step of KFLR goes through 64 columns for 64 pixels: there running takes the time.
-    jit = optimized_jit if (name, method) == ("unet", "kflr") else quick_jit
+    jit = optimized_jit if (name, method) == ("unet", "kflr") else jax.jit
     step, state, losses = jit(make_step(objective, tx, method, sharing)), tx.init(params), []
     for k in range(STEPS):
         key = jax.random.key(k) if method == "kfac" else None

@@ -20,7 +20,6 @@ from tests.tables.small import (
     OBJECTIVE,
     assert_close,
     assert_equal,
-    jit,
     make_batch,
     make_params,
     make_step,
@@ -209,8 +208,8 @@ def beside_reference(settings: Settings, params: Any, updates: int) -> Any:
     """Trains and compares every update; every τ and γ, and the reference."""
     batches = [make_batch(jnp.float64, s) for s in range(2)]
     tx, reference = settings.optimizer(params, batches[0]), Reference(settings)
-    curvature_fn = jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kfra"))
-    update, state = jit(tx.update), tx.init(params)
+    curvature_fn = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kfra"))
+    update, state = jax.jit(tx.update), tx.init(params)
     taus, gammas = [settings.tau], [settings.gamma]
     for k in range(updates):
         batch = batches[k % 2]
@@ -289,8 +288,8 @@ def test_inverses_are_refreshed_when_due():
     params = make_params()
     layers = kfgn.layers.find_blocks(OBJECTIVE, params, make_batch())
     tx = kfgn.transforms.scale_by_kronecker(layers, 0.1, refresh_inverse_every=3)
-    curvature_fn = jit(kfgn.value_grad_and_curvature(OBJECTIVE))
-    update, state, refreshed = jit(tx.update), tx.init(params), []
+    curvature_fn = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))
+    update, state, refreshed = jax.jit(tx.update), tx.init(params), []
     for k in range(8):
         (_, grads), curvature = curvature_fn(params, make_batch(seed=k))
         before = state.inverses
@@ -308,9 +307,9 @@ def test_unassigned_parameters_take_damped_gradient_steps():
     params, batch = {**make_params(), "scale": jnp.ones(CLASSES)}, make_batch()
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="gradient")
     curvature_fn = kfgn.value_grad_and_curvature(objective, unassigned="gradient")
-    (_, grads), curvature = jit(curvature_fn)(params, batch)
+    (_, grads), curvature = jax.jit(curvature_fn)(params, batch)
     tx = kfgn.transforms.scale_by_kronecker(layers, 0.25)
-    direction, _ = jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
+    direction, _ = jax.jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
     assert_close(direction["scale"], 4 * grads["scale"], 1e-6)
 
 
@@ -324,12 +323,12 @@ def test_unassigned_parameters_take_steps_by_their_diagonal():
     params, batch = {**make_params(), "scale": jnp.zeros(CLASSES)}, make_batch()
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="diagonal")
     curvature_fn = kfgn.value_grad_and_curvature(objective, unassigned="diagonal")
-    (_, grads), curvature = jit(curvature_fn)(params, batch)
+    (_, grads), curvature = jax.jit(curvature_fn)(params, batch)
     exact = kfgn.gauss_newton(objective).diagonal(params, batch)["scale"]
     assert_close(curvature.factors["scale"].diagonal, exact, 1e-5)
     for inverse in ("factored", "eigen"):
         tx = kfgn.transforms.scale_by_kronecker(layers, 0.25, inverse=inverse)
-        direction, _ = jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
+        direction, _ = jax.jit(tx.update)(grads, tx.init(params), params, curvature=curvature)
         assert_close(direction["scale"], grads["scale"] / (exact + 0.25), 1e-5)
 
 
@@ -353,12 +352,12 @@ def prepared(name: str) -> Any:
         "kronecker eigen": lambda: kfgn.transforms.scale_by_kronecker(layers, 0.1, inverse="eigen"),
     }
     tx = make[name]()
-    return tx, jit(tx.update)
+    return tx, jax.jit(tx.update)
 
 
 @functools.cache
 def curvature_fn() -> Any:
-    return jit(kfgn.value_grad_and_curvature(OBJECTIVE))
+    return jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))
 
 
 def change(tree: Any, layer: str, function: Any) -> Any:
@@ -425,7 +424,7 @@ def test_gradient_of_zero_moves_nothing(options):
     optimizer = kfgn.kfra(objective, w, (jnp.eye(3), zeros), **options)
     curvature_fn = kfgn.value_grad_and_curvature(objective)
 
-    @jit
+    @jax.jit
     def update(w, state, inputs):
         (_, grads), curvature = curvature_fn(w, (inputs, zeros))
         return optimizer.update(grads, state, w, curvature=curvature)
@@ -446,10 +445,10 @@ def test_gradient_of_zero_moves_nothing(options):
 def test_direction_of_zero_stays_zero():
     """The quadratic model has no step size for it, and needs none."""
     params, batch = make_params(), make_batch()
-    (_, grads), curvature = jit(kfgn.value_grad_and_curvature(OBJECTIVE))(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))(params, batch)
     tx = kfgn.transforms.scale_by_quadratic_model(0.1, momentum=True)
     nothing = jax.tree.map(jnp.zeros_like, grads)
-    updates, state = jit(tx.update)(nothing, tx.init(params), params, curvature=curvature)
+    updates, state = jax.jit(tx.update)(nothing, tx.init(params), params, curvature=curvature)
     assert int(state.skipped) == 0
     assert all(not np.any(u) for u in jax.tree.leaves(updates))
 
@@ -458,7 +457,7 @@ def test_broken_direction_is_skipped_by_the_quadratic_model():
     params = make_params()
     (_, grads), curvature = curvature_fn()(params, make_batch())
     tx = kfgn.transforms.scale_by_quadratic_model(0.1, momentum=True)
-    update = jit(tx.update)
+    update = jax.jit(tx.update)
     _, state = update(grads, tx.init(params), params, curvature=curvature)
     broken = jax.tree.map(lambda g: g.at[0].set(jnp.nan), grads)
     updates, after = update(broken, state, params, curvature=curvature)
@@ -527,4 +526,4 @@ def test_singular_factors_train_on(name, dead):
 
 @functools.cache
 def step_of(name: str) -> Any:
-    return jit(make_step(prepared(name)[0]))
+    return jax.jit(make_step(prepared(name)[0]))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfgn
-from tests.tables.dense import Index, Truth, dense_truth, indices, own_entries, quick_jit
+from tests.tables.dense import Index, Truth, dense_truth, indices, own_entries
 from tests.tables.losses import LOSSES
 from tests.tables.nets import MODELS, Case
 
@@ -69,7 +69,7 @@ def compare(model: str, loss: str | None = None) -> Comparison:
     index, own = indices(case), own_entries(case)
     direction = np.zeros(truth.gradient.shape)
     direction[own] = np.random.default_rng(3).normal(size=own.shape)
-    everything = quick_jit(functools.partial(_everything, objective, loss is None))
+    everything = jax.jit(functools.partial(_everything, objective, loss is None))
     ours = everything(
         case.params,
         (inputs, targets),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import kfgn
-from tests.tables.small import OBJECTIVE, assert_close, jit, make_batch, make_params
+from tests.tables.small import OBJECTIVE, assert_close, make_batch, make_params
 
 UPDATES = 20
 
@@ -51,7 +51,7 @@ def by_layer(**labels: Any) -> Callable[[Any], Any]:
 
 @functools.cache
 def curvature_of(method: str) -> Callable[..., Any]:
-    return jit(kfgn.value_grad_and_curvature(OBJECTIVE, method))
+    return jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, method))
 
 
 def measure(method: str, params: Any, batch: Any, update: int = 0) -> Any:
@@ -61,14 +61,14 @@ def measure(method: str, params: Any, batch: Any, update: int = 0) -> Any:
 
 @functools.cache
 def loss_of() -> Callable[..., Any]:
-    return jit(OBJECTIVE)
+    return jax.jit(OBJECTIVE)
 
 
 def train(case: Case, updates: int = UPDATES) -> Record:
     """Trains on three batches in turn."""
     tx, traces = case.make(), []
 
-    @jit
+    @jax.jit
     def update(grads, state, params, keywords):
         traces.append(1)
         return tx.update(grads, state, params, **keywords)

@@ -6,8 +6,6 @@ Jacobian of every example in it are formed whole, and blocks are read off by ind
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,33 +15,6 @@ from jax.flatten_util import ravel_pytree
 
 from tests.tables.losses import LossRow
 from tests.tables.nets import Case
-
-# Compiling, not running, takes the time of these tests: this saves three quarters of it.
-_QUICK_TO_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_parallel_codegen_split_count": 1,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-
-@functools.cache
-def _known_options() -> dict[str, Any]:
-    """Those of the options that this version of XLA has."""
-
-    def compiles(option):
-        try:
-            jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
-        except jax.errors.JaxRuntimeError:
-            return False
-        return True
-
-    return dict(filter(compiles, _QUICK_TO_COMPILE.items()))
-
-
-def quick_jit(function: Callable) -> Callable:
-    """`jax.jit` for a function that runs once."""
-    return jax.jit(function, compiler_options=_known_options())
 
 
 class Truth(NamedTuple):
@@ -78,7 +49,7 @@ class Index(NamedTuple):
 def dense_truth(case: Case, row: LossRow, targets: Any) -> Truth:
     """All of it, for one batch."""
 
-    @quick_jit
+    @jax.jit
     def everything(params, inputs, targets):
         flat, unravel = ravel_pytree(params)
 

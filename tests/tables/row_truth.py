@@ -23,7 +23,6 @@ from kfgn.base.trees import named_leaves
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.layer import Layer
 from tests.tables.architectures import LOSSES, ROWS, Case, Row, make_targets
-from tests.tables.dense import quick_jit
 
 
 def row_of(name: str) -> Row:
@@ -99,7 +98,7 @@ def truth(name: str) -> Truth:
         output, restore = ravel_pytree(output)
         return jax.hessian(lambda o: reference(restore(o), target))(output)
 
-    @quick_jit
+    @jax.jit
     def everything(flat, inputs, targets):
         gradient_at = jax.grad(lambda p: mean_loss(p, inputs, targets), has_aux=True)
         gradient, push, (alone, losses) = jax.linearize(gradient_at, flat, has_aux=True)
@@ -127,7 +126,7 @@ def results(name: str) -> dict[str, Any]:
     """What kfgn says, by what was asked."""
     case, objective, batch, _ = setting(name)
 
-    @quick_jit
+    @jax.jit
     def everything(params, batch):
         def factors(method, batch, **options):
             function = kfgn.value_grad_and_curvature(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +11,6 @@ import numpy as np
 import optax
 
 import kfgn
-
-# Compiling, not running, takes the time of these tests.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 INPUTS, HIDDEN, CLASSES = 4, 6, 3
 L2 = 1e-3

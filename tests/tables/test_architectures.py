@@ -15,7 +15,6 @@ import pytest
 import kfgn
 from kfgn.base.trees import named_leaves
 from tests.tables.architectures import ROWS
-from tests.tables.dense import quick_jit
 from tests.tables.row_truth import setting, truth
 from tests.tables.training_models import TRAINING
 
@@ -133,7 +132,7 @@ def test_training_models_learn(name):
             updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state), value
 
-    run = quick_jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 60))
+    run = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 60))
     values = np.asarray(run(params)[1])
     assert np.all(np.isfinite(values))
     assert values[-1] < 0.5 * values[0], (values[0], values[-1])
