@@ -64,10 +64,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker has all tests of a row of a table, or else of a file, and compiles for them once.
 
-    A test is of a row if it is marked `row` with the name of the parameter that names it.
+    A test is of a row if it is marked `row` with the name of the parameter that names it;
+    "a row with another loss" is of that row.
     """
     for item in items:
         group, mark = f"{item.path.parent.name}/{item.path.stem}", item.get_closest_marker("row")
         if mark and hasattr(item, "callspec") and mark.args[0] in item.callspec.params:
-            group = f"{item.callspec.params[mark.args[0]]}"
+            group = f"{item.callspec.params[mark.args[0]]}".partition(" with ")[0]
         item.add_marker(pytest.mark.xdist_group(group))

@@ -51,6 +51,8 @@ class Truth(NamedTuple):
     jacobian: np.ndarray  # of the outputs, `[N, K, P]`
     probed: dict[str, np.ndarray]  # the same in the pre-activation of a use, `[N, K, ...]`
     operands: dict[str, np.ndarray]  # the inputs of a use, `[N, s, t, i]`
+    places: dict[str, np.ndarray]  # a layer's matrix, of places in the vector of parameters
+    back: dict[str, dict[str, np.ndarray]]  # a layer's matrix back as parameters
 
     @property
     def gauss_newton(self) -> np.ndarray:
@@ -62,9 +64,9 @@ class Truth(NamedTuple):
 def setting(name: str) -> Setting:
     """Needs the fixture `x64`, and the promotion of the row."""
     base, _, loss = name.partition(" with ")
-    case, row = row_of(name).case(), LOSSES[loss or ROWS[base].loss]
-    objective = kfgn.Objective(case.model, row.loss)
-    graph = build_graph(objective, case.params, case.inputs)
+    case = setting(base).case if loss else ROWS[base].case()
+    objective = kfgn.Objective(case.model, LOSSES[loss or ROWS[base].loss].loss)
+    graph = setting(base).graph if loss else build_graph(objective, case.params, case.inputs)
     targets = make_targets(base, case, loss=loss)
     return Setting(case, objective, (case.inputs, targets), graph)
 
@@ -98,27 +100,43 @@ def truth(name: str) -> Truth:
         output, restore = ravel_pytree(output)
         return jax.hessian(lambda o: reference(restore(o), target))(output)
 
-    @jax.jit
-    def everything(flat, inputs, targets):
+    def of_loss(flat, inputs, targets):
         gradient_at = jax.grad(lambda p: mean_loss(p, inputs, targets), has_aux=True)
         gradient, push, (alone, losses) = jax.linearize(gradient_at, flat, has_aux=True)
+        return {
+            "alone": alone,
+            "losses": losses,
+            "gradient": gradient,
+            "hessian": jax.vmap(push)(jnp.eye(flat.size, dtype=flat.dtype)),
+            "output_hessian": jax.vmap(output_hessian)(alone, targets),
+        }
+
+    def of_model(flat, inputs, places):
         jacobian = jax.jacobian(lambda p, x: ravel_pytree(outputs_of(p, x))[0])
         probes = jax.tree.map(lambda a: a[0], graph.probes(1))
         in_probes = jax.jacobian(probed, has_aux=True)
         probed_jacobians, values = jax.vmap(in_probes, (None, 0))(probes, inputs)
-        return Truth(
-            case.model(unravel(flat), inputs),
-            alone,
-            losses,
-            gradient,
-            jax.vmap(push)(jnp.eye(flat.size, dtype=flat.dtype)),
-            jax.vmap(output_hessian)(alone, targets),
-            jax.vmap(jacobian, (None, 0))(flat, inputs),
-            probed_jacobians,
-            {n: u.activations(x, losses.dtype) for (n, u), x in zip(layers, values, strict=True)},
-        )
+        places, leaves = (named_leaves(unravel(vector)) for vector in (places, flat))
+        matrices = {n: layer.to_matrix(leaves) for n, layer in graph.layers.items()}
+        return {
+            "outputs": case.model(unravel(flat), inputs),
+            "jacobian": jax.vmap(jacobian, (None, 0))(flat, inputs),
+            "probed": probed_jacobians,
+            "operands": {
+                n: u.activations(x, flat.dtype) for (n, u), x in zip(layers, values, strict=True)
+            },
+            "places": {n: layer.to_matrix(places) for n, layer in graph.layers.items()},
+            "back": {n: layer.from_matrix(matrices[n]) for n, layer in graph.layers.items()},
+        }
 
-    return jax.tree.map(np.asarray, everything(flat, inputs, targets))
+    @jax.jit
+    def everything(flat, inputs, targets, places):
+        shared = {} if loss else of_model(flat, inputs, places)
+        return of_loss(flat, inputs, targets) | shared
+
+    found = everything(flat, inputs, targets, np.arange(flat.size, dtype=flat.dtype))
+    found = jax.tree.map(np.asarray, found)
+    return truth(base)._replace(**found) if loss else Truth(**found)
 
 
 @functools.cache
@@ -153,12 +171,13 @@ def results(name: str) -> dict[str, Any]:
 def entries(name: str) -> dict[str, np.ndarray]:
     """By block, its entries among all parameters, `[slots, n]`."""
     case, _, _, graph = setting(name)
-    flat, unravel = ravel_pytree(case.params)
-    places = named_leaves(unravel(jnp.arange(flat.size, dtype=flat.dtype)))
-    found = {n: np.asarray(places[n]).astype(int).reshape(1, -1) for n in graph.reasons}
+    found, start = {}, 0
+    for parameter, leaf in named_leaves(case.params).items():
+        if parameter in graph.reasons:
+            found[parameter] = np.arange(start, start + leaf.size).reshape(1, -1)
+        start += leaf.size
     for block, layer in graph.layers.items():
-        matrix = layer.to_matrix({n: jnp.asarray(places[n], float) for n in layer.parameters})
-        found[block] = np.asarray(matrix).astype(int).reshape(len(layer.slots), -1)
+        found[block] = truth(name).places[block].astype(int).reshape(len(layer.slots), -1)
     return found
 
 
