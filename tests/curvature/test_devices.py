@@ -112,22 +112,24 @@ def over_axis(function, check_vma):
 RUNS = [(method, {}) for method in METHODS]
 RUNS += [("kfra", {"spatial": "homogeneous"}), ("kflr", {"unassigned": "diagonal"})]
 RUNS += [("kfac", {"model_examples": 4, "samples": 2, "sharing": "reduce"})]
-if len(sys.argv) > 2:
-    RUNS = [RUNS[int(k)] for k in sys.argv[2].split(",")]
+WAYS = (True, False, "pmap") if net == "residual" else (True,)  # which does not depend on the net
 for method, options in RUNS:
     one = jax.jit(measured(method, None, **options))(case.params, batch)
     named = measured(method, "batch", **options)
-    for check_vma in (True, False):
-        many = over_axis(named, check_vma)(case.params, batch)
-        close(one, many, f"{method} {options} {check_vma}")
-    split = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
-    many = jax.pmap(named, axis_name="batch", in_axes=(None, 0))(case.params, split)
-    for device in range(4):
-        close(one, jax.tree.map(lambda a: a[device], many), f"pmap {method} {options}")
+    for way in WAYS:
+        if way != "pmap":
+            many = over_axis(named, way)(case.params, batch)
+            close(one, many, f"{method} {options} {way}")
+            continue
+        split = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
+        many = jax.pmap(named, axis_name="batch", in_axes=(None, 0))(case.params, split)
+        for device in range(4):
+            close(one, jax.tree.map(lambda a: a[device], many), f"pmap {method} {options}")
 """
 
 OWN = """
 # Without a name, each device has the curvature of its own examples.
+ALONE = {method: jax.jit(curvature_of(method)) for method in METHODS}
 for method, check_vma in itertools.product(METHODS, (True, False)):
     def of(params, batch):
         first, curvature = curvature_of(method)(params, batch)
@@ -137,7 +139,7 @@ for method, check_vma in itertools.product(METHODS, (True, False)):
     many = jax.jit(jax.shard_map(of, mesh=mesh, **specs))(case.params, batch)
     for device in range(4):
         part = jax.tree.map(lambda a: a[2 * device : 2 * device + 2], batch)
-        (first, curvature) = jax.jit(curvature_of(method))(case.params, part)
+        (first, curvature) = ALONE[method](case.params, part)
         found = jax.tree.map(lambda a: a[device], many)
         close((first, curvature.factors), found, f"{method} {check_vma}")
 """

@@ -20,8 +20,8 @@ import kfgn
 PyTree = Any
 
 COUNT, CLASSES = 32, 3
-TOKENS, LENGTH = 8, 6
-SIZE = 8
+TOKENS, LENGTH = 8, 4
+SIZE = 6
 
 LABELS = kfgn.losses.softmax_cross_entropy_with_integer_labels
 PIXELS = kfgn.losses.sigmoid_binary_cross_entropy
