@@ -29,7 +29,11 @@ def digits_for_fashion(monkeypatch):
 
 @pytest.fixture
 def fewer_methods(monkeypatch):
-    """Spares the test what takes longest, compiling: one method for all that are like it."""
+    """Spares the test what takes longest: one method for all that are like it, plots at the end."""
+    figures = fashion.all_figures
+    monkeypatch.setattr(
+        fashion, "all_figures", lambda found: figures(found) if found.depths else {}
+    )
     monkeypatch.setattr(fashion, "KRONECKER", ("KFRA",))
     monkeypatch.delitem(PRECONDITIONERS, "diagonal")
     monkeypatch.setattr(depth, "METHODS", ("Adam", "L-BFGS-B", "KFRA"))

@@ -17,6 +17,9 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 @pytest.mark.loose_dtypes
 def test_quickstart_runs_and_kfra_learns():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:  # a tenth of the updates
+        cell.source = cell.source.replace("adam_step, 400", "adam_step, 40")
+        cell.source = cell.source.replace("kfra_step, 200", "kfra_step, 20")
     client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": "."}})
     client.execute()
     printed = "".join(
