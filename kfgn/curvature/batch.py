@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +128,11 @@ def value_grad_and_curvature(
     model_examples: int | None = 256,
     unassigned: str = "raise",
     axis_name: AxisName | None = None,
-) -> Callable[..., tuple[tuple[Scalar, PyTree], Curvature]]:
+) -> Callable[..., tuple[tuple[Any, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
+
+    Of an objective with `has_aux`, it gives `((value, aux), grads), curvature`, as
+    `jax.value_and_grad` does: aux per example with the batch's axis, the rest without.
 
     >>> import jax.numpy as jnp, kfgn
     >>> model = lambda p, x: jnp.tanh(x @ p["w"])
@@ -182,7 +185,7 @@ def value_grad_and_curvature(
 
     def curvature_fn(
         params: PyTree, batch: Batch, *, key: Array | None = None
-    ) -> tuple[tuple[Scalar, PyTree], Curvature]:
+    ) -> tuple[tuple[Any, PyTree], Curvature]:
         chosen.check_key(key)
         inputs, targets = check_batch(batch)
         graph = build_graph(objective, params, inputs)
@@ -198,10 +201,10 @@ def value_grad_and_curvature(
             both = mean_over_devices((activation, moments[name]), axis_name)
             factors[name] = assemble(layer, *both)
         if unassigned == "diagonal" and graph.reasons:
-            factors.update(mean_over_devices(diagonal_factors(model, inputs), axis_name))
+            factors.update(mean_over_devices(diagonal_factors(model), axis_name))
         own = _value_and_gradient(model, objective, params)
         value, gradient = mean_over_devices(own, axis_name)
-        push, *pushed = model.quadratic(inputs, part_of_device(model_examples, axis_name))
+        push, *pushed = model.quadratic(part_of_device(model_examples, axis_name))
         curvature = Curvature(
             factors,
             value,
@@ -212,7 +215,8 @@ def value_grad_and_curvature(
             jnp.asarray(count_over_devices(model.examples, axis_name), value.dtype),
             settings,
         )
-        return (value, with_leaves(params, gradient)), curvature
+        first = (value, model.aux) if objective.has_aux else value
+        return (first, with_leaves(params, gradient)), curvature
 
     return curvature_fn
 
@@ -228,7 +232,7 @@ def _value_and_gradient(
     loss = mean_of(jax.vmap(model.loss)(model.outputs, model.targets))
     value = loss + objective.penalty(params).astype(loss.dtype)
     cotangent = model.loss.gradients(model.outputs, model.targets) / model.examples
-    gradient, _ = model.pull(cotangent)
+    gradient = model.gradient(cotangent)
     return value, {
         name: g + jnp.asarray(objective.l2, g.dtype) * model.params[name]
         for name, g in gradient.items()

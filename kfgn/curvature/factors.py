@@ -176,7 +176,7 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     )
 
 
-def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
+def diagonal_factors(model: Linearized) -> dict[str, Diagonal]:
     """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
 
     `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
@@ -184,14 +184,16 @@ def diagonal_factors(model: Linearized, inputs: PyTree) -> dict[str, Diagonal]:
     """
 
     def outputs_of(own: dict[str, Array], example: PyTree) -> PyTree:
-        outputs, _ = model.graph.forward({**model.params, **own}, batch_of(example))
-        return first_of(outputs)
+        inputs, statistics = batch_of(example)
+        params = {**model.params, **own}
+        return first_of(model.graph.forward(params, inputs, statistics=statistics)[0])
 
     copies = {
         name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))
         for name in model.graph.reasons
     }
-    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, inputs), copies)
+    examples = model.inputs, model.statistics
+    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, examples), copies)
     count, column = model.loss.sqrt_columns(model.outputs, model.targets)
 
     def squares(index: Array) -> dict[str, Diagonal]:

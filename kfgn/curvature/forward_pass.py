@@ -14,11 +14,12 @@ from jaxtyping import Float
 from kfgn.base.devices import vary, vary_like, varying_axes
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, PyTree
+from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.recursion import needed_values
-from kfgn.model.graph import Graph
+from kfgn.model.equations import variables
+from kfgn.model.graph import Graph, build_graph
 from kfgn.objective.loss import Loss, flatten_batch
-from kfgn.objective.objective import Objective, check_outputs
+from kfgn.objective.objective import Objective, check_outputs, require_batch
 
 
 class Linearized(NamedTuple):
@@ -32,6 +33,9 @@ class Linearized(NamedTuple):
     loss: Loss
     push: Callable  # (param tangents, probe tangents) -> output tangents
     probes: dict[str, Array]
+    inputs: PyTree
+    statistics: list[Array]  # of the batch, as in `Graph.forward`
+    aux: PyTree
 
     @property
     def examples(self) -> int:
@@ -47,7 +51,15 @@ class Linearized(NamedTuple):
         transposed = jax.linear_transpose(self.push, self.params, self.probes)
         return transposed(as_outputs(cotangent, self.outputs))
 
-    def quadratic(self, inputs: PyTree, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
+    def gradient(self, cotangent: Float[Array, "N K"]) -> dict[str, Array]:
+        """The gradient at parameters, that through statistics of the batch included."""
+        if not self.statistics:
+            return self.pull(cotangent)[0]
+        # The same forward pass: nothing of it is computed twice, once it is compiled.
+        _, pull = jax.vjp(lambda p: self.graph.forward(p, self.inputs, exact=True)[0], self.params)
+        return pull(as_outputs(cotangent, self.outputs))[0]
+
+    def quadratic(self, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
         """The linear pass of some examples, spread over the batch, their outputs and targets."""
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
         axes = varying_axes(self.params)
@@ -59,9 +71,9 @@ class Linearized(NamedTuple):
         def some(tree: PyTree) -> PyTree:
             return jax.tree.map(lambda a: a[: every * examples : every], tree)
 
-        chosen = some(inputs)
+        chosen, held = some((self.inputs, self.statistics))
         outputs, push = jax.linearize(
-            lambda p, z: self.graph.forward(p, chosen, z)[0], self.params, {}
+            lambda p, z: self.graph.forward(p, chosen, z, statistics=held)[0], self.params, {}
         )
         return Partial(_LinearPass(shapes, (), axes), push), outputs, some(self.targets)
 
@@ -78,13 +90,36 @@ def linearize(
     leaves = vary_like(jax.tree.map(jnp.asarray, named_leaves(params)), inputs)
     count = count_of(inputs)
     probes = vary_like(graph.probes(count), leaves) if with_probes else {}
-    keep = needed_values(graph)
+    read = graph.model
+    keep = [*needed_values(graph), *read.statistics, *(read.aux.atoms if read.aux else ())]
     outputs, push, kept = jax.linearize(
         lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
     )
     check_outputs(objective.loss, outputs, inputs, targets)
-    values = dict(zip(keep, kept, strict=True))
-    return Linearized(graph, leaves, values, outputs, targets, objective.loss, push, probes)
+    values = {v: x for v, x in zip(keep, kept, strict=True) if variables([v])}
+    statistics = [values[v] for v in read.statistics]
+    aux = None
+    if read.aux:
+        alone = None in read.aux.axes and read.axis_name is None
+        own = objective.run(params, inputs)[1] if alone else None
+        aux = read.aux.of_batch(kept[len(keep) - len(read.aux.atoms) :], read.varying, own)
+    found = graph, leaves, values, outputs, targets, objective.loss, push, probes
+    return Linearized(*found, inputs, statistics, aux)
+
+
+def hold_statistics(objective: Objective, params: PyTree, batch: Batch) -> tuple[Objective, Batch]:
+    """The objective and the batch with its statistics as data, `((inputs, statistics), targets)`.
+
+    Its examples are independent: it is what curvature is of. Without an axis of examples
+    both stay what they are.
+    """
+    if objective.axis_name is None:
+        return objective, batch
+    inputs, targets, _ = require_batch(objective, params, batch)
+    graph = build_graph(objective, params, inputs)
+    _, statistics = graph.forward(named_leaves(params), inputs, keep=graph.model.statistics)
+    held = dataclasses.replace(objective, model=graph.held, axis_name=None, has_aux=False)
+    return held, ((inputs, statistics), targets)
 
 
 def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:

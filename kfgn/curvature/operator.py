@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from kfgn.curvature.blocks import (
     split_block,
     split_matvec,
 )
+from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
 from kfgn.model.graph import build_graph
 from kfgn.objective.objective import (
@@ -42,6 +44,24 @@ from kfgn.objective.objective import (
 REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
 
 
+Verb = TypeVar("Verb", bound=Callable)
+
+
+def verb(method: Verb) -> Verb:
+    """A verb, of an operator whose objective has its statistics of the batch as data."""
+
+    @functools.wraps(method)
+    def of_examples(
+        self: Operator, params: PyTree, batch: Batch, *args: Any, **options: Any
+    ) -> Any:
+        objective, batch = hold_statistics(self.objective, params, batch)
+        if objective is not self.objective:
+            self = dataclasses.replace(self, objective=objective)
+        return method(self, params, batch, *args, **options)
+
+    return cast(Verb, of_examples)
+
+
 @dataclasses.dataclass(frozen=True)
 class Operator:
     """One of the exact matrices of an objective; every verb takes `(params, batch, ...)`.
@@ -49,6 +69,8 @@ class Operator:
     Layers, with the parameters in none, have the names of `kfgn.layers.find_blocks`; a
     layer's block acts on the row-major vec of `[d_in + 1, d_out]`, kernel, then bias.
     `chunk_size` is the number of examples that are worked on at once; None is all.
+    Statistics of the batch count as constants, as in all curvature of kfgn: products with
+    the Hessian through them are those of `jax.grad` of the objective.
 
     Raises:
       OptionError: no objective; in the verbs, an option with a wrong value, or an
@@ -73,6 +95,7 @@ class Operator:
     def __post_init__(self) -> None:
         require_objective(self.objective)
 
+    @verb
     def matvec(
         self,
         params: PyTree,
@@ -110,6 +133,7 @@ class Operator:
         weight = jnp.asarray(self.objective.l2)
         return jax.tree.map(lambda r, x: r + weight.astype(r.dtype) * x, result, v)
 
+    @verb
     def dense(self, params: PyTree, batch: Batch, *, with_l2: bool = False) -> Float[Array, "P P"]:
         """A, with the leaves of params in flattening order, each raveled."""
         check_flag("with_l2", with_l2)
@@ -121,6 +145,7 @@ class Operator:
             return matrix
         return matrix + jnp.asarray(self.objective.l2).astype(dtype) * jnp.eye(size, dtype=dtype)
 
+    @verb
     def blocks(
         self,
         params: PyTree,
@@ -151,6 +176,7 @@ class Operator:
             return found
         return {name: split_block(matrix, blocks[name]) for name, matrix in found.items()}
 
+    @verb
     def block_matvecs(
         self,
         params: PyTree,
@@ -194,6 +220,7 @@ class Operator:
             return found
         return {name: split_matvec(f, blocks[name]) for name, f in found.items()}
 
+    @verb
     def diagonal(
         self, params: PyTree, batch: Batch, *, chunk_size: int | None = 1
     ) -> dict[str, Float[Array, "*shape"]]:
@@ -213,6 +240,7 @@ class Operator:
             found |= blocks[name].from_matrix(values)
         return with_leaves(params, {n: x.astype(factor_dtype(x.dtype)) for n, x in found.items()})
 
+    @verb
     def pre_activation(
         self,
         params: PyTree,
@@ -235,10 +263,11 @@ class Operator:
         of_all = map_examples if reduce is None else mean_of_examples
         return of_all(lambda one: prepared.walk_one(one).uses, prepared.arguments, chunk_size)
 
+    @verb
     def output(self, params: PyTree, batch: Batch) -> Float[Array, "N K K"]:
         """B: the matrix in each example's outputs."""
         inputs, targets = check_batch(batch)
-        outputs = self.objective.model(params, inputs)
+        outputs = self.objective.outputs(params, inputs)
         check_outputs(self.objective.loss, outputs, inputs, targets)
         width, dtype = width_of(outputs), dtype_of((), outputs)
         shape = (count_of(inputs), width, width)

@@ -35,7 +35,7 @@ from kfgn.base.trees import batch_of, first_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
-from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, width_of
+from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, verb, width_of
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer
@@ -81,6 +81,7 @@ class GaussNewton(Operator):
 
     of = "Gauss-Newton matrix"
 
+    @verb
     def jacobian(self, params: PyTree, batch: Batch) -> Float[Array, "N K P"]:
         """J: each example's outputs in all parameters, an example at a time."""
         inputs, _, outputs = require_batch(self.objective, params, batch)
@@ -89,6 +90,7 @@ class GaussNewton(Operator):
         check_size("the Jacobian of the outputs", shape, dtype, REMEDY)
         return map_examples(lambda x: self._jacobian(params, x, dtype)[1], inputs)
 
+    @verb
     def rank(
         self, params: PyTree, batch: Batch, *, tolerance: float | None = None
     ) -> Int[Array, ""]:
@@ -130,7 +132,7 @@ class GaussNewton(Operator):
 
     def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
         inputs, targets = check_batch(batch)
-        outputs, push = jax.linearize(lambda p: self.objective.model(p, inputs), params)
+        outputs, push = jax.linearize(lambda p: self.objective.outputs(p, inputs), params)
         check_outputs(self.objective.loss, outputs, inputs, targets)
 
         def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
@@ -151,7 +153,7 @@ class GaussNewton(Operator):
     ) -> tuple[PyTree, Float[Array, "K P"]]:
         """One example's outputs, and their Jacobian by a backward pass for each."""
         alone = batch_of(example)
-        outputs, pull = jax.vjp(lambda p: self.objective.model(p, alone), params)
+        outputs, pull = jax.vjp(lambda p: self.objective.outputs(p, alone), params)
 
         def row(cotangent: Float[Array, " K"]) -> Float[Array, " P"]:
             (found,) = pull(as_outputs(cotangent[None], outputs))
@@ -166,6 +168,7 @@ class EmpiricalFisher(GaussNewton):
 
     of = "empirical Fisher matrix"
 
+    @verb
     def diagonal(
         self, params: PyTree, batch: Batch, *, chunk_size: int | None = 32
     ) -> dict[str, Float[Array, "*shape"]]:

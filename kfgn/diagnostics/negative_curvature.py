@@ -26,6 +26,7 @@ from kfgn.base.checks import check_choice, check_not_negative
 from kfgn.base.linalg import count_of, map_examples
 from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
+from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.curvature.per_example import prepare
 from kfgn.model.equations import Var, evaluate, read, size
@@ -107,10 +108,11 @@ def negative_curvature(
         return {n: _gathered(_measured(h, positive[n], tolerance), 1) for n, h in exact.items()}
 
     def of_pre_activations(params: PyTree, batch: Batch) -> dict[str, NegativeCurvature]:
+        held, batch = hold_statistics(objective, params, batch)
         loss = objective.loss
-        exact = prepare(objective, params, batch, loss.hessian, second_order=True, exact=False)
-        positive = prepare(objective, params, batch, loss.gauss_newton_hessian, exact=False)
-        own_terms = _example_terms(objective, exact.graph, params)
+        exact = prepare(held, params, batch, loss.hessian, second_order=True, exact=False)
+        positive = prepare(held, params, batch, loss.gauss_newton_hessian, exact=False)
+        own_terms = _example_terms(held, exact.graph, params)
 
         def one(arguments: Any) -> dict[str, NegativeCurvature]:
             h, g = exact.walk_one(arguments).uses, positive.walk_one(arguments).uses

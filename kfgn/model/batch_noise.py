@@ -8,7 +8,7 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from kfgn.model.equations import Var, variables
+from kfgn.model.equations import Var, bodies, variables
 
 # Primitives that draw random bits.
 _RANDOM = {"random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform"}
@@ -19,10 +19,9 @@ def draws_for_batch(jaxpr: jex.Jaxpr, of_batch: Iterable[Var]) -> bool:
     of_batch = set(of_batch)
     for equation in jaxpr.eqns:
         depends = any(v in of_batch for v in variables(equation.invars))
-        bodies = [b for b in map(_body, equation.params.values()) if b is not None]
         if equation.primitive.name in _RANDOM and not depends:
             return True
-        for body in bodies:
+        for body in bodies(equation):
             inside = set(body.invars)
             if len(body.invars) == len(equation.invars):
                 pairs = zip(body.invars, equation.invars, strict=True)
@@ -34,12 +33,6 @@ def draws_for_batch(jaxpr: jex.Jaxpr, of_batch: Iterable[Var]) -> bool:
     return False
 
 
-def _body(value: Any) -> Any:
-    """The jaxpr that a parameter of an equation is, or None."""
-    inner = getattr(value, "jaxpr", value)
-    return inner if isinstance(inner, jex.Jaxpr) else None
-
-
 def coarsest(jaxprs: Iterable[jex.Jaxpr]) -> float:
     """The largest roundoff among the floating-point types inside of a model."""
 
@@ -49,9 +42,8 @@ def coarsest(jaxprs: Iterable[jex.Jaxpr]) -> float:
                 dtype: Any = getattr(v.aval, "dtype", bool)  # of what has none, such as a token
                 if jnp.issubdtype(dtype, jnp.inexact):
                     yield float(jnp.finfo(dtype).eps)
-            for body in map(_body, equation.params.values()):
-                if body is not None:
-                    yield from epsilons(body)
+            for body in bodies(equation):
+                yield from epsilons(body)
 
     found = (eps for jaxpr in jaxprs for eps in epsilons(jaxpr))
     return max(found, default=float(jnp.finfo(jnp.float32).eps))

@@ -40,7 +40,7 @@ def check_derivatives(model: FlatModel) -> None:
     for equation in reversed(model.jaxpr.eqns):
         operands = _differentiated(model, equation.invars)
         results = [v for v in equation.outvars if v in needed]
-        if not operands or not equation.outvars:
+        if not operands or not equation.outvars or model.is_collective(equation):
             continue
         key = _key(equation, operands, results)
         if not is_differentiable(equation) and key not in checked:

@@ -106,7 +106,8 @@ def live_equations(jaxpr: jex.Jaxpr, with_effects: bool = False) -> list[Equatio
     needed: set[Var] = set(variables(jaxpr.outvars))
     live: list[Equation] = []
     for equation in reversed(jaxpr.eqns):
-        if needed.intersection(equation.outvars) or (with_effects and equation.effects):
+        acts = with_effects and len(equation.effects) > len(axis_names(equation))
+        if needed.intersection(equation.outvars) or acts:
             live.append(equation)
             needed.update(variables(equation.invars))
     return live[::-1]
@@ -129,6 +130,21 @@ def readers_of(jaxpr: jex.Jaxpr) -> dict[Var, list[Equation | None]]:
 def size(variable: Var) -> int:
     """The number of entries of a value, for one example."""
     return int(variable.aval.size)
+
+
+def axis_names(equation: Equation) -> set[Any]:
+    """The named axes that an equation's collectives go over, those inside of it included."""
+    # The class of these effects is not public.
+    return {e.name for e in equation.effects if type(e).__name__ == "NamedAxisEffect"}
+
+
+def bodies(equation: Equation) -> list[jex.Jaxpr]:
+    """The jaxprs that an equation holds: of a call, a loop, or branches."""
+    values: list[Any] = []
+    for value in equation.params.values():
+        values += value if isinstance(value, (tuple, list)) else [value]
+    inner = [getattr(value, "jaxpr", value) for value in values]
+    return [body for body in inner if isinstance(body, jex.Jaxpr)]
 
 
 def is_complex(atom: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,15 @@ import jax.numpy as jnp
 
 from kfgn.base.devices import vary_shapes, varying_axes
 from kfgn.base.errors import ModelError, ParameterError
-from kfgn.base.trees import named_leaves, path_name
+from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import PyTree
+from kfgn.model.auxiliary import Aux
 from kfgn.model.equations import (
     Equation,
     Role,
     Var,
     abstract,
+    axis_names,
     is_differentiated,
     joined,
     live_equations,
@@ -32,6 +34,7 @@ from kfgn.model.equations import (
     variables,
 )
 from kfgn.model.inline import Value, inline
+from kfgn.model.statistics import Axis, check_collectives, is_alike, trace
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,6 +48,8 @@ class FlatModel:
     outputs: tuple[Any, ...]  # variables or literals
     output_tree: Any
     roles: dict[Var, Role]
+    axis_name: Hashable | None = None  # of examples
+    aux: Aux | None = None
 
     # Further annotations, each made once.
 
@@ -52,6 +57,34 @@ class FlatModel:
     def places(self) -> dict[int, int]:
         """Where each equation stands, by its id."""
         return {id(equation): k for k, equation in enumerate(self.jaxpr.eqns)}
+
+    @property
+    def equations(self) -> list[Equation]:
+        """Those that the outputs depend on, then those of aux alone."""
+        return [*self.jaxpr.eqns, *(self.aux.equations if self.aux else ())]
+
+    @functools.cached_property
+    def statistics(self) -> list[Var]:
+        """What collectives over the axis of examples make, for the outputs."""
+        equations = filter(self.is_collective, self.jaxpr.eqns)
+        return [v for equation in equations for v in equation.outvars]
+
+    def is_collective(self, equation: Equation) -> bool:
+        """Whether an equation looks at other examples."""
+        return self.axis_name is not None and self.axis_name in axis_names(equation)
+
+    @functools.cached_property
+    def varying(self) -> set[Var]:
+        """The values that differ from example to example."""
+        found = set(self.inputs)
+        for equation in self.equations:
+            if self.is_collective(equation):
+                varies = not is_alike(equation)
+            else:
+                varies = not found.isdisjoint(variables(equation.invars))
+            if varies:
+                found.update(equation.outvars)
+        return found
 
     @functools.cached_property
     def readers(self) -> dict[Var, list[Equation | None]]:
@@ -73,9 +106,16 @@ class FlatModel:
 
 
 def flatten_model(
-    model: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+    model: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    axis: Axis | None = None,
+    aux_axes: Sequence[int | None] | None = None,
 ) -> FlatModel:
     """Traces `model` on one example of `inputs` (arrays or shapes) and inlines calls.
+
+    It runs under `axis`, the axis of examples. With `aux_axes`, the axis of the batch in
+    each leaf of aux, it returns `(outputs, aux)`.
 
     Raises:
       ModelError: the model fails on a batch of one, or loses the batch axis.
@@ -90,7 +130,14 @@ def flatten_model(
     shapes, example = vary_shapes((shapes, example), axes)
 
     def single(params: PyTree, example: PyTree) -> PyTree:
-        outputs = _call(model, params, jax.tree.map(lambda a: a[None], example))
+        outputs, aux = call_model(model, params, batch_of(example)), None
+        if aux_axes is not None:
+            outputs, aux = outputs
+            leaves, tree = jax.tree.flatten(aux)
+            pairs = zip(leaves, aux_axes, strict=True)
+            aux = jax.tree.unflatten(
+                tree, [x if k is None else jnp.squeeze(x, k) for x, k in pairs]
+            )
         if not jax.tree.leaves(outputs):
             raise ModelError("the model returned no outputs; expected arrays `[batch, ...]`")
         for path, leaf in jax.tree_util.tree_flatten_with_path(outputs)[0]:
@@ -98,16 +145,17 @@ def flatten_model(
                 name = f"output {path_name(path)!r}" if path else "the output"
                 raise ModelError(
                     f"{name} of the model has dtype {jnp.result_type(leaf)}; expected "
-                    "floating-point outputs, which have a derivative: leave labels out."
+                    "floating-point outputs, which have a derivative: leave labels out, or return "
+                    "(outputs, aux) with kfgn.Objective(..., has_aux=True)."
                 )
             if jnp.ndim(leaf) == 0 or leaf.shape[0] != 1:
                 raise ModelError(
                     f"on a batch of one example the model returned an output of shape "
                     f"{jnp.shape(leaf)}; expected a leading batch axis of 1."
                 )
-        return jax.tree.map(lambda a: a[0], outputs)
+        return first_of(outputs), aux
 
-    closed, out = jax.make_jaxpr(single, return_shape=True)(shapes, example)
+    closed, (out, aux) = trace(single, axis, shapes, example)
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in closed.jaxpr.invars]
     names = list(leaves)
 
@@ -115,13 +163,25 @@ def flatten_model(
         roles = [Role.PARAMETER if k < len(names) else Role.PASSIVE for k in range(len(args))]
         return [v.array for v in inline(closed, list(map(Value, args, roles)))]
 
-    flat = jax.make_jaxpr(inlined)(*vary_shapes(avals, axes))
+    flat, _ = trace(inlined, axis, *vary_shapes(avals, axes))
     invars = flat.jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])
     jaxpr = flat.jaxpr.replace(eqns=live_equations(flat.jaxpr, with_effects=True))
-    roles = _roles(jaxpr, parameters.values(), data)
-    jaxpr = jaxpr.replace(eqns=_reassociated(jaxpr, roles))
+    axis_name = axis[0] if axis else None
+    roles = _roles(jaxpr, parameters.values(), data, axis_name=axis_name)
+    whole = jaxpr.replace(eqns=_reassociated(jaxpr, roles))
+    count = len(jax.tree.leaves(out))
+    jaxpr = whole.replace(outvars=whole.outvars[:count])
+    jaxpr = jaxpr.replace(eqns=live_equations(jaxpr, with_effects=True))
+    inside = set(map(id, jaxpr.eqns))
+    beside = tuple(e for e in whole.eqns if id(e) not in inside)
+    roles = _roles(whole, parameters.values(), data, axis_name=axis_name)
+    check_collectives(whole.eqns, axis_name, roles)
+    beside_outputs = None
+    if aux_axes is not None:
+        atoms = tuple(whole.outvars[count:])
+        beside_outputs = Aux(jax.tree.structure(aux), atoms, tuple(aux_axes), beside)
     return FlatModel(
         jaxpr=jaxpr,
         constants=dict(zip(jaxpr.constvars, flat.consts, strict=True)),
@@ -129,20 +189,31 @@ def flatten_model(
         inputs=data,
         outputs=tuple(jaxpr.outvars),
         output_tree=jax.tree.structure(out),
-        roles=_roles(jaxpr, parameters.values(), data),
+        roles=roles,
+        axis_name=axis_name,
+        aux=beside_outputs,
     )
 
 
-def _call(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:
+_NNX = (
+    "A model of flax's nnx changes its state when it is called, and has to be made anew for that: "
+    "nnx.merge(graphdef, params, rest, copy=True)(inputs).\n"
+)
+
+
+def call_model(model: Callable, params: PyTree, inputs: PyTree) -> PyTree:
     """The model's outputs; what goes wrong in it is told with the shapes it was given."""
     try:
         return model(params, inputs)
+    except ModelError:
+        raise
     except Exception as error:
+        stale = type(error).__name__ == "TraceContextError"
         raise ModelError(
-            f"the model failed with {type(error).__name__}: {error}\nIt was called as "
-            f"model(params, inputs) on a batch of one example, with params {_shapes(params)} and "
-            f"inputs {_shapes(inputs)}; check that they are the ones it was written for (for a "
-            "flax module pass model.apply)."
+            f"the model failed with {type(error).__name__}: {error}\n{_NNX * stale}It was called "
+            "as model(params, inputs) on a batch of one example, with params "
+            f"{_shapes(params)} and inputs {_shapes(inputs)}; check that they are the ones it was "
+            "written for (for a flax module pass model.apply)."
         ) from error
 
 
@@ -231,7 +302,8 @@ def _check_parameters(leaves: dict[str, Any]) -> None:
 def with_roles(model: FlatModel, passive: Iterable[Var], active: Iterable[Var] = ()) -> FlatModel:
     """The model with some constants seen as data, and some parameters as values to go through."""
     forced = {**dict.fromkeys(passive, Role.PASSIVE), **dict.fromkeys(active, Role.ACTIVE)}
-    roles = _roles(model.jaxpr, model.parameters.values(), model.inputs, forced)
+    whole = model.jaxpr.replace(eqns=model.equations)
+    roles = _roles(whole, model.parameters.values(), model.inputs, forced, model.axis_name)
     return dataclasses.replace(model, roles=roles)
 
 
@@ -240,6 +312,7 @@ def _roles(
     parameters: Iterable[Var],
     inputs: Iterable[Var],
     forced: dict[Var, Role] | None = None,
+    axis_name: Hashable | None = None,
 ) -> dict[Var, Role]:
     forced = forced or {}
     roles = dict.fromkeys(jaxpr.constvars, Role.CONSTANT)
@@ -253,6 +326,8 @@ def _roles(
             # `state @ W` is the same kind of use at every step. It is always
             # correct to treat a constant as data.
             role = Role.PASSIVE
+        if axis_name in axis_names(equation):
+            role = Role.PASSIVE  # statistics, which are constants, as data are
         for out in equation.outvars:
             roles[out] = forced.get(out, _without_derivative(role, equation, out))
     return roles

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -12,20 +13,23 @@ import numpy as np
 
 from kfgn.base.devices import refuse_explicit_axes, varying_axes
 from kfgn.base.errors import OptionError
+from kfgn.base.linalg import count_of
+from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
+from kfgn.model.auxiliary import batch_axes, per_example_axes
 from kfgn.model.clusters import is_active
 from kfgn.model.differentiability import check_derivatives
 from kfgn.model.equations import Equation, Role, Var, evaluate, read, variables
 from kfgn.model.find_layers import find_layers
 from kfgn.model.find_uses import constant_states
-from kfgn.model.flat_model import FlatModel, flatten_model, with_roles
-from kfgn.model.independence import check_independent
+from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
 from kfgn.model.layer import Layer
 from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import REGISTERED
+from kfgn.model.statistics import check_examples
 from kfgn.objective.objective import Objective
 
 
@@ -53,8 +57,7 @@ class Graph:
         """The values that are the same for every example."""
         env = dict(self.model.constants)
         env.update({v: params[name] for name, v in self.model.parameters.items()})
-        equations = self.model.jaxpr.eqns
-        evaluate([e for e in equations if self._is_shared(e) and e.outvars], env)
+        evaluate([e for e in self.model.equations if self._is_shared(e) and e.outvars], env)
         return env
 
     def forward(
@@ -62,7 +65,10 @@ class Graph:
         params: dict[str, Array],
         inputs: PyTree,
         probes: dict[str, Array] | None = None,
-        keep: Iterable[Var] = (),
+        keep: Iterable[Any] = (),
+        *,
+        statistics: list[Array] | None = None,
+        exact: bool = False,
     ) -> tuple[PyTree, list[Array]]:
         """The outputs of a batch and the values of `keep`, each with a leading `N`.
 
@@ -70,24 +76,48 @@ class Graph:
         is the gradient there. Effects such as `jax.debug.print` run here, once
         for each example, as under `jax.vmap`; nothing else that is made of the
         graph repeats them.
+
+        Statistics of the batch are those of these examples, or are given, `[N, ...]` in
+        the order of `model.statistics`. They have a derivative if `exact`: effects have
+        then run before.
         """
+        model = self.model
         shared = self.shared_values(params)
         use_of = {use.output: name for name, use in self.uses.items()}
         keep = list(keep)
+        with_aux = model.aux and not set(variables(keep)).isdisjoint(variables(model.aux.atoms))
+        equations = model.equations if with_aux else model.jaxpr.eqns
+        equations = [e for e in equations if not (self._is_shared(e) and e.outvars)]
+        if exact:
+            equations = [e for e in equations if e.outvars]
+        if statistics is not None:
+            equations = [e for e in equations if not model.is_collective(e)]
 
-        def one(leaves: list[Array], probes: dict[str, Array]) -> tuple[list[Array], list[Array]]:
-            env = {**shared, **dict(zip(self.model.inputs, leaves, strict=True))}
-            for equation in self.model.jaxpr.eqns:
-                if self._is_shared(equation) and equation.outvars:
-                    continue
+        def one(leaves: list[Array], probes: dict[str, Array], given: list[Array]) -> Any:
+            env = {**shared, **dict(zip(model.inputs, leaves, strict=True))}
+            env |= zip(model.statistics, given, strict=bool(given))
+            for equation in equations:
                 evaluate([equation], env)
                 for v in equation.outvars:
                     if probes and use_of.get(v) in probes:
                         env[v] = env[v] + probes[use_of[v]]
-            return [read(env, v) for v in self.model.outputs], [env[v] for v in keep]
+                    if model.is_collective(equation) and not exact:
+                        env[v] = jax.lax.stop_gradient(env[v])
+            return [read(env, v) for v in model.outputs], [read(env, v) for v in keep]
 
-        outputs, kept = jax.vmap(one)(jax.tree.leaves(inputs), probes or {})
-        return jax.tree.unflatten(self.model.output_tree, outputs), kept
+        run = jax.vmap(one, axis_name=model.axis_name)
+        outputs, kept = run(jax.tree.leaves(inputs), probes or {}, statistics or [])
+        return jax.tree.unflatten(model.output_tree, outputs), kept
+
+    @functools.cached_property
+    def held(self) -> Callable[[PyTree, tuple[PyTree, list[Array]]], PyTree]:
+        """The model as a function of `(params, (inputs, statistics))`."""
+
+        def model(params: PyTree, inputs: tuple[PyTree, list[Array]]) -> PyTree:
+            data, statistics = inputs
+            return self.forward(named_leaves(params), data, statistics=statistics)[0]
+
+        return model
 
     def probes(self, count: int) -> dict[str, Array]:
         """Zero probes for `count` examples."""
@@ -102,6 +132,8 @@ class Graph:
 
     def _is_shared(self, equation: Equation) -> bool:
         roles = self.model.roles
+        if self.model.is_collective(equation):
+            return False
         return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
 
 
@@ -127,7 +159,9 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
             "with kfgn.Objective(model, loss)."
         )
     refuse_explicit_axes(params, inputs)
-    kept, signature = _kept.setdefault(objective, {}), _signature(params, inputs, exact)
+    kept = _kept.setdefault(objective, {})
+    count = count_of(inputs) if objective.axis_name is not None else None
+    signature = count, *_signature(params, inputs, exact)
     if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
         return kept[signature]
     graph = _read(objective, params, inputs, exact)
@@ -163,8 +197,18 @@ _SETTINGS = (
 
 
 def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> Graph:
-    model = flatten_model(objective.model, params, inputs)
-    check_independent(objective.model, params, inputs)
+    axis, axes = None, None
+    if objective.axis_name is not None:
+        axis = objective.axis_name, count_of(inputs)
+    if objective.has_aux:
+        axes = batch_axes(functools.partial(call_model, objective.run), axis, params, inputs)
+    run = objective.run if objective.has_aux else objective.model
+    model = flatten_model(run, params, inputs, axis, axes)
+    if model.aux:
+        known = per_example_axes(objective, params, inputs, model.aux.axes)
+        model = dataclasses.replace(model, aux=model.aux._replace(axes=known))
+    else:
+        check_examples(objective, params, inputs)
     sources = find_sources(model)
     states = constant_states(model, sources)
     if states:

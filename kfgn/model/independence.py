@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +55,11 @@ _passed: dict[int, tuple[weakref.ref, set[Any]]] = {}
 
 
 def check_independent(
-    model: Callable[[PyTree, PyTree], PyTree], params: PyTree, inputs: PyTree
+    model: Callable[[PyTree, PyTree], PyTree],
+    params: PyTree,
+    inputs: PyTree,
+    function: Callable[[PyTree, PyTree], PyTree] | None = None,
+    axis_name: Hashable | None = None,
 ) -> None:
     """Raises ModelError if an example's outputs depend on more than the example.
 
@@ -68,11 +72,14 @@ def check_independent(
       params: its parameters; only their shapes matter (arrays, tracers or
         `jax.ShapeDtypeStruct`).
       inputs: a batch of inputs; only shapes matter, and not the batch's size.
+      function: what of the model is run; None for all of it.
+      axis_name: the axis of examples, whose collectives are constants in `function`.
     """
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
     example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
     leaves, tree = jax.tree.flatten((shapes, example))
-    known, signature = _signatures(model), (tree, tuple((s.shape, s.dtype) for s in leaves))
+    known = _signatures(model)
+    signature = (tree, tuple((s.shape, s.dtype) for s in leaves), axis_name, function is None)
     if signature in known:
         return
     # Made-up values may leave a function's domain, which is no bug to search for, and
@@ -84,7 +91,7 @@ def check_independent(
         jax.transfer_guard("allow"),
         jax.default_matmul_precision("highest"),
     ):
-        found = _dependence(model, shapes, example)
+        found = _dependence(function or model, shapes, example, _STATISTICS[axis_name is None])
     if found is not None:
         raise ModelError(found)
     known.add(signature)
@@ -103,7 +110,7 @@ def _signatures(model: Any) -> set[Any]:
     return signatures
 
 
-def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
+def _dependence(model: Callable, params: PyTree, example: PyTree, remedy: str) -> str | None:
     """What an example's outputs depend on beside it, in words."""
     try:
         programs = {_COUNT: compile_model(model, params, example, _COUNT)}
@@ -119,9 +126,8 @@ def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
         if (found := _influence(trial)) is not None:
             return (
                 f"the examples of a batch are not independent: {found}. kfgn needs a model that "
-                "acts on each example alone: give batch normalization frozen statistics "
-                "(use_running_average=True, or eval() in nnx), and make other operations act "
-                "within an example."
+                f"acts on each example alone: {remedy}, and make other operations act within an "
+                "example."
             )
     tolerance = coarsest(p.jaxpr for p in programs.values()) ** 0.5
     seen = [(trial, words) for trial in trials if (words := _difference(trial, tolerance))]
@@ -131,6 +137,15 @@ def _dependence(model: Callable, params: PyTree, example: PyTree) -> str | None:
     trial, found = seen[0]
     return found + _remedy(trial, tolerance, programs[_COUNT])
 
+
+# What to do about statistics of the batch: with an axis of examples, and without.
+_STATISTICS = (
+    "under Objective(axis_name=...) every normalization needs that axis_name, and the model no "
+    "jax.vmap of that name, for kfgn runs it under one, a batch of one example at a time",
+    'give batch normalization an axis, kfgn.Objective(model, loss, axis_name="batch") with '
+    'BatchNorm(..., axis_name="batch") in the model, or frozen statistics '
+    "(use_running_average=True, or eval() in nnx)",
+)
 
 Outputs = dict[str, np.ndarray]
 

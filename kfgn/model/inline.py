@@ -7,7 +7,7 @@ differentiated, and keeps its loops and its rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,13 +26,16 @@ class Value(NamedTuple):
     role: Role
 
 
-def inline(body: Any, arguments: Sequence[Value]) -> list[Value]:
-    """Evaluates a jaxpr, or closed jaxpr, equation by equation, going into calls and loops."""
+def inline(body: Any, arguments: Sequence[Value], bind: Callable = bind) -> list[Value]:
+    """Evaluates a jaxpr, or closed jaxpr, equation by equation, going into calls and loops.
+
+    `bind(equation, arrays)` evaluates what is kept as a single equation.
+    """
     jaxpr, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
     env = {v: Value(c, Role.CONSTANT) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     env.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
-        results = _evaluate(equation, [_value(env, atom) for atom in equation.invars])
+        results = _evaluate(equation, [_value(env, atom) for atom in equation.invars], bind)
         env.update(zip(equation.outvars, results, strict=True))
     return [_value(env, atom) for atom in jaxpr.outvars]
 
@@ -43,10 +46,10 @@ def _value(env: dict[Var, Value], atom: Any) -> Value:
     return env[atom]
 
 
-def _evaluate(equation: Equation, operands: list[Value]) -> list[Value]:
+def _evaluate(equation: Equation, operands: list[Value], bind: Callable) -> list[Value]:
     row = row_of(equation)
     if row.inlined and row.body in equation.params:
-        return inline(equation.params[row.body], operands)
+        return inline(equation.params[row.body], operands, bind)
     name, arrays = equation.primitive.name, [v.array for v in operands]
     if name == "scan" and _differentiated(operands):
         return _unroll(equation, operands)

@@ -6,17 +6,17 @@ f(params) = (1/N) sum_n E(model(params, x_n), y_n) + l2/2 |params|^2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kfgn.base.checks import check_not_negative
+from kfgn.base.checks import check_flag, check_not_negative
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import count_of, factor_dtype, inner
-from kfgn.base.trees import named_leaves, path_name
+from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
 
@@ -31,8 +31,14 @@ class Objective:
       loss: one of `kfgn.losses`; a plain `(outputs, target) -> scalar` function
         of one example is taken through `kfgn.losses.from_function`.
       l2: the weight η of the penalty (appendix C).
+      axis_name: the name of an axis over the examples, for models that take statistics of
+        the batch by `jax.lax.pmean` and the like, as `BatchNorm(axis_name="batch")` does. The
+        model then runs under it on batches of one, as under `jax.vmap`. Value and gradient
+        are exact; in all curvature the statistics count as constants (see `kfgn.model.statistics`).
+      has_aux: whether the model returns `(outputs, aux)`, as in `jax.value_and_grad`; the aux
+        comes back from `kfgn.value_grad_and_curvature`.
 
-    Calling it with `(params, (inputs, targets))` gives the scalar objective.
+    Calling it with `(params, (inputs, targets))` gives the scalar objective, without aux.
 
     Raises:
       OptionError: the model is no function, or l2 is negative or not finite.
@@ -47,6 +53,8 @@ class Objective:
     model: Callable[[PyTree, PyTree], PyTree]
     loss: Loss
     l2: float = 0.0
+    axis_name: Hashable | None = None
+    has_aux: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.model):
@@ -57,6 +65,7 @@ class Objective:
         if not isinstance(self.loss, Loss):
             object.__setattr__(self, "loss", from_function(self.loss))
         check_not_negative("l2", self.l2)
+        check_flag("has_aux", self.has_aux)
 
     def __call__(self, params: PyTree, batch: Batch | None = None) -> Scalar:
         if batch is None:
@@ -70,9 +79,31 @@ class Objective:
     def mean_loss(self, params: PyTree, batch: Batch) -> Scalar:
         """The mean per-example loss over the batch, without the penalty."""
         inputs, targets = check_batch(batch)
-        outputs = self.model(params, inputs)
+        outputs = self.outputs(params, inputs)
         check_outputs(self.loss, outputs, inputs, targets)
         return mean_of(jax.vmap(self.loss)(outputs, targets))
+
+    def outputs(self, params: PyTree, inputs: PyTree) -> PyTree:
+        """The model's outputs on a batch, without aux."""
+        if self.axis_name is None:
+            return self.run(params, inputs)[0]
+
+        def one(example: PyTree) -> PyTree:
+            return first_of(self.run(params, batch_of(example))[0])
+
+        return jax.vmap(one, axis_name=self.axis_name)(inputs)
+
+    def run(self, params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+        """What the model returns where it is called, `(outputs, aux)`; aux is None without."""
+        found = self.model(params, inputs)
+        if not self.has_aux:
+            return found, None
+        if not isinstance(found, (tuple, list)) or len(found) != 2:
+            raise ModelError(
+                "with has_aux=True the model must return a pair (outputs, aux), found a "
+                f"{type(found).__name__}"
+            )
+        return found[0], found[1]
 
     def penalty(self, params: PyTree) -> Scalar:
         """`l2/2 |params|^2`."""
@@ -157,7 +188,7 @@ def require_batch(objective: Objective, params: PyTree, batch: Batch) -> tuple[P
       BatchError, ModelError, LossError: the batch, outputs and loss do not fit.
     """
     inputs, targets = check_batch(batch)
-    outputs = jax.eval_shape(objective.model, params, inputs)
+    outputs = jax.eval_shape(objective.outputs, params, inputs)
     check_outputs(objective.loss, outputs, inputs, targets)
     if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
         with jax.ensure_compile_time_eval():  # also where the batch is a constant of a jit

@@ -1,0 +1,98 @@
+"""What a model returns beside its outputs, and how it comes back for a batch.
+
+A leaf whose shape follows the batch's size along one axis is per example, and has that axis
+of the batch again. Another, such as a new running average, has none where it is the same for
+every example: under an axis of examples a collective makes it so. What remains depends on the
+whole batch in its own way, a mean accuracy for one; it comes from the model called on the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.errors import ModelError
+from kfgn.base.types import Array, PyTree
+from kfgn.model.equations import Equation, Var, abstract
+from kfgn.model.independence import check_independent
+from kfgn.model.statistics import Axis, check_examples, trace
+from kfgn.objective.objective import Objective
+
+
+class Aux(NamedTuple):
+    """The auxiliary values of a model on one example, beside its outputs."""
+
+    tree: Any
+    atoms: tuple[Any, ...]  # variables or literals, by leaf
+    axes: tuple[int | None, ...]  # that of the batch, which the atoms lack
+    equations: tuple[Equation, ...]  # that nothing else needs
+
+    def of_batch(self, kept: list[Array], varying: set[Var], own: PyTree | None) -> PyTree:
+        """The aux of a batch.
+
+        Args:
+          kept: the values of the atoms, `[N, ...]`.
+          varying: those values that differ from example to example.
+          own: the model's aux on the whole batch, for what one example cannot tell; None
+            under an axis of examples, where one example tells it all.
+        """
+        if own is None:
+            found = [
+                x if atom in varying else x[0] for atom, x in zip(self.atoms, kept, strict=True)
+            ]
+        else:
+            found = jax.tree.leaves(own)
+        leaves = [
+            one if axis is None else jnp.moveaxis(x, 0, axis)
+            for one, axis, x in zip(found, self.axes, kept, strict=True)
+        ]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
+def batch_axes(
+    run: Callable, axis: Axis | None, params: PyTree, inputs: PyTree
+) -> list[int | None]:
+    """Along which axis each leaf of aux follows the batch's size, from two sizes of it.
+
+    Args:
+      run: `(params, inputs) -> (outputs, aux)`.
+      axis: under which it runs.
+      params, inputs: arrays or shapes.
+    """
+
+    def shapes(count: int) -> list[tuple[int, ...]]:
+        batch = jax.tree.map(lambda a: abstract(a, (count, *a.shape[1:])), inputs)
+        return [leaf.shape for leaf in jax.tree.leaves(trace(run, axis, params, batch)[1][1])]
+
+    found: list[int | None] = []
+    for one, two in zip(shapes(1), shapes(2), strict=True):
+        moved = [k for k, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
+        follows = len(one) == len(two) and [(one[k], two[k]) for k in moved] == [(1, 2)]
+        found.append(moved[0] if follows else None)
+    return found
+
+
+def per_example_axes(
+    objective: Objective, params: PyTree, inputs: PyTree, axes: tuple[int | None, ...]
+) -> tuple[int | None, ...]:
+    """The axes of those leaves that one example tells, of an objective whose examples are checked.
+
+    Raises:
+      ModelError: the outputs depend on more than the example.
+    """
+    if objective.axis_name is None and any(axis is not None for axis in axes):
+
+        def beside(params: PyTree, inputs: PyTree) -> tuple[PyTree, PyTree]:
+            outputs, aux = objective.run(params, inputs)
+            pairs = zip(jax.tree.leaves(aux), axes, strict=True)
+            return outputs, [jnp.moveaxis(x, axis, 0) for x, axis in pairs if axis is not None]
+
+        with contextlib.suppress(ModelError):
+            check_independent(objective.model, params, inputs, beside)
+            return axes
+    check_examples(objective, params, inputs)
+    return axes if objective.axis_name is not None else (None,) * len(axes)

@@ -1,0 +1,100 @@
+"""Statistics of the batch: what a model computes by collectives over its axis of examples.
+
+With `Objective(model, loss, axis_name="batch")` a model runs on each example under that
+axis, as under `jax.vmap(..., axis_name="batch")`, and `jax.lax.pmean(x, "batch")` there is
+a mean over the batch. Value and gradient see all of it. Curvature is a sum over examples:
+for it the statistics are constants, as the data are, so that an example's outputs o_n have
+the Jacobian `J_n = ∂o_n/∂θ` at fixed statistics. What that leaves out falls as one over the
+number of examples only where the statistics matter little: on a classifier 4-6-3 with one
+normalization of 6 units and 32 examples, the matrix of `kfgn.gauss_newton` is off the exact
+one, with `∂o_n/∂θ` through the statistics, by FIGURE of its norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from kfgn.base.errors import ModelError
+from kfgn.base.types import PyTree
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    axis_names,
+    bind,
+    bodies,
+    is_differentiated,
+    variables,
+)
+from kfgn.model.independence import check_independent
+from kfgn.model.inline import Value, inline
+from kfgn.objective.objective import Objective
+
+#: An axis of examples: its name, and how many there are.
+Axis = tuple[Hashable, int]
+
+# Collectives whose result is the same for every example.
+_ALIKE = {
+    "psum", "psum2", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant",
+}  # fmt: skip
+
+
+def is_alike(equation: Equation) -> bool:
+    """Whether a collective gives every example the same."""
+    groups = equation.params.get("axis_index_groups")
+    return equation.primitive.name in _ALIKE and groups is None
+
+
+def trace(model: Callable, axis: Axis | None, *args: PyTree) -> tuple[jex.ClosedJaxpr, PyTree]:
+    """The jaxpr of a model under its axis of examples, and the shapes of what it returns."""
+    env = [axis] if axis else None
+    return jax.make_jaxpr(model, axis_env=env, return_shape=True)(*args)
+
+
+def with_constant_statistics(model: Callable, axis_name: Hashable) -> Callable:
+    """The model with some constants in the place of its statistics, on batches of any size.
+
+    It acts on each example alone, if nothing but collectives lets the examples meet.
+    """
+
+    def evaluate(equation: Equation, values: Sequence[Any]) -> list[Any]:
+        if axis_name not in axis_names(equation) or bodies(equation):
+            return bind(equation, values)
+        return [jnp.full(v.aval.shape, 0.25, v.aval.dtype) for v in equation.outvars]
+
+    def constant(params: PyTree, inputs: PyTree) -> PyTree:
+        closed, out = trace(model, (axis_name, 3), params, inputs)
+        leaves = jax.tree.leaves((params, inputs))
+        found = inline(closed, [Value(x, Role.CONSTANT) for x in leaves], evaluate)
+        return jax.tree.unflatten(jax.tree.structure(out), [v.array for v in found])
+
+    return constant
+
+
+def check_collectives(equations: Iterable[Equation], axis_name: Hashable, roles: Any) -> None:
+    """Raises ModelError where statistics are hidden inside of what has to be differentiated."""
+    for equation in equations:
+        differentiated = any(is_differentiated(roles[v]) for v in variables(equation.invars))
+        if axis_name in axis_names(equation) and bodies(equation) and differentiated:
+            raise ModelError(
+                f"a collective over axis {axis_name!r} is inside of a {equation.primitive.name!r} "
+                "that depends on parameters: kfgn holds statistics constant in the curvature, and "
+                "finds them outside of branches, unbounded loops and custom derivatives only; "
+                "compute them before it."
+            )
+
+
+def check_examples(objective: Objective, params: PyTree, inputs: PyTree) -> None:
+    """Raises ModelError if an example's outputs depend on others by more than statistics."""
+
+    def function(params: PyTree, inputs: PyTree) -> PyTree:
+        return objective.run(params, inputs)[0]
+
+    name = objective.axis_name
+    if name is not None:
+        function = with_constant_statistics(function, name)
+    check_independent(objective.model, params, inputs, function, name)
