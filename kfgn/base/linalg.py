@@ -53,6 +53,13 @@ def matmul(a: Float[Array, "*S i j"], b: Float[Array, "*S j k"]) -> Float[Array,
     return jnp.matmul(a, b, precision=PRECISION)
 
 
+def weighed(weights: Float[Array, " N"] | None, x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
+    """Every example's part of x times its weight, if there are weights."""
+    if weights is None:
+        return x
+    return weights.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
+
+
 def second_moment(a: Float[Array, "N D"]) -> Float[Array, "D D"]:
     """`a'a / N`, the mean outer product of rows."""
     if a.shape[0] == 1:

@@ -18,7 +18,7 @@ from kfgn.curvature.batch import Curvature
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
-    """The mean of the curvatures of micro-batches at the same params, by their examples.
+    """The mean of the curvatures of micro-batches at the same params, by examples or weights.
 
     Value, gradient, quadratic model and objective are those of the whole
     batch; so are the factors of "kflr", "kfac" and "empirical". Those of
@@ -48,7 +48,7 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
         first.require_equal(other.settings, "curvatures of one average")
 
     examples = total(c.examples for c in curvatures)
-    weights = [c.examples / examples for c in curvatures]
+    weights = [c.examples / jnp.where(examples == 0, 1, examples) for c in curvatures]
     known = [(c.factors, c.value, c.gradient) for c in curvatures]
     factors, value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
     rows = tuple(jax.eval_shape(c.linearized, c.gradient).shape[0] for c in curvatures)

@@ -21,7 +21,7 @@ from kfgn.base.devices import (
     vary_like,
 )
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import inner
+from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.factors import (
@@ -37,7 +37,8 @@ from kfgn.curvature.methods import METHODS, Request, method_of
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
-from kfgn.objective.objective import Objective, check_batch, mean_of, require_objective
+from kfgn.objective.objective import Objective, mean_of, read_batch, require_objective
+from kfgn.objective.weights import importance
 
 
 @jax.tree_util.register_static
@@ -114,7 +115,7 @@ class Curvature(NamedTuple):
     linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
     output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
     displaced: Partial  # direction -> the objective at params + direction
-    examples: Scalar  # how many the batch has, its weight in an average
+    examples: Scalar  # how many the batch has, or the sum of `|w|`: its weight in an average
     settings: CurvatureSettings  # static: what it was made with
 
 
@@ -187,17 +188,19 @@ def value_grad_and_curvature(
         params: PyTree, batch: Batch, *, key: Array | None = None
     ) -> tuple[tuple[Any, PyTree], Curvature]:
         chosen.check_key(key)
-        inputs, targets = check_batch(batch)
+        inputs, targets = read_batch(objective, batch, axis_name)
         graph = build_graph(objective, params, inputs)
         if unassigned == "raise":
             require_blocks(graph.reasons)
         params, inputs, targets = vary_like((params, inputs, targets), (params, batch))
         model = linearize(graph, objective, params, inputs, targets, chosen.probes)
-        moments = chosen.moments(Request(model, samples, sharing, spatial, key, axis_name))
+        weights = importance(targets, axis_name)
+        request = Request(model, samples, sharing, spatial, key, axis_name, weights)
+        moments = chosen.moments(request)
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
             values = {n: model.values[use.input] for n, use in layer.uses.items()}
-            activation = activation_moments(layer, values, sharing, model.dtype)
+            activation = activation_moments(layer, values, sharing, model.dtype, weights)
             both = mean_over_devices((activation, moments[name]), axis_name)
             factors[name] = assemble(layer, *both)
         if unassigned == "diagonal" and graph.reasons:
@@ -210,15 +213,24 @@ def value_grad_and_curvature(
             value,
             gradient,
             push,
-            Partial(_OutputProduct(objective.loss, axis_name), *pushed),
+            Partial(_OutputProduct(model.loss, axis_name), *pushed),
             Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
-            jnp.asarray(count_over_devices(model.examples, axis_name), value.dtype),
+            _examples(objective, batch, axis_name).astype(value.dtype),
             settings,
         )
         first = (value, model.aux) if objective.has_aux else value
         return (first, with_leaves(params, gradient)), curvature
 
     return curvature_fn
+
+
+def _examples(objective: Objective, batch: Batch, axis_name: AxisName | None) -> Scalar:
+    """What a batch's mean is over."""
+    inputs, _, *weights = batch
+    if objective.mean_over == "examples" or not weights or weights[0] is None:
+        return jnp.asarray(count_over_devices(count_of(inputs), axis_name))
+    size = jnp.sum(jnp.abs(jnp.asarray(weights[0])), dtype=factor_dtype(weights[0].dtype))
+    return size if axis_name is None else jax.lax.psum(size, axis_name)
 
 
 def check_unassigned(unassigned: str) -> None:

@@ -22,7 +22,14 @@ import numpy as np
 from jaxtyping import Float
 
 from kfgn.base.devices import vary_like
-from kfgn.base.linalg import PRECISION, cross_moment, matmul, sum_over_examples, total
+from kfgn.base.linalg import (
+    PRECISION,
+    cross_moment,
+    matmul,
+    sum_over_examples,
+    total,
+    weighed,
+)
 from kfgn.base.types import Array
 from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
 from kfgn.curvature.recursion import Frontier, Walk, output_spans
@@ -101,7 +108,7 @@ def walk_channels(
                 omega = jnp.zeros((layout[output].channels,) * 2, output_hessian.dtype)
             result[name_of[node.use]] = layout[output], omega
         if node.inputs and live:
-            frontier.pop(node, Homogeneous(node, walk.shared, walk.values, layout), live)
+            frontier.pop(node, Homogeneous(node, walk, layout), live)
         else:
             frontier.drop(node.outputs)
     return result
@@ -117,8 +124,10 @@ class Homogeneous:
     fixed, so that results can be repeated.
     """
 
-    def __init__(self, node: Node, shared: Values, values: Values, layout: dict[Var, Layout]):
-        self.node, self.shared, self.values, self.layout = node, shared, values, layout
+    def __init__(self, node: Node, walk: Walk, layout: dict[Var, Layout]):
+        self.node, self.shared, self.values, self.layout = node, walk.shared, walk.values, layout
+        self.importance = walk.importance
+        self.roots = None if walk.importance is None else jnp.sqrt(walk.importance)
         self._slopes: dict[tuple[Var, Var], Array] = {}
         if node.kind == "elementwise" and self._same_layout():
             self._slopes = self._elementwise_slopes()
@@ -134,7 +143,11 @@ class Homogeneous:
         if self.layout[o].positions != self.layout[i].positions:
             return None
         if self._slopes:
-            return jnp.mean(self._slopes[o, i], axis=0).astype(block.dtype)[:, None] * block
+            slopes = self._slopes[o, i]
+            if self.roots is not None:
+                slopes = weighed(self.roots, slopes.reshape(self.roots.size, -1))
+            mean = jnp.mean(slopes.reshape(-1, len(block)), axis=0)
+            return mean.astype(block.dtype)[:, None] * block
         use = self.node.use
         rule = use.form.channels if use is not None else None
         if use is not None and rule is not None and rule.left is not None:
@@ -177,9 +190,8 @@ class Homogeneous:
         for k, i in enumerate(self.node.inputs):
             for o, slope in zip(self.node.outputs, along_ones(batched, inputs, k), strict=True):
                 entries = self.layout[i].entries
-                slopes[o, i] = slope.reshape(slope.shape[0], -1)[:, entries].reshape(
-                    -1, entries.shape[1]
-                )
+                rows = weighed(self.roots, slope.reshape(slope.shape[0], -1))
+                slopes[o, i] = rows[:, entries].reshape(-1, entries.shape[1])
         return slopes
 
     def _slope(self, o: Var, i: Var, block: Array) -> Array:
@@ -219,11 +231,13 @@ class Homogeneous:
             }
             return contribution(signs, rows)
 
-        def summed(arguments: list[Array]) -> Array:
-            return jnp.sum(jax.vmap(one)(arguments), axis=0)
+        def summed(given: tuple[list[Array], Array | None]) -> Array:
+            arguments, importance = given
+            return jnp.sum(weighed(importance, jax.vmap(one)(arguments)), axis=0)
 
         each = sum(self.layout[o].channels for o in node.outputs) * sum(map(size, wanted))
-        return sum_over_examples(summed, [*signs, *values], 8 * each) / count
+        given = ([*signs, *values], None if same else self.importance)
+        return sum_over_examples(summed, given, 8 * each) / count
 
     def _pull_channels(self, pull: Callable, signs: Signs, o: Var, i: Var) -> Array:
         position = self.node.inputs.index(i)

@@ -28,6 +28,7 @@ from kfgn.base.linalg import (
     sum_of_examples,
     sum_over_examples,
     total,
+    weighed,
 )
 from kfgn.base.trees import batch_of, first_of
 from kfgn.base.types import Array, PyTree
@@ -83,18 +84,25 @@ def check_sharing(sharing: str) -> None:
     check_choice("sharing", sharing, ("expand", "reduce"))
 
 
-def activation_moments(layer: Layer, values: dict[str, Array], sharing: str, dtype: Any) -> Moments:
-    """Q, from the data operand `[N, ...]` of every use by its name."""
+def activation_moments(
+    layer: Layer,
+    values: dict[str, Array],
+    sharing: str,
+    dtype: Any,
+    importance: Float[Array, " N"] | None = None,
+) -> Moments:
+    """Q, from the data operand `[N, ...]` of every use by its name, weighed by `importance`."""
     if layer.indexed:
-        return Moments(
-            _stacked(layer, [_counts(layer, slot, values, dtype) for slot in _slots(layer)])
-        )
+        counts = [_counts(layer, slot, values, dtype, importance) for slot in _slots(layer)]
+        return Moments(_stacked(layer, counts))
+    roots = None if importance is None else jnp.sqrt(importance)
 
     def of(slot: dict[str, Use]) -> Array:
         if _sharing(layer, sharing) == "reduce":
             count = sum(use.form.positions for use in slot.values())
-            return _moment(total(_pooled(u, values[n], dtype) for n, u in slot.items()) / count)
-        return total(_in_chunks(use, values[name], dtype) for name, use in slot.items())
+            pooled = total(_pooled(u, values[n], dtype) for n, u in slot.items())
+            return _moment(weighed(roots, pooled / count))
+        return total(_in_chunks(use, values[name], dtype, roots) for name, use in slot.items())
 
     return _of_both(layer, of)
 
@@ -252,15 +260,20 @@ def _bytes_each(use: Use, dtype: Any) -> int:
     return form.groups * form.positions * use.width * jnp.dtype(dtype).itemsize
 
 
-def _in_chunks(use: Use, values: Array, dtype: Any) -> Float[Array, "s d d"]:
-    """The second moment of a use's inputs."""
+def _in_chunks(
+    use: Use, values: Array, dtype: Any, roots: Float[Array, " N"] | None
+) -> Float[Array, "s d d"]:
+    """The second moment of a use's inputs, with roots of weights if there are any."""
 
-    def summed(chunk: list[Array]) -> Array:
-        return _moment(use.activations(chunk[0], dtype)) * chunk[0].shape[0]
+    def moment(chunk: tuple[Array, Array | None]) -> Array:
+        return _moment(weighed(chunk[1], use.activations(chunk[0], dtype)))
+
+    def summed(chunk: tuple[Array, Array | None]) -> Array:
+        return moment(chunk) * chunk[0].shape[0]
 
     if use.form.positions == 1:  # no larger than the data
-        return _moment(use.activations(values, dtype))
-    return sum_over_examples(summed, [values], _bytes_each(use, dtype)) / values.shape[0]
+        return moment((values, roots))
+    return sum_over_examples(summed, (values, roots), _bytes_each(use, dtype)) / values.shape[0]
 
 
 def _pooled(use: Use, values: Array, dtype: Any) -> Float[Array, "N s 1 d"]:
@@ -273,7 +286,11 @@ def _pooled(use: Use, values: Array, dtype: Any) -> Float[Array, "N s 1 d"]:
 
 
 def _counts(
-    layer: Layer, slot: dict[str, Use], values: dict[str, Array], dtype: Any
+    layer: Layer,
+    slot: dict[str, Use],
+    values: dict[str, Array],
+    dtype: Any,
+    importance: Float[Array, " N"] | None,
 ) -> Float[Array, "1 d_in"]:
     """How often each row is looked up per example, the diagonal of "expand"'s Q."""
     if _is_one_row(layer):  # "reduce", whose G has the factor in it
@@ -281,6 +298,6 @@ def _counts(
     counts = jnp.zeros(layer.activation_size, dtype)
     for name, use in slot.items():
         found = use.form.activations(values[name])
-        weight = jnp.asarray(use.kernel.factor**2 / found.shape[0], dtype)
-        counts = counts.at[found.reshape(-1)].add(weight)
+        weight = jnp.full(found.shape, use.kernel.factor**2 / found.shape[0], dtype)
+        counts = counts.at[found.reshape(-1)].add(weighed(importance, weight).reshape(-1))
     return counts[None]

@@ -20,6 +20,7 @@ from kfgn.model.equations import variables
 from kfgn.model.graph import Graph, build_graph
 from kfgn.objective.loss import Loss, flatten_batch
 from kfgn.objective.objective import Objective, check_outputs, require_batch
+from kfgn.objective.weights import loss_of, spread
 
 
 class Linearized(NamedTuple):
@@ -66,16 +67,11 @@ class Linearized(NamedTuple):
         if examples is None or self.examples <= examples:
             probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
             return Partial(_LinearPass(shapes, probes, axes), self.push), self.outputs, self.targets
-        every = self.examples // examples
-
-        def some(tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda a: a[: every * examples : every], tree)
-
-        chosen, held = some((self.inputs, self.statistics))
+        (chosen, held), targets = spread((self.inputs, self.statistics), self.targets, examples)
         outputs, push = jax.linearize(
             lambda p, z: self.graph.forward(p, chosen, z, statistics=held)[0], self.params, {}
         )
-        return Partial(_LinearPass(shapes, (), axes), push), outputs, some(self.targets)
+        return Partial(_LinearPass(shapes, (), axes), push), outputs, targets
 
 
 def linearize(
@@ -95,7 +91,8 @@ def linearize(
     outputs, push, kept = jax.linearize(
         lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
     )
-    check_outputs(objective.loss, outputs, inputs, targets)
+    loss = loss_of(objective.loss, targets)
+    check_outputs(loss, outputs, inputs, targets)
     values = {v: x for v, x in zip(keep, kept, strict=True) if variables([v])}
     statistics = [values[v] for v in read.statistics]
     aux = None
@@ -103,7 +100,7 @@ def linearize(
         alone = None in read.aux.axes and read.axis_name is None
         own = objective.run(params, inputs)[1] if alone else None
         aux = read.aux.of_batch(kept[len(keep) - len(read.aux.atoms) :], read.varying, own)
-    found = graph, leaves, values, outputs, targets, objective.loss, push, probes
+    found = graph, leaves, values, outputs, targets, loss, push, probes
     return Linearized(*found, inputs, statistics, aux)
 
 

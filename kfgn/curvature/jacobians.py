@@ -24,6 +24,7 @@ from kfgn.base.linalg import (
     matmul,
     sum_over_examples,
     total,
+    weighed,
 )
 from kfgn.base.types import Array
 from kfgn.model.equations import Var, is_complex, size
@@ -52,8 +53,10 @@ class Jacobian(Protocol):
         """Per-example gradients at the inputs from those at the outputs, `[N, ...]`."""
 
 
-def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
-    """The node's Jacobian at the given values."""
+def jacobian_of(
+    node: Node, shared: Values, values: Values, importance: Array | None = None
+) -> Jacobian:
+    """The node's Jacobian at the given values, for means that are weighed by `importance`."""
     if any(map(is_complex, node.inputs + node.outputs)):
         raise ModelError(
             "a complex value is used before and after a layer, or is an output: the recursions "
@@ -70,8 +73,8 @@ def jacobian_of(node: Node, shared: Values, values: Values) -> Jacobian:
     if node.kind == "linear":
         return _Linear(node, shared, values)
     if node.kind == "elementwise":
-        return _Elementwise(node, shared, values)
-    return _General(node, shared, values)
+        return _Elementwise(node, shared, values, importance)
+    return _General(node, shared, values, importance)
 
 
 class _Matrix:
@@ -154,13 +157,14 @@ class _Linear(Jacobian):
 class _Elementwise:
     """A diagonal per example: `E[J_i' M J_j] = M * (F_i'F_j / N)`."""
 
-    def __init__(self, node: Node, shared: Values, values: Values):
+    def __init__(self, node: Node, shared: Values, values: Values, importance: Array | None):
         batched = batched_function(node, shared, values)
         inputs = [values[v] for v in node.inputs]
+        self.roots = None if importance is None else jnp.sqrt(importance)
         self.slopes: PairBlocks = {}
         for k, i in enumerate(node.inputs):
             for o, slope in zip(node.outputs, along_ones(batched, inputs, k), strict=True):
-                self.slopes[o, i] = slope.reshape(slope.shape[0], -1)
+                self.slopes[o, i] = weighed(self.roots, slope.reshape(slope.shape[0], -1))
         self.node = node
 
     def _slope(self, o: Var, i: Var, block: Array) -> Array:
@@ -169,7 +173,8 @@ class _Elementwise:
         return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
-        return jnp.mean(self._slope(o, i, block), axis=0)[:, None] * block
+        mean = jnp.mean(weighed(self.roots, self._slope(o, i, block)), axis=0)
+        return mean[:, None] * block
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         return total(
@@ -198,11 +203,11 @@ class _Elementwise:
 class _General(Jacobian):
     """A vector-Jacobian product per example, in chunks of bounded memory."""
 
-    def __init__(self, node: Node, shared: Values, values: Values):
+    def __init__(self, node: Node, shared: Values, values: Values, importance: Array | None):
         self.node = node
         self.function = node.function(shared)
         self.arguments = [values[v] for v in node.inputs + node.passive]
-        self.count = self.arguments[0].shape[0]
+        self.count, self.importance = self.arguments[0].shape[0], importance
         self.rows: _Rows | None = None  # of the one example, where there is one
 
     def _pull(self, arguments: list[Array]) -> Callable:
@@ -216,14 +221,17 @@ class _General(Jacobian):
         def rows(arguments: list[Array]) -> _Rows:
             return _Rows(self.node, self._pull(arguments))
 
-        if self.count == 1:
+        if self.count == 1 and self.importance is None:
             self.rows = self.rows or rows([a[0] for a in self.arguments])
             return of_rows(self.rows)
 
-        def summed(arguments: list[Array]) -> Array:
-            return jnp.sum(jax.vmap(lambda one: of_rows(rows(one)))(arguments), axis=0)
+        def summed(given: tuple[list[Array], Array | None]) -> Array:
+            arguments, importance = given
+            found = jax.vmap(lambda one: of_rows(rows(one)))(arguments)
+            return jnp.sum(weighed(importance, found), axis=0)
 
-        return sum_over_examples(summed, self.arguments, 4 * entries) / self.count
+        given = (self.arguments, self.importance)
+        return sum_over_examples(summed, given, 4 * entries) / self.count
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
         entries = block.shape[1] * (size(o) + size(i))

@@ -32,14 +32,16 @@ from kfgn.curvature.blocks import (
 from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
 from kfgn.model.graph import build_graph
+from kfgn.objective.loss import Loss
 from kfgn.objective.objective import (
     Objective,
-    check_batch,
     check_outputs,
     check_vector,
+    read_batch,
     require_batch,
     require_objective,
 )
+from kfgn.objective.weights import loss_of
 
 REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
 
@@ -71,6 +73,8 @@ class Operator:
     `chunk_size` is the number of examples that are worked on at once; None is all.
     Statistics of the batch count as constants, as in all curvature of kfgn: products with
     the Hessian through them are those of `jax.grad` of the objective.
+    Weights of examples are taken with their sign; each example's matrix has its own, so
+    that the batch's is the mean of them.
 
     Raises:
       OptionError: no objective; in the verbs, an option with a wrong value, or an
@@ -198,7 +202,7 @@ class Operator:
         """
         check_flag("per_example", per_example)
         check_flag("split_bias", split_bias)
-        inputs, _, _ = require_batch(self.objective, params, batch)
+        inputs, targets, _ = require_batch(self.objective, params, batch)
         blocks = blocks_of(build_graph(self.objective, params, inputs))
         linear = self._linear(params, batch)  # one forward pass for all products
 
@@ -208,7 +212,7 @@ class Operator:
                     own = self._linear(params, batch_of(example))
                     return _in_block(own, params, block, matrix)
 
-                return map_examples(one, tuple(batch))
+                return map_examples(one, (inputs, targets))
 
             def mean(matrix: Array) -> Array:
                 return _in_block(linear, params, block, matrix)
@@ -234,7 +238,8 @@ class Operator:
 
     def diagonal_by_parameter(self, params: PyTree, batch: Batch) -> PyTree:
         """The same as a pytree like params, in at least float32."""
-        blocks = blocks_of(build_graph(self.objective, params, check_batch(batch)[0]))
+        inputs, _ = read_batch(self.objective, batch)
+        blocks = blocks_of(build_graph(self.objective, params, inputs))
         found: dict[str, Array] = {}
         for name, values in self.diagonal(params, batch).items():
             found |= blocks[name].from_matrix(values)
@@ -266,13 +271,16 @@ class Operator:
     @verb
     def output(self, params: PyTree, batch: Batch) -> Float[Array, "N K K"]:
         """B: the matrix in each example's outputs."""
-        inputs, targets = check_batch(batch)
+        inputs, targets = read_batch(self.objective, batch)
         outputs = self.objective.outputs(params, inputs)
-        check_outputs(self.objective.loss, outputs, inputs, targets)
+        check_outputs(self._loss(targets), outputs, inputs, targets)
         width, dtype = width_of(outputs), dtype_of((), outputs)
         shape = (count_of(inputs), width, width)
         check_size(f"the {self.of} of the outputs", shape, dtype, REMEDY)
         return jax.vmap(self._matrix)(outputs, targets).astype(dtype)
+
+    def _loss(self, targets: PyTree) -> Loss:
+        return loss_of(self.objective.loss, targets, signed=True)
 
     # What the three differ in; of one example, except for the last two.
 

@@ -42,10 +42,11 @@ from kfgn.model.layer import Layer
 from kfgn.objective.loss import flatten_batch
 from kfgn.objective.objective import (
     Objective,
-    check_batch,
     check_outputs,
+    read_batch,
     require_batch,
 )
+from kfgn.objective.weights import rooted
 
 _ROWS = 16  # rows of a dense Hessian that are worked on at once
 
@@ -56,7 +57,7 @@ class Hessian(Operator):
     of = "Hessian"
 
     def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
-        return self.objective.loss.hessian(outputs, target)
+        return self._loss(target).hessian(outputs, target)
 
     def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
         return prepare(self.objective, params, batch, self._matrix, second_order=True, **options)
@@ -83,8 +84,9 @@ class GaussNewton(Operator):
 
     @verb
     def jacobian(self, params: PyTree, batch: Batch) -> Float[Array, "N K P"]:
-        """J: each example's outputs in all parameters, an example at a time."""
-        inputs, _, outputs = require_batch(self.objective, params, batch)
+        """J: each example's outputs in all parameters, an example at a time, whatever its weight."""
+        _, _, outputs = require_batch(self.objective, params, batch)
+        inputs = jax.tree.map(jnp.asarray, batch[0])
         dtype = dtype_of(params, outputs)
         shape = (count_of(inputs), width_of(outputs), size_of(params))
         check_size("the Jacobian of the outputs", shape, dtype, REMEDY)
@@ -118,22 +120,22 @@ class GaussNewton(Operator):
         return jnp.sum(values > relative * jnp.max(values, initial=0))
 
     def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
-        return self.objective.loss.gauss_newton_hessian(outputs, target)
+        return self._loss(target).gauss_newton_hessian(outputs, target)
 
     def _root(self, outputs: PyTree, target: PyTree) -> Float[Array, "K R"]:
-        """C, with `C C' = B`."""
-        return self.objective.loss.hessian_sqrt(outputs, target)
+        """C, with `C C' = B`, or -B where the weight is negative."""
+        return self._loss(target).hessian_sqrt(outputs, target)
 
     def _times(
         self, outputs: PyTree, target: PyTree, vector: Float[Array, " K"]
     ) -> Float[Array, " K"]:
         """`B vector`."""
-        return self.objective.loss.gauss_newton_product(outputs, target, vector)
+        return self._loss(target).gauss_newton_product(outputs, target, vector)
 
     def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
-        inputs, targets = check_batch(batch)
+        inputs, targets = read_batch(self.objective, batch)
         outputs, push = jax.linearize(lambda p: self.objective.outputs(p, inputs), params)
-        check_outputs(self.objective.loss, outputs, inputs, targets)
+        check_outputs(self._loss(targets), outputs, inputs, targets)
 
         def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
             return jax.vmap(self._times)(outputs, targets, pushed) / count_of(inputs)
@@ -146,7 +148,7 @@ class GaussNewton(Operator):
             matrix = self._matrix(output, example[1]).astype(dtype)
             return matmul(jacobian.T, matmul(matrix, jacobian))
 
-        return mean_of_examples(one, tuple(batch))
+        return mean_of_examples(one, read_batch(self.objective, batch))
 
     def _jacobian(
         self, params: PyTree, example: PyTree, dtype: Any
@@ -179,15 +181,17 @@ class EmpiricalFisher(GaussNewton):
         elsewhere the gradients of `chunk_size` examples are held at once.
         """
         check_chunk_size(chunk_size)
-        inputs, targets = check_batch(batch)
+        inputs, targets = read_batch(self.objective, batch)
         graph, leaves = build_graph(self.objective, params, inputs), named_leaves(params)
         once = {name: layer for name, layer in graph.layers.items() if _used_once(layer)}
         found: dict[str, Array] = {}
         if once:
             model = linearize(graph, self.objective, params, inputs, targets, with_probes=True)
-            _, gradients = model.pull(model.loss.gradients(model.outputs, model.targets))
+            own, sign = rooted(model.targets)
+            _, gradients = model.pull(model.loss.gradients(model.outputs, own))
         for name, layer in once.items():
             rows = jnp.square(gradients[name].reshape(model.examples, -1).astype(model.dtype))
+            rows = rows * jnp.asarray(sign, model.dtype).reshape(-1, 1)
             mean = single_diagonal(layer.first, model.values[layer.first.input], rows)
             found[name] = mean.reshape(layer.matrix_shape)
         inside = {p for layer in once.values() for p in layer.parameters}
@@ -204,25 +208,31 @@ class EmpiricalFisher(GaussNewton):
 
     def _squares(self, params: PyTree, own: dict[str, Array], example: Batch) -> dict[str, Array]:
         """One example's squared gradients of some parameters."""
-        alone = batch_of(example)
+        inputs, target = example
+        target, sign = rooted(target)
+        alone = batch_of((inputs, target))
         gradient = jax.grad(lambda p: self.objective.mean_loss(with_leaves(params, p), alone))(own)
-        return {n: jnp.square(g.astype(factor_dtype(g.dtype))) for n, g in gradient.items()}
+        wide = {n: g.astype(factor_dtype(g.dtype)) for n, g in gradient.items()}
+        return {n: jnp.asarray(sign, g.dtype) * jnp.square(g) for n, g in wide.items()}
 
-    def _gradient(self, outputs: PyTree, target: PyTree) -> Float[Array, " K"]:
-        return self.objective.loss.gradients(*batch_of((outputs, target)))[0]
+    def _gradient(self, outputs: PyTree, target: PyTree) -> tuple[Float[Array, " K"], Scalar]:
+        """The gradient times the root of the weight's size, and the weight's sign."""
+        target, sign = rooted(target)
+        gradient = self._loss(target).gradients(*batch_of((outputs, target)))[0]
+        return gradient, jnp.asarray(sign, gradient.dtype)
 
     def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
-        gradient = self._gradient(outputs, target)
-        return gradient[:, None] * gradient
+        gradient, sign = self._gradient(outputs, target)
+        return sign * gradient[:, None] * gradient
 
     def _root(self, outputs: PyTree, target: PyTree) -> Float[Array, "K 1"]:
-        return self._gradient(outputs, target)[:, None]
+        return self._gradient(outputs, target)[0][:, None]
 
     def _times(
         self, outputs: PyTree, target: PyTree, vector: Float[Array, " K"]
     ) -> Float[Array, " K"]:
-        gradient = self._gradient(outputs, target)
-        return gradient * jnp.sum(gradient * vector.astype(gradient.dtype))
+        gradient, sign = self._gradient(outputs, target)
+        return sign * gradient * jnp.sum(gradient * vector.astype(gradient.dtype))
 
     def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
         return prepare(self.objective, params, batch, None, **options)

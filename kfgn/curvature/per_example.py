@@ -23,7 +23,8 @@ from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
-from kfgn.objective.objective import Objective, check_batch, check_outputs
+from kfgn.objective.objective import Objective, check_outputs, read_batch
+from kfgn.objective.weights import loss_of, rooted
 
 
 class Prepared(NamedTuple):
@@ -60,9 +61,9 @@ def prepare(
       diagonal: as in `walk_back`.
       exact: as in `build_graph`.
     """
-    inputs, targets = check_batch(batch)
+    inputs, targets = read_batch(objective, batch)
     graph = build_graph(objective, params, inputs, exact)
-    leaves, keep, loss = named_leaves(params), needed_values(graph), objective.loss
+    leaves, keep, loss = named_leaves(params), needed_values(graph), loss_of(objective.loss, targets)
     outputs, kept = graph.forward(leaves, inputs, keep=keep)
     check_outputs(loss, outputs, inputs, targets)
     shared = graph.shared_values(leaves)
@@ -78,6 +79,8 @@ def prepare(
 
     def outer(arguments: Any) -> Walked:
         _, example, _, target = batch_of(arguments)
+        target, sign = rooted(target)
+        sign = jnp.asarray(sign, dtype)
 
         def value(own: dict[str, Array], probes: dict[str, Array]) -> Scalar:
             outputs, _ = graph.forward({**leaves, **own}, example, probes)
@@ -87,8 +90,8 @@ def prepare(
         found = jax.grad(value, (0, 1))(own, graph.probes(1))
         free, uses = jax.tree.map(lambda g: g.reshape(-1).astype(dtype), found)
         return Walked(
-            {name: g[:, None] * g for name, g in uses.items()},
-            {(p, q): free[p][:, None] * free[q] for p in free for q in free},
+            {name: sign * g[:, None] * g for name, g in uses.items()},
+            {(p, q): sign * free[p][:, None] * free[q] for p in free for q in free},
         )
 
     order = {v: k for k, v in enumerate(keep)}

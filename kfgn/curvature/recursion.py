@@ -40,6 +40,7 @@ class Walk(NamedTuple):
     shared: dict[Var, Array]  # values that are the same for every example
     values: dict[Var, Array]  # values `[N, ...]` per example, see `needed_values`
     axis_name: AxisName | None = None  # of devices that have further examples
+    importance: Float[Array, " N"] | None = None  # of the examples, of mean 1
 
 
 def needed_values(graph: Graph) -> list[Var]:
@@ -98,7 +99,7 @@ def walk_back(
         if not node.inputs or not (live or any(o in cotangents for o in node.outputs)):
             frontier.drop(node.outputs)
             continue
-        jacobian = jacobian_of(node, walk.shared, walk.values)
+        jacobian = jacobian_of(node, walk.shared, walk.values, walk.importance)
         frontier.pop(node, jacobian, live)
         if output_gradient is not None:
             _pop_gradient(frontier, node, walk, jacobian, cotangents)

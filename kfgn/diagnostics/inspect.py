@@ -20,7 +20,8 @@ from kfgn.model.equations import Equation, size
 from kfgn.model.graph import Graph, Node, build_graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
-from kfgn.objective.objective import Objective, check_batch, require_batch
+from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
+from kfgn.objective.weights import loss_of
 
 
 class Row(NamedTuple):
@@ -125,10 +126,10 @@ def inspect(
     >>> found.rows[0].activation, found.rows[0].flops["kfac"]
     ((3, 3), 104)
     """
-    inputs, targets = check_batch(batch)
-    graph = build_graph(objective, params, inputs)
-    _, _, outputs = require_batch(objective, params, batch)
-    columns = objective.loss.sqrt_columns
+    require_objective(objective)
+    graph = build_graph(objective, params, read_batch(objective, batch)[0])
+    inputs, targets, outputs = require_batch(objective, params, batch)
+    columns = loss_of(objective.loss, targets).sqrt_columns
     root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
     leaves = named_leaves(params)
     dtype = factor_dtype(*(x.dtype for x in (*jax.tree.leaves(outputs), *leaves.values())))

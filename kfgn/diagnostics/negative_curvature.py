@@ -28,10 +28,10 @@ from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.operators import gauss_newton, hessian
-from kfgn.curvature.per_example import prepare
 from kfgn.model.equations import Var, evaluate, read, size
 from kfgn.model.graph import Graph
 from kfgn.objective.objective import Objective, require_objective
+from kfgn.objective.weights import loss_of
 
 Values = dict[Var, Array]
 
@@ -109,9 +109,8 @@ def negative_curvature(
 
     def of_pre_activations(params: PyTree, batch: Batch) -> dict[str, NegativeCurvature]:
         held, batch = hold_statistics(objective, params, batch)
-        loss = objective.loss
-        exact = prepare(held, params, batch, loss.hessian, second_order=True, exact=False)
-        positive = prepare(held, params, batch, loss.gauss_newton_hessian, exact=False)
+        exact = hessian(held)._prepare(params, batch, exact=False)
+        positive = gauss_newton(held)._prepare(params, batch, exact=False)
         own_terms = _example_terms(held, exact.graph, params)
 
         def one(arguments: Any) -> dict[str, NegativeCurvature]:
@@ -175,12 +174,13 @@ def _example_terms(
     objective: Objective, graph: Graph, params: PyTree
 ) -> Callable[[Batch], dict[str, Float[Array, "D D"]]]:
     """`(input, target) -> {use: T}` of one example, in all entries of a use's output."""
-    leaves, loss = named_leaves(params), objective.loss
+    leaves = named_leaves(params)
     shared = graph.shared_values(leaves)
     variables = {name: use.output for name, use in graph.uses.items()}
 
     def terms(example: Batch) -> dict[str, Array]:
         inputs, target = batch_of(example)
+        loss = loss_of(objective.loss, target)
 
         def value(probes: dict[str, Array]) -> tuple[Scalar, PyTree]:
             outputs, _ = graph.forward(leaves, inputs, probes)

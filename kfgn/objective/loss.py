@@ -161,7 +161,12 @@ class Loss:
         diagonals = jax.vmap(self.gauss_newton_diagonal)(outputs, targets)
         if diagonals is not None:
             return jnp.diag(jnp.mean(diagonals, axis=0))
-        return mean_of_examples(lambda one: self.gauss_newton_hessian(*one), (outputs, targets))
+        size = sum(leaf[0].size for leaf in jax.tree.leaves(outputs))
+        return mean_of_examples(
+            lambda one: self.gauss_newton_hessian(*one),
+            (outputs, targets),
+            chunk_size=max(1, 2**20 // size**2),
+        )
 
     def sqrt_columns(self, outputs: Outputs, targets: Any) -> tuple[int, Columns]:
         """The number of columns and `k -> [N, K]`, the k-th column for each example."""

@@ -1,6 +1,6 @@
 """The objective: a model, a per-example loss, and an l2 penalty.
 
-f(params) = (1/N) sum_n E(model(params, x_n), y_n) + l2/2 |params|^2
+f(params) = (1/N) sum_n ω_n E(model(params, x_n), y_n) + l2/2 |params|^2,   ω_n = 1 or `weights`
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kfgn.base.checks import check_flag, check_not_negative
+from kfgn.base.checks import check_choice, check_flag, check_not_negative
+from kfgn.base.devices import AxisName
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
+from kfgn.objective.weights import Weighted, loss_of, weigh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,16 +39,22 @@ class Objective:
         are exact; in all curvature the statistics count as constants (see `kfgn.model.statistics`).
       has_aux: whether the model returns `(outputs, aux)`, as in `jax.value_and_grad`; the aux
         comes back from `kfgn.value_grad_and_curvature`.
+      mean_over: of a weighted batch, `(inputs, targets, weights)`, the mean is
+        `sum_n w_n E_n / sum_n |w_n|`, over "weights", or `sum_n w_n E_n / N`, over "examples".
+        Masks are weights 0 and 1. Factors and the quadratic model have `|w_n|`.
 
     Calling it with `(params, (inputs, targets))` gives the scalar objective, without aux.
 
     Raises:
-      OptionError: the model is no function, or l2 is negative or not finite.
+      OptionError: the model is no function, l2 is negative or not finite, or mean_over unknown.
       BatchError, ModelError, LossError: where it is called, the input does not fit.
 
     >>> import jax.numpy as jnp, kfgn
     >>> objective = kfgn.Objective(lambda p, x: x @ p, kfgn.losses.half_squared_error, l2=0.5)
-    >>> float(objective(jnp.ones((3, 2)), (jnp.ones((4, 3)), jnp.zeros((4, 2)))))
+    >>> params, inputs, targets = jnp.ones((3, 2)), jnp.ones((4, 3)), jnp.zeros((4, 2))
+    >>> float(objective(params, (inputs, targets)))
+    10.5
+    >>> float(objective(params, (inputs.at[3].set(jnp.nan), targets, jnp.array([1, 2, 3, 0]))))
     10.5
     """
 
@@ -55,6 +63,7 @@ class Objective:
     l2: float = 0.0
     axis_name: Hashable | None = None
     has_aux: bool = False
+    mean_over: str = "weights"
 
     def __post_init__(self) -> None:
         if not callable(self.model):
@@ -66,6 +75,7 @@ class Objective:
             object.__setattr__(self, "loss", from_function(self.loss))
         check_not_negative("l2", self.l2)
         check_flag("has_aux", self.has_aux)
+        check_choice("mean_over", self.mean_over, ("weights", "examples"))
 
     def __call__(self, params: PyTree, batch: Batch | None = None) -> Scalar:
         if batch is None:
@@ -78,10 +88,11 @@ class Objective:
 
     def mean_loss(self, params: PyTree, batch: Batch) -> Scalar:
         """The mean per-example loss over the batch, without the penalty."""
-        inputs, targets = check_batch(batch)
+        inputs, targets = read_batch(self, batch)
         outputs = self.outputs(params, inputs)
-        check_outputs(self.loss, outputs, inputs, targets)
-        return mean_of(jax.vmap(self.loss)(outputs, targets))
+        loss = loss_of(self.loss, targets)
+        check_outputs(loss, outputs, inputs, targets)
+        return mean_of(jax.vmap(loss)(outputs, targets))
 
     def outputs(self, params: PyTree, inputs: PyTree) -> PyTree:
         """The model's outputs on a batch, without aux."""
@@ -115,17 +126,23 @@ def mean_of(losses: Float[Array, " N"]) -> Scalar:
     return jnp.mean(losses, dtype=factor_dtype(losses.dtype))
 
 
-def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
-    """Splits a batch into `(inputs, targets)`, checking that all share one leading axis."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+def read_batch(
+    objective: Objective, batch: Any, axis_name: AxisName | None = None
+) -> tuple[PyTree, PyTree]:
+    """The inputs and targets of a batch, whose leaves share one leading axis.
+
+    Those of a weighted batch are `Weighted`; together they are a batch again, with the
+    weights of the whole, of which parts may be taken.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         found = f"a {type(batch).__name__}"
         if isinstance(batch, (tuple, list)):
             found += f" of length {len(batch)}"
         raise BatchError(
-            f"expected batch = (inputs, targets), found {found}; for an autoencoder pass "
-            "(inputs, inputs)"
+            f"expected batch = (inputs, targets) or (inputs, targets, weights), found {found}; "
+            "for an autoencoder pass (inputs, inputs)"
         )
-    inputs, targets = batch
+    inputs, targets, *others = batch
     if not jax.tree.leaves(inputs):
         raise BatchError("the batch has no inputs: expected arrays with a leading batch axis")
     sizes = {}
@@ -146,7 +163,31 @@ def check_batch(batch: Any) -> tuple[PyTree, PyTree]:
         )
     if 0 in sizes.values():
         raise BatchError("the batch is empty: expected at least one example")
-    return inputs, targets
+    if not others or others[0] is None:
+        return inputs, targets
+    _check_weights(others[0], count_of(inputs))
+    return weigh(inputs, targets, others[0], objective.mean_over, axis_name)
+
+
+def _check_weights(weights: Any, count: int) -> None:
+    """Raises BatchError unless there is one finite number for each example."""
+    shape, dtype = getattr(weights, "shape", None), getattr(weights, "dtype", None)
+    numeric = dtype is not None and any(
+        jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+    )
+    if shape != (count,) or not numeric:
+        found = f"a {type(weights).__name__}" if shape is None else f"shape {shape}, dtype {dtype}"
+        raise BatchError(
+            f"weights must be a real array with one number for each of the {count} examples, shape "
+            f"({count},), found {found}; weights of positions belong into the loss, as "
+            "with_options(ignore_index=...) of kfgn.losses or a mask among the targets."
+        )
+    if is_concrete(weights):
+        with jax.ensure_compile_time_eval():
+            bad = ~jnp.isfinite(jnp.asarray(weights))
+            if bool(jnp.any(bad)):
+                index = int(jnp.argmax(bad))
+                raise BatchError(f"weights must be finite, found {weights[index]} at {index}")
 
 
 def check_outputs(loss: Loss, outputs: PyTree, inputs: PyTree, targets: PyTree) -> None:
@@ -187,12 +228,13 @@ def require_batch(objective: Objective, params: PyTree, batch: Batch) -> tuple[P
     Raises:
       BatchError, ModelError, LossError: the batch, outputs and loss do not fit.
     """
-    inputs, targets = check_batch(batch)
+    inputs, targets = read_batch(objective, batch)
     outputs = jax.eval_shape(objective.outputs, params, inputs)
-    check_outputs(objective.loss, outputs, inputs, targets)
+    loss = loss_of(objective.loss, targets)
+    check_outputs(loss, outputs, inputs, targets)
     if all(is_concrete(leaf) for leaf in jax.tree.leaves(targets)):
         with jax.ensure_compile_time_eval():  # also where the batch is a constant of a jit
-            objective.loss.check_targets(outputs, targets)
+            loss.check_targets(outputs, targets)
     return inputs, targets, outputs
 
 

@@ -21,7 +21,7 @@ from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.operators import gauss_newton
 from kfgn.model.graph import build_graph
-from kfgn.objective.objective import Objective, check_batch
+from kfgn.objective.objective import Objective, read_batch
 from kfgn.optimizers.state import Count, Flag
 
 Operator: TypeAlias = Callable[[PyTree], PyTree]
@@ -199,7 +199,7 @@ def block_gauss_newton_direction(
     0.9
     """
     check_not_negative("damping", damping)
-    blocks = blocks_of(build_graph(objective, params, check_batch(batch)[0]))
+    blocks = blocks_of(build_graph(objective, params, read_batch(objective, batch)[0]))
     leaves = named_leaves(gradient)
     found: Named = {}
     residuals: dict[str, Scalar] = {}

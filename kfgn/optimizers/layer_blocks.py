@@ -13,7 +13,7 @@ from kfgn.curvature.batch import Curvature, check_unassigned
 from kfgn.curvature.blocks import Block, LoneParameter
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
-from kfgn.objective.objective import Objective, check_batch, require_batch
+from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,7 +114,8 @@ def find_blocks(
     [('',)]
     """
     check_unassigned(unassigned)
-    graph = build_graph(objective, params, check_batch(batch)[0])
+    require_objective(objective)
+    graph = build_graph(objective, params, read_batch(objective, batch)[0])
     if unassigned == "raise":
         require_blocks(graph.reasons)
     require_batch(objective, params, batch)

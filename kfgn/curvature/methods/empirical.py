@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kfgn.curvature.factors import Moments
 from kfgn.curvature.methods.method import Method, Request, UseCost
+from kfgn.objective.weights import rooted
 
 
 class Empirical(Method):
@@ -13,7 +14,8 @@ class Empirical(Method):
 
     def moments(self, request: Request) -> dict[str, Moments]:
         model = request.model
-        return request.column_moments(model.loss.gradients(model.outputs, model.targets))
+        targets, _ = rooted(model.targets)
+        return request.column_moments(model.loss.gradients(model.outputs, targets))
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.column

@@ -37,7 +37,8 @@ def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:
     graph = model.graph
     hessian = model.loss.mean_hessian(model.outputs, model.targets).astype(model.dtype)
     hessian = vary_like(mean_over_devices(hessian, request.axis_name), model.outputs)
-    walk = Walk(graph, graph.shared_values(model.params), model.values, request.axis_name)
+    shared = graph.shared_values(model.params)
+    walk = Walk(graph, shared, model.values, request.axis_name, request.importance)
     if request.spatial == "homogeneous":
         found = walk_channels(walk, hessian)
         return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}

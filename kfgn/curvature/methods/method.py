@@ -22,6 +22,7 @@ class Request(NamedTuple):
     spatial: str
     key: Array | None
     axis_name: AxisName | None  # of devices that have further examples
+    importance: Float[Array, " N"] | None  # of the examples, where they differ
 
     def column_moments(self, column: Float[Array, "N K"]) -> dict[str, Moments]:
         """The second moments of a cotangent at every layer's pre-activations."""
