@@ -63,7 +63,11 @@ def prepare(
     """
     inputs, targets = read_batch(objective, batch)
     graph = build_graph(objective, params, inputs, exact)
-    leaves, keep, loss = named_leaves(params), needed_values(graph), loss_of(objective.loss, targets)
+    leaves, keep, loss = (
+        named_leaves(params),
+        needed_values(graph),
+        loss_of(objective.loss, targets),
+    )
     outputs, kept = graph.forward(leaves, inputs, keep=keep)
     check_outputs(loss, outputs, inputs, targets)
     shared = graph.shared_values(leaves)

@@ -20,7 +20,7 @@ from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
-from kfgn.objective.weights import Weighted, loss_of, weigh
+from kfgn.objective.weights import loss_of, weigh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

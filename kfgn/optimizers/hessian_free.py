@@ -36,8 +36,8 @@ from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
 from kfgn.optimizers.state import (
     Count,
     Flag,
-    all_finite,
     counter,
+    is_usable,
     keep_if,
     number,
     stay,
@@ -188,7 +188,8 @@ def scale_by_conjugate_gradient(
             progress=progress,
             max_iterations=max_iterations,
         )
-        usable = all_finite((gradient, curvature.value, curvature.gradient, solution.x))
+        read = (gradient, curvature.value, curvature.gradient, solution.x)
+        usable = is_usable(curvature, read)
         ratio, damping, reached = _adapted(rule, state, curvature, solution)
         step = {n: x.astype(gradient[n].dtype) for n, x in solution.x.items()}
         moved = state._replace(

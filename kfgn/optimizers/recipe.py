@@ -29,7 +29,16 @@ from kfgn.optimizers.damping import (
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
-from kfgn.optimizers.state import Count, Flag, all_finite, counter, keep_if, number, zeros_like
+from kfgn.optimizers.state import (
+    Count,
+    Flag,
+    all_finite,
+    counter,
+    is_usable,
+    keep_if,
+    number,
+    zeros_like,
+)
 from kfgn.optimizers.wrappers import by_curvature
 
 
@@ -39,7 +48,7 @@ class ScaleByCurvatureState(NamedTuple):
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
     refused: Count  # steps not taken, as they extrapolate and the objective would rise
-    still: Count  # updates with a gradient of zero, which move neither parameters nor dampings
+    still: Count  # updates with no gradient, or no weights, that move no parameters or dampings
     factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
     factor_damping: Scalar  # γ
@@ -156,7 +165,7 @@ class _Recipe:
         self.preconditioner.blocks.check_seen(gradient, state.factors)
         count = state.count + 1
         new = {name: curvature.factors[name] for name in state.factors}
-        usable = all_finite((gradient, curvature.value, new))
+        usable = is_usable(curvature, (gradient, curvature.value, new))
         # The factors' average, and their damped inverses at γ.
         average = moving_average(state.factors, new, count, self.decay)
         factors = keep_if(usable, average, state.factors)
@@ -187,7 +196,8 @@ class _Recipe:
             momentum=best.momentum,
             reduction_ratio=verdict.ratio,
         )
-        skipped = numbers._replace(skipped=state.skipped + 1)
+        empty = (curvature.examples == 0).astype(jnp.int32)
+        skipped = numbers._replace(skipped=state.skipped + 1 - empty, still=state.still + empty)
         failed = keep_if(usable, self._retreat(skipped), skipped)
         previous = keep_if(usable, step, state.previous) if self.momentum else {}
         state = keep_if(good, advanced, failed)

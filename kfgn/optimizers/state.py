@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, Number, PyTree, Scalar
+from kfgn.curvature.batch import Curvature
 
 Count: TypeAlias = Int[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]
@@ -46,6 +47,11 @@ def all_finite(tree: PyTree) -> Flag:
             leaf = leaf @ jnp.ones((leaf.shape[1], 2), leaf.dtype)
         sums.append(leaf.ravel().astype(jnp.float32))
     return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
+
+
+def is_usable(curvature: Curvature, read: PyTree) -> Flag:
+    """Whether what is read of a batch is finite, and its weights not all zero."""
+    return all_finite(read) & (curvature.examples > 0)
 
 
 def keep_if(condition: Flag, new: PyTree, old: PyTree) -> PyTree:

@@ -27,7 +27,16 @@ from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import best_step, combine, push
-from kfgn.optimizers.state import Count, all_finite, counter, guarded, number, stay, zeros_like
+from kfgn.optimizers.state import (
+    Count,
+    all_finite,
+    counter,
+    guarded,
+    is_usable,
+    number,
+    stay,
+    zeros_like,
+)
 from kfgn.optimizers.wrappers import by_curvature
 
 
@@ -96,7 +105,8 @@ def scale_by_kronecker(
             moved = ScaleByKroneckerState(count, state.skipped, factors, inverses)
             return guarded(all_finite(direction), direction, moved, state)
 
-        return jax.lax.cond(all_finite((gradient, new)), move, lambda: stay(gradient, state))
+        usable = is_usable(curvature, (gradient, new))
+        return jax.lax.cond(usable, move, lambda: stay(gradient, state))
 
     return by_curvature(ScaleByKroneckerState, blocks, init, advance)
 
@@ -153,7 +163,7 @@ def scale_by_quadratic_model(
         moved = ScaleByQuadraticModelState(
             state.skipped, best.step_size, best.momentum, step if momentum else {}
         )
-        return guarded(all_finite((best, step)), step, moved, state)
+        return guarded(is_usable(curvature, (best, step)), step, moved, state)
 
     return by_curvature(ScaleByQuadraticModelState, NO_BLOCKS, init, advance)
 
