@@ -21,7 +21,7 @@ from kfgn.base.devices import (
     vary_like,
 )
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import count_of, factor_dtype, inner
+from kfgn.base.linalg import count_of, inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.factors import (
@@ -38,7 +38,7 @@ from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, mean_of, read_batch, require_objective
-from kfgn.objective.weights import importance
+from kfgn.objective.weights import as_weights, importance
 
 
 @jax.tree_util.register_static
@@ -229,7 +229,7 @@ def _examples(objective: Objective, batch: Batch, axis_name: AxisName | None) ->
     inputs, _, *weights = batch
     if objective.mean_over == "examples" or not weights or weights[0] is None:
         return jnp.asarray(count_over_devices(count_of(inputs), axis_name))
-    size = jnp.sum(jnp.abs(jnp.asarray(weights[0])), dtype=factor_dtype(weights[0].dtype))
+    size = jnp.sum(jnp.abs(as_weights(weights[0])))
     return size if axis_name is None else jax.lax.psum(size, axis_name)
 
 

@@ -84,7 +84,7 @@ class GaussNewton(Operator):
 
     @verb
     def jacobian(self, params: PyTree, batch: Batch) -> Float[Array, "N K P"]:
-        """J: each example's outputs in all parameters, whatever its weight, an example at a time."""
+        """J: each example's outputs in all parameters, an example at a time; no weights."""
         _, _, outputs = require_batch(self.objective, params, batch)
         inputs = jax.tree.map(jnp.asarray, batch[0])
         dtype = dtype_of(params, outputs)

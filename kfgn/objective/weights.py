@@ -42,8 +42,7 @@ def weigh(
     given = jax.tree.leaves((inputs, targets, weights))
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in given):
         return jax.eval_shape(lambda *x: weigh(*x, mean_over, None), inputs, targets, weights)
-    w = jnp.asarray(weights)
-    w = w.astype(factor_dtype(w.dtype))
+    w = as_weights(weights)
     first = jnp.arange(w.size) == jnp.argmax(w != 0)
 
     def filled(leaf: Any) -> Array:
@@ -58,6 +57,11 @@ def weigh(
         w = w / _divisor(mean_over_devices(jnp.mean(jnp.abs(w)), axis_name))
     inputs, targets = jax.tree.map(filled, (inputs, targets))
     return inputs, Weighted(targets, w)
+
+
+def as_weights(weights: Any) -> Float[Array, " N"]:
+    """The weights in JAX's default floating-point type: there may be fewer digits in masks."""
+    return jnp.asarray(weights).astype(jnp.result_type(float))
 
 
 def loss_of(loss: Loss, targets: PyTree, signed: bool = False) -> Loss:
