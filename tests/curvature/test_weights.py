@@ -12,7 +12,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from tests.tables.dense import quick_jit
 
 LOSS = kfgn.losses.softmax_cross_entropy_with_integer_labels
 METHODS = ("kfra", "kflr", "kfac", "empirical")
@@ -61,7 +60,7 @@ def seen(objective, method, batch, params, **options):
     function = kfgn.value_grad_and_curvature(objective, method, **options)
     key = {"key": jax.random.key(3)} if method == "kfac" else {}
 
-    @quick_jit
+    @jax.jit
     def run(params, batch):
         (value, grads), curvature = function(params, batch, **key)
         u, v = (wave(f, curvature.gradient) for f in (jnp.cos, jnp.sin))
@@ -145,7 +144,7 @@ def test_exact_matrices_take_signs(over):
     batch = (inputs, labels, weights)
     flat, unravel = ravel_pytree(params)
 
-    @quick_jit
+    @jax.jit
     def expected(flat):
         def losses(p):
             return jax.vmap(LOSS)(model(unravel(p), inputs), labels)
@@ -173,7 +172,7 @@ def test_exact_matrices_take_signs(over):
     vector = ravel_pytree(jax.tree.map(jnp.cos, params))[0]
     verbs = (kfgn.hessian, kfgn.gauss_newton, kfgn.empirical_fisher)
     for verb, matrix in zip(verbs, expected(flat), strict=True):
-        found = quick_jit(functools.partial(by_verbs, verb(objective)))(params, batch)
+        found = jax.jit(functools.partial(by_verbs, verb(objective)))(params, batch)
         table = matrix[-15:, -15:]  # the last of the leaves
         diagonal = jnp.diag(matrix)
         close(found, (matrix, matrix @ vector, matrix @ vector, diagonal, table, table))
@@ -213,7 +212,7 @@ def test_average_of_weighted_parts_is_the_whole(method):
     objective = kfgn.Objective(model, LOSS, l2=L2)
     function = kfgn.value_grad_and_curvature(objective, method)
 
-    @quick_jit
+    @jax.jit
     def run(params, batch):
         whole = function(params, batch)[1]
         parts = [function(params, part(batch, slice(*e)))[1] for e in ((0, 3), (3, 5), (5, 6))]
@@ -236,5 +235,5 @@ def test_batches_of_batches():
     def factors(weights):
         return function(params, (inputs, labels, weights))[1].factors
 
-    found = quick_jit(jax.vmap(factors))(weights)
-    close(found, jax.tree.map(lambda *x: jnp.stack(x), *map(quick_jit(factors), weights)))
+    found = jax.jit(jax.vmap(factors))(weights)
+    close(found, jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(factors), weights)))

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 import kfgn
-from tests.tables.dense import quick_jit
 
 LOSS = kfgn.losses.softmax_cross_entropy_with_integer_labels
 
@@ -88,7 +87,7 @@ def test_no_weight_moves_nothing(name, l2):
     function = kfgn.value_grad_and_curvature(objective)
     optimizer = OPTIMIZERS[name](objective, params, (x, labels))
 
-    @quick_jit
+    @jax.jit
     def step(params, state, batch):
         (value, grads), curvature = function(params, batch)
         updates, state = optimizer.update(grads, state, params, curvature=curvature)
@@ -125,7 +124,7 @@ def test_training_with_padded_batches_is_that_of_the_batches(alias):
     optimizer = getattr(kfgn, alias)(objective, params, (x[:8], labels[:8]))
     function = kfgn.value_grad_and_curvature(objective, alias)
 
-    @quick_jit
+    @jax.jit
     def step(params, state, batch, key):
         keyed = {"key": key} if alias == "kfac" else {}
         (value, grads), curvature = function(params, batch, **keyed)
@@ -168,7 +167,7 @@ def test_solvers_take_weights():
     minima = [kfgn.solvers.minimize(objective, params, b, max_iterations=5).values for b in both]
     close(*minima, 1e-9, 0)
 
-    @quick_jit
+    @jax.jit
     def solved(params, batch):
         full, block = (
             kfgn.solvers.newton_direction(
