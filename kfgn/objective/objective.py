@@ -166,7 +166,8 @@ def read_batch(
     if not others or others[0] is None:
         return inputs, targets
     _check_weights(others[0], count_of(inputs))
-    return weigh(inputs, targets, others[0], objective.mean_over, axis_name)
+    statistics = objective.axis_name is not None
+    return weigh(inputs, targets, others[0], objective.mean_over, axis_name, statistics)
 
 
 def _check_weights(weights: Any, count: int) -> None:

@@ -33,15 +33,23 @@ class Weighted(NamedTuple):
 
 
 def weigh(
-    inputs: PyTree, targets: PyTree, weights: Array, mean_over: str, axis_name: AxisName | None
+    inputs: PyTree,
+    targets: PyTree,
+    weights: Array,
+    mean_over: str,
+    axis_name: AxisName | None,
+    statistics: bool,
 ) -> tuple[PyTree, Weighted]:
     """The inputs, and the targets with ω; what has weight 0 is replaced by what has not.
 
-    So padding may hold anything, also what makes a model or its derivative NaN.
+    So padding may hold anything, also what makes a model or its derivative NaN. Inputs of
+    which a model takes statistics stay what they are.
     """
     given = jax.tree.leaves((inputs, targets, weights))
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in given):
-        return jax.eval_shape(lambda *x: weigh(*x, mean_over, None), inputs, targets, weights)
+        return jax.eval_shape(
+            lambda *x: weigh(*x, mean_over, None, statistics), inputs, targets, weights
+        )
     w = as_weights(weights)
     first = jnp.arange(w.size) == jnp.argmax(w != 0)
 
@@ -55,8 +63,8 @@ def weigh(
 
     if mean_over == "weights":
         w = w / _divisor(mean_over_devices(jnp.mean(jnp.abs(w)), axis_name))
-    inputs, targets = jax.tree.map(filled, (inputs, targets))
-    return inputs, Weighted(targets, w)
+    inputs = inputs if statistics else jax.tree.map(filled, inputs)
+    return inputs, Weighted(jax.tree.map(filled, targets), w)
 
 
 def as_weights(weights: Any) -> Float[Array, " N"]:
