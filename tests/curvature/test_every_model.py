@@ -31,6 +31,7 @@ EVERY = [*ROWS, *(f"{name} with {loss}" for name, loss in SECOND_LOSS.items())]
 # What is computed in bfloat16 is read like the rest, but not exact.
 EXACT = [name for name in EVERY if "bf16" not in row_of(name).tags]
 every_exact_row = pytest.mark.parametrize("name", EXACT)
+every_exact_model = pytest.mark.parametrize("name", [name for name in EXACT if name in ROWS])
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def test_parameters_round_trip(name):
     assert jax.tree.structure(whole) == jax.tree.structure(case.params)
 
 
-@pytest.mark.parametrize("name", [name for name in EXACT if name in ROWS])
+@every_exact_model
 def test_uses(name):
     """The Jacobian in a kernel is that in the pre-activations times the inputs, over all uses."""
     jacobian = truth(name).jacobian
@@ -109,7 +110,7 @@ def test_blocks(name, kind):
         close(name, ours.reshape(expected.shape), expected)
 
 
-@every_exact_row
+@every_exact_model
 def test_hessian_diagonal(name):
     diagonal = np.diag(truth(name).hessian)
     found = results(name)["hessian_diagonal"]
@@ -130,8 +131,10 @@ def test_unassigned_diagonal(name):
 # Factors.
 
 
-@every_exact_row
-@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("name", "sharing"),
+    [(name, "expand") for name in EXACT] + [(name, "reduce") for name in EXACT if name in ROWS],
+)
 def test_kflr_is_exact(name, sharing):
     """Q and G are what their definitions say, at any number of examples."""
     layers = setting(name).graph.layers

@@ -154,14 +154,18 @@ def results(name: str) -> dict[str, Any]:
 
         (_, gradient), curvature = factors("kflr", batch)
         first = jax.tree.map(lambda a: a[:1], batch)
-        return {
+        found = {
             "gradient": ravel_pytree(gradient)[0],
             "block_hessian": kfgn.hessian(objective).blocks(params, batch),
             "block_gauss_newton": kfgn.gauss_newton(objective).blocks(params, batch),
-            "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
             "expand": curvature.factors,
-            "reduce": factors("kflr", batch, sharing="reduce")[1].factors,
             "kfra_of_one": factors("kfra", first)[1].factors,
+        }
+        if name not in ROWS:  # a second loss goes the same ways to these
+            return found
+        return found | {
+            "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
+            "reduce": factors("kflr", batch, sharing="reduce")[1].factors,
         }
 
     return jax.tree.map(np.asarray, everything(case.params, batch))
