@@ -30,7 +30,7 @@ def factors_of(objective, method, params, batch, **options):
 
 def expected_by_hand(jacobians, matrix):
     """`E[J' M J]` of Jacobians `[N, D_out, D_in]`."""
-    return np.mean(np.einsum("nij,ik,nkl->njl", jacobians, matrix, jacobians), axis=0)
+    return jnp.mean(jnp.einsum("nij,ik,nkl->njl", jacobians, matrix, jacobians), axis=0)
 
 
 @float64
@@ -48,20 +48,24 @@ def test_kfra_is_the_recursion_of_the_paper(model):
     found = factors_of(objective, "kfra", case.params, batch)
     slopes = jax.vmap(jax.jacobian(activation))
 
-    p = case.perturbable()
-    first = dense(p["first"], case.inputs)
-    second = dense(p["second"], activation(first))
-    logits = dense(p["out"], activation(second))
-    outputs = jax.vmap(jax.hessian(LOSSES["one_hot"].reference))(logits, batch[1])
+    @jax.jit
+    def by_hand(p, inputs, targets):
+        first = dense(p["first"], inputs)
+        second = dense(p["second"], activation(first))
+        logits = dense(p["out"], activation(second))
+        outputs = jax.vmap(jax.hessian(LOSSES["one_hot"].reference))(logits, targets)
+        out = jnp.mean(outputs, axis=0)
+        w = p["out"]["w"]
+        middle = expected_by_hand(slopes(second), w @ out @ w.T)
+        w = p["second"]["w"]
+        return {
+            "out": out,
+            "second": middle,
+            "first": expected_by_hand(slopes(first), w @ middle @ w.T),
+        }
 
-    out = np.mean(outputs, axis=0)
-    close(found["out"].pre_activation, out, "out")
-    w = np.asarray(p["out"]["w"])
-    middle = expected_by_hand(np.asarray(slopes(second)), w @ out @ w.T)
-    close(found["second"].pre_activation, middle, "second")
-    w = np.asarray(p["second"]["w"])
-    last = expected_by_hand(np.asarray(slopes(first)), w @ middle @ w.T)
-    close(found["first"].pre_activation, last, "first")
+    for name, expected in by_hand(case.perturbable(), *batch).items():
+        close(found[name].pre_activation, expected, name)
 
 
 @float64

@@ -23,25 +23,39 @@ def check_against_jax(model, params, inputs, unassigned="raise"):
     """Value, gradient, Hessian and Gauss-Newton matrix of the user's own batch function."""
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
 
-    def loss(params):
+    def loss(params, inputs):
         return jnp.sum((model(params, inputs) - Y) ** 2) / 2 / len(Y)
 
-    value, gradient = jax.value_and_grad(loss)(params)
-    flat, unravel = ravel_pytree(params)
-    hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
-    jacobian = jax.jacobian(lambda flat: model(unravel(flat), inputs))(flat).reshape(-1, flat.size)
-    for method in ("kfra", "kflr", "kfac", "empirical"):
-        curvature = kfgn.value_grad_and_curvature(objective, method, unassigned=unassigned)
-        key = {"key": jax.random.key(0)} if method == "kfac" else {}
-        found, _ = curvature(params, (inputs, Y), **key)
+    @jax.jit
+    def truth(params, inputs):
+        flat, unravel = ravel_pytree(params)
+        jacobian = jax.jacobian(lambda flat: model(unravel(flat), inputs))(flat)
+        jacobian = jacobian.reshape(-1, flat.size)
+        return (
+            jax.value_and_grad(loss)(params, inputs),
+            jax.hessian(lambda flat: loss(unravel(flat), inputs))(flat),
+            jacobian.T @ jacobian / len(Y),
+        )
+
+    @jax.jit
+    def ours(params, batch):
+        firsts = []
+        for method in ("kfra", "kflr", "kfac", "empirical"):
+            curvature = kfgn.value_grad_and_curvature(objective, method, unassigned=unassigned)
+            key = {"key": jax.random.key(0)} if method == "kfac" else {}
+            firsts.append(curvature(params, batch, **key)[0])
+        operators = kfgn.hessian(objective), kfgn.gauss_newton(objective)
+        return firsts, [operator.dense(params, batch) for operator in operators]
+
+    (value, gradient), *matrices = truth(params, inputs)
+    firsts, found = ours(params, (inputs, Y))
+    for first in firsts:
         # Roundoff of some ten sums in float32.
-        np.testing.assert_allclose(found[0], value, rtol=1e-6)
-        for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(first[0], value, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(first[1]), jax.tree.leaves(gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    gauss_newton = jacobian.T @ jacobian / len(Y)
-    for operator, truth in ((kfgn.hessian, hessian), (kfgn.gauss_newton, gauss_newton)):
-        found = operator(objective).dense(params, (inputs, Y))
-        np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-5)
+    for ours, matrix in zip(found, matrices, strict=True):
+        np.testing.assert_allclose(ours, matrix, rtol=1e-5, atol=1e-5)
 
 
 # Effects.

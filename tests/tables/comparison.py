@@ -45,11 +45,16 @@ class Setting(NamedTuple):
     batch: tuple[Any, Any]
 
 
+@functools.cache
+def case_of(model: str, dtype: Any, count: int, x64: bool) -> Case:
+    """Made once for all losses: kfgn looks at a model that it knows no second time."""
+    return MODELS[model].case(dtype, count)
+
+
 def setting(model: str, loss: str | None = None, dtype: Any = jnp.float64, count: int = 4):
     """The objective and batch of a row of models, with its own loss or another."""
-    row = MODELS[model]
-    loss_row = LOSSES[loss or row.loss]
-    case = row.case(dtype, count)
+    loss_row = LOSSES[loss or MODELS[model].loss]
+    case = case_of(model, dtype, count, jax.config.jax_enable_x64)
     outputs = jax.eval_shape(case.model, case.params, case.inputs)
     targets = loss_row.targets(jax.random.key(7), outputs)
     return Setting(case, kfgn.Objective(case.model, loss_row.loss, l2=L2), (case.inputs, targets))
