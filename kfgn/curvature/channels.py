@@ -22,17 +22,11 @@ import numpy as np
 from jaxtyping import Float
 
 from kfgn.base.devices import vary_like
-from kfgn.base.linalg import (
-    PRECISION,
-    cross_moment,
-    matmul,
-    sum_over_examples,
-    total,
-    weighed,
-)
+from kfgn.base.linalg import PRECISION, matmul, sum_over_examples, total, weighed
 from kfgn.base.types import Array
-from kfgn.curvature.jacobians import PairBlocks, Values, along_ones, batched_function
-from kfgn.curvature.recursion import Frontier, Walk, output_spans
+from kfgn.curvature.factors import entries_of
+from kfgn.curvature.jacobians import Jacobian, PairBlocks, Slopes, Values, elementwise_slopes
+from kfgn.curvature.recursion import Walk, walk_nodes
 from kfgn.model.equations import Var, size
 from kfgn.model.graph import Graph, Node
 from kfgn.model.parameter_use import Use
@@ -54,11 +48,6 @@ class Layout:
         self.position_of[entries] = np.arange(self.positions)[:, None]
         self.channel_of[entries] = np.arange(self.channels)[None, :]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Layout) and np.array_equal(self.entries, other.entries)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def channel_matrix(
     matrix: Float[Array, "D_u D_v"], u: Layout, v: Layout
@@ -74,7 +63,7 @@ def summed_over_positions(
     use: Use, layout: Layout, omega: Float[Array, "C C"]
 ) -> Float[Array, "s o o"]:
     """`sum_t M[s, t, o, s, t, o']` of the matrix `M = I ⊗ Ω` at a use, `[s, o, o']`."""
-    places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
+    places = entries_of(use)
     channel, position = layout.channel_of[places], layout.position_of[places]
     if np.all(channel == channel[:, :1]) and np.all(position == position[..., :1]):
         own = channel[:, 0]
@@ -88,68 +77,54 @@ def walk_channels(
     walk: Walk, output_hessian: Float[Array, "K K"]
 ) -> dict[str, tuple[Layout, Array]]:
     """By use, the layout of its pre-activation and its channel matrix Ω, `[C, C]`."""
-    graph, layout = walk.graph, layouts(walk.graph)
-    frontier = Frontier(frozenset(), output_hessian.dtype, walk.axis_name)
-    spans = output_spans(graph)
-    for a, (u, start_u, stop_u) in enumerate(spans):
-        for v, start_v, stop_v in spans[a:]:
-            block = output_hessian[start_u:stop_u, start_v:stop_v]
-            if u is v and start_u != start_v:
-                block = block + block.T  # the same value returned twice
-            frontier.add(u, v, channel_matrix(block, layout[u], layout[v]))
-    name_of = {use: name for name, use in graph.uses.items()}
+    layout = layouts(walk.graph)
+    found, _ = walk_nodes(
+        walk,
+        output_hessian,
+        lambda node: homogeneous_jacobian(node, walk, layout),
+        lambda u, v, block: channel_matrix(block, layout[u], layout[v]),
+    )
+    dtype = output_hessian.dtype
     result = {}
-    for node in reversed(graph.nodes):
-        live = [o for o in node.outputs if o in frontier.live]
-        if node.use is not None:
-            (output,) = node.outputs
-            omega = frontier.get(output, output)
-            if omega is None:
-                omega = jnp.zeros((layout[output].channels,) * 2, output_hessian.dtype)
-            result[name_of[node.use]] = layout[output], omega
-        if node.inputs and live:
-            frontier.pop(node, Homogeneous(node, walk, layout), live)
-        else:
-            frontier.drop(node.outputs)
+    for name, omega in found.items():
+        own = layout[walk.graph.uses[name].output]
+        result[name] = own, jnp.zeros((own.channels,) * 2, dtype) if omega is None else omega
     return result
 
 
-class Homogeneous:
+def homogeneous_jacobian(node: Node, walk: Walk, layout: dict[Var, Layout]) -> Jacobian:
+    """The node's Jacobian between channels: a diagonal where positions play no part."""
+    entries = layout[node.outputs[0]].entries
+    shapes = {v.aval.shape for v in (*node.outputs, *node.inputs)}
+    alike = all(np.array_equal(layout[v].entries, entries) for v in (*node.outputs, *node.inputs))
+    if node.kind != "elementwise" or len(shapes) > 1 or not alike:
+        return Homogeneous(node, walk, layout)
+    (positions, channels), importance = entries.shape, walk.importance
+    if importance is not None:
+        importance = jnp.repeat(importance, positions)
+    slopes = elementwise_slopes(node, walk.shared, walk.values)
+    return Slopes({k: s[:, entries].reshape(-1, channels) for k, s in slopes.items()}, importance)
+
+
+class Homogeneous(Jacobian):
     """A node's Jacobian, applied to channel matrices.
 
-    A layer's is known in closed form, and an elementwise one's is a diagonal.
-    Otherwise one vector of random signs over the positions is pulled back per
-    channel and example, whose second moment has the right expectation; it is
-    exact where no input position meets two output positions. The signs are
-    fixed, so that results can be repeated.
+    A layer's is known in closed form. Otherwise one vector of random signs over
+    the positions is pulled back per channel and example, whose second moment has
+    the right expectation; it is exact where no input position meets two output
+    positions. The signs are fixed, so that results can be repeated.
     """
 
     def __init__(self, node: Node, walk: Walk, layout: dict[Var, Layout]):
         self.node, self.shared, self.values, self.layout = node, walk.shared, walk.values, layout
         self.importance = walk.importance
-        self.roots = None if walk.importance is None else jnp.sqrt(walk.importance)
-        self._slopes: dict[tuple[Var, Var], Array] = {}
-        if node.kind == "elementwise" and self._same_layout():
-            self._slopes = self._elementwise_slopes()
-
-    def _same_layout(self) -> bool:
-        pairs = [(o, i) for o in self.node.outputs for i in self.node.inputs]
-        return all(
-            o.aval.shape == i.aval.shape and self.layout[o] == self.layout[i] for o, i in pairs
-        )
+        self.rule = node.use.form.channels if node.use is not None else None
 
     def left(self, o: Var, i: Var, block: Array) -> Array | None:
         """`E[J_oi'] block` between equal positions; None where there are none such."""
         if self.layout[o].positions != self.layout[i].positions:
             return None
-        if self._slopes:
-            slopes = self._slopes[o, i]
-            if self.roots is not None:
-                slopes = weighed(self.roots, slopes.reshape(self.roots.size, -1))
-            mean = jnp.mean(slopes.reshape(-1, len(block)), axis=0)
-            return mean.astype(block.dtype)[:, None] * block
-        use = self.node.use
-        rule = use.form.channels if use is not None else None
+        use, rule = self.node.use, self.rule
         if use is not None and rule is not None and rule.left is not None:
             return use.signed(rule.left(self.shared[use.kernel_value], block))
 
@@ -165,38 +140,24 @@ class Homogeneous:
         """`sum_op E[(J_oi' M_op J_pj)_tt]`, the mean over positions t; None where i, j differ."""
         if self.layout[i].positions != self.layout[j].positions:
             return None
-        if self._slopes:
-            return total(
-                block * cross_moment(self._slope(o, i, block), self._slope(p, j, block))
-                for (o, p), block in own.items()
-            )
-        use = self.node.use
-        rule = use.form.channels if use is not None else None
+        use, rule = self.node.use, self.rule
         if use is not None and rule is not None and rule.congruence is not None:
             (matrix,) = own.values()
             return rule.congruence(self.shared[use.kernel_value], matrix)
-        return self._probed(own, i, j)
 
-    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
-        raise NotImplementedError("no diagonal is asked of a homogeneous walk")
+        def moments(_: Signs, rows: PairBlocks) -> Array:
+            return total(
+                jnp.einsum(
+                    "rtc,rs,std->cd",
+                    rows[o, i].astype(block.dtype),
+                    block,
+                    rows[p, j].astype(block.dtype),
+                    precision=PRECISION,
+                )
+                for (o, p), block in own.items()
+            )
 
-    def gradient(self, outs: Values) -> Values:
-        raise NotImplementedError("no gradient is asked of a homogeneous walk")
-
-    def _elementwise_slopes(self) -> dict[tuple[Var, Var], Array]:
-        batched = batched_function(self.node, self.shared, self.values)
-        inputs = [self.values[v] for v in self.node.inputs]
-        slopes = {}
-        for k, i in enumerate(self.node.inputs):
-            for o, slope in zip(self.node.outputs, along_ones(batched, inputs, k), strict=True):
-                entries = self.layout[i].entries
-                rows = weighed(self.roots, slope.reshape(slope.shape[0], -1))
-                slopes[o, i] = rows[:, entries].reshape(-1, entries.shape[1])
-        return slopes
-
-    def _slope(self, o: Var, i: Var, block: Array) -> Array:
-        slope = self._slopes[o, i]
-        return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
+        return self._mean_of_pulled(moments, [i, j]) / self.layout[i].positions
 
     def _mean_of_pulled(
         self, contribution: Callable[[Signs, PairBlocks], Array], wanted: list[Var]
@@ -255,21 +216,6 @@ class Homogeneous:
 
         return jax.vmap(row)(jnp.asarray(entries.T))
 
-    def _probed(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        def moments(_: Signs, rows: PairBlocks) -> Array:
-            return total(
-                jnp.einsum(
-                    "rtc,rs,std->cd",
-                    rows[o, i].astype(block.dtype),
-                    block,
-                    rows[p, j].astype(block.dtype),
-                    precision=PRECISION,
-                )
-                for (o, p), block in own.items()
-            )
-
-        return self._mean_of_pulled(moments, [i, j]) / self.layout[i].positions
-
 
 def layouts(graph: Graph) -> dict[Var, Layout]:
     """A layout for every value of the walk.
@@ -278,14 +224,14 @@ def layouts(graph: Graph) -> dict[Var, Layout]:
     the value it is made from entry by entry; else its last axis is the channels.
     """
     found: dict[Var, Layout] = {}
-    mixing = [node for node in graph.nodes if node.use and not node.use.form.entrywise]
-    for node in mixing:
-        assert node.use is not None
-        found.setdefault(node.outputs[0], _output_layout(node.use))
-    for node in mixing:
-        assert node.use is not None
+    mixing = [(node, use) for node in graph.nodes if (use := node.use) and not use.form.entrywise]
+    for _, use in mixing:  # the channels are all outputs of all groups
+        places = np.moveaxis(entries_of(use), 0, 1)
+        found.setdefault(use.output, Layout(places.reshape(use.form.positions, -1)))
+    for node, use in mixing:
         for v in node.inputs:
-            found.setdefault(v, _input_layout(node.use, v))
+            entries, rule = np.arange(size(v)).reshape(v.aval.shape), use.form.channels
+            found.setdefault(v, _last_axis(v) if rule is None else Layout(rule.layout(entries)))
     for node in graph.nodes:
         for o in node.outputs:
             alike = [found[i] for i in node.inputs if i in found and i.aval.shape == o.aval.shape]
@@ -298,15 +244,3 @@ def layouts(graph: Graph) -> dict[Var, Layout]:
 def _last_axis(v: Var) -> Layout:
     channels = v.aval.shape[-1] if v.aval.shape else 1
     return Layout(np.arange(size(v)).reshape(-1, channels))
-
-
-def _output_layout(use: Use) -> Layout:
-    """Channels are all outputs of all groups."""
-    places = use.pre_activations(np.arange(size(use.output)).reshape(use.output.aval.shape))
-    return Layout(np.moveaxis(places, 0, 1).reshape(use.form.positions, -1))
-
-
-def _input_layout(use: Use, v: Var) -> Layout:
-    if use.form.channels is None:
-        return _last_axis(v)
-    return Layout(use.form.channels.layout(np.arange(size(v)).reshape(v.aval.shape)))

@@ -1,4 +1,4 @@
-"""Jacobians of nodes, each applied to blocks of the curvature in its cheapest form.
+"""Derivatives of nodes: Jacobians, each applied to blocks in its cheapest form, and curvature.
 
 Every Jacobian comes from automatic differentiation; the classes differ only in
 how they take the expectation over examples that the walk needs:
@@ -9,24 +9,17 @@ how they take the expectation over examples that the walk needs:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base import linalg
 from kfgn.base.devices import vary_like
 from kfgn.base.errors import ModelError
-from kfgn.base.linalg import (
-    congruence,
-    congruence_diagonal,
-    cross_moment,
-    matmul,
-    sum_over_examples,
-    total,
-    weighed,
-)
-from kfgn.base.types import Array
+from kfgn.base.linalg import cross_moment, matmul, sum_over_examples, total, weighed
+from kfgn.base.types import Array, Scalar
 from kfgn.model.equations import Var, is_complex, size
 from kfgn.model.graph import Node
 
@@ -34,14 +27,16 @@ PairBlocks = dict[tuple[Var, Var], Array]
 Values = dict[Var, Array]
 
 
-class Jacobian(Protocol):
+class Jacobian:
     """The Jacobian of a node in every example of the batch."""
 
     def left(self, o: Var, i: Var, block: Array) -> Array | None:
         """`E[J_oi'] block`, `[D_i, D_v]` from `[D_o, D_v]`; None for zero."""
+        raise NotImplementedError
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array | None:
         """`sum_op E[J_oi' M_op J_pj]`, `[D_i, D_j]`; None for zero."""
+        raise NotImplementedError
 
     def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
         """The diagonal of `congruence(own, i, i)`; blocks may be diagonals themselves."""
@@ -51,6 +46,7 @@ class Jacobian(Protocol):
 
     def gradient(self, outs: Values) -> Values:
         """Per-example gradients at the inputs from those at the outputs, `[N, ...]`."""
+        raise NotImplementedError
 
 
 def jacobian_of(
@@ -64,117 +60,55 @@ def jacobian_of(
         )
     use = node.use
     if use is not None and use.order is None:
+        (i,), (o,) = node.inputs, node.outputs
         kernel = shared[use.kernel_value]
         if use.form.matrix is not None:
-            return _Matrix(node, use.signed(use.form.matrix(kernel)))
-        same = all(i.aval.shape == o.aval.shape for i in node.inputs for o in node.outputs)
-        if use.form.diagonal is not None and same:
-            return _Diagonal(node, use.signed(use.form.diagonal(kernel)))
-    if node.kind == "linear":
-        return _Linear(node, shared, values)
+            return _Matrix(i, use.signed(use.form.matrix(kernel)))
+        if use.form.diagonal is not None and i.aval.shape == o.aval.shape:
+            return Slopes({(o, i): use.signed(use.form.diagonal(kernel))[None]})
     if node.kind == "elementwise":
-        return _Elementwise(node, shared, values, importance)
-    return _General(node, shared, values, importance)
+        return Slopes(elementwise_slopes(node, shared, values), importance)
+    return _Pulled(node, shared, values, importance)
 
 
-class _Matrix:
-    """The same matrix for every example, `[D_in, D_out]`."""
+class _Matrix(Jacobian):
+    """The same matrix for every example, `[D_in, D_out]`, of a node with one input and output."""
 
-    def __init__(self, node: Node, matrix: Float[Array, "D_in D_out"]):
-        self.node, self.kernel = node, matrix
-
-    def _as(self, block: Array) -> Array:
-        return self.kernel.astype(block.dtype)
+    def __init__(self, i: Var, matrix: Float[Array, "D_in D_out"]):
+        self.input, self.matrix = i, matrix
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
-        return matmul(self._as(block), block)
+        return matmul(self.matrix.astype(block.dtype), block)
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        ((matrix),) = own.values()
-        return congruence(self._as(matrix), matrix)
+        ((block),) = own.values()
+        return linalg.congruence(self.matrix.astype(block.dtype), block)
 
     def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
-        ((matrix),) = own.values()
-        return congruence_diagonal(self._as(matrix), matrix)
+        ((block),) = own.values()
+        return linalg.congruence_diagonal(self.matrix.astype(block.dtype), block)
 
     def gradient(self, outs: Values) -> Values:
         ((g),) = outs.values()
-        (i,) = self.node.inputs
-        rows = g.reshape(g.shape[0], -1)
-        return {i: matmul(rows, self._as(rows).T).reshape(-1, *i.aval.shape)}
+        rows = matmul(g.reshape(len(g), -1), self.matrix.astype(g.dtype).T)
+        return {self.input: rows.reshape(-1, *self.input.aval.shape)}
 
 
-class _Diagonal:
-    """One slope per entry, the same for every example."""
+class Slopes(Jacobian):
+    """A diagonal per example, `[N, D]`, or for all, `[1, D]`: `E[J_i' M J_j] = M * (F_i'F_j / N)`.
 
-    def __init__(self, node: Node, slope: Float[Array, " D"]):
-        self.node, self.slope = node, slope
+    The slopes are by (output, input); each is kept times the root of its example's importance.
+    """
 
-    def left(self, o: Var, i: Var, block: Array) -> Array:
-        return self.slope.astype(block.dtype)[:, None] * block
-
-    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        ((matrix),) = own.values()
-        slope = self.slope.astype(matrix.dtype)
-        return slope[:, None] * matrix * slope[None, :]
-
-    def congruence_diagonal(self, own: PairBlocks, i: Var) -> Array:
-        ((matrix),) = own.values()
-        diagonal = jnp.diag(matrix) if matrix.ndim == 2 else matrix
-        return jnp.square(self.slope.astype(matrix.dtype)) * diagonal
-
-    def gradient(self, outs: Values) -> Values:
-        ((g),) = outs.values()
-        (i,) = self.node.inputs
-        flat = g.reshape(g.shape[0], -1) * self.slope.astype(g.dtype)
-        return {i: flat.reshape(-1, *i.aval.shape)}
-
-
-class _Linear(Jacobian):
-    """The same vector-Jacobian product for every example."""
-
-    def __init__(self, node: Node, shared: Values, values: Values):
-        function = node.function(shared)
-        # Offsets do not move a linear node's Jacobian: zeros stand for them.
-        passive = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.passive]
-        zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in node.inputs]
-        zeros = vary_like(zeros, list(values.values()))
-        self.node = node
-        self.rows = _Rows(node, jax.vjp(lambda *x: function(*x, *passive), *zeros)[1])
-
-    def left(self, o: Var, i: Var, block: Array) -> Array:
-        return self.rows({o: block}, i, turned=True).T
-
-    def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        return _congruence(own, self.rows, i, j)
-
-    def gradient(self, outs: Values) -> Values:
-        count = next(iter(outs.values())).shape[0]
-        flat = {o: g.reshape(count, -1) for o, g in outs.items()}
-        return {i: self.rows(flat, i).reshape(count, *i.aval.shape) for i in self.node.inputs}
-
-
-class _Elementwise:
-    """A diagonal per example: `E[J_i' M J_j] = M * (F_i'F_j / N)`."""
-
-    def __init__(self, node: Node, shared: Values, values: Values, importance: Array | None):
-        batched = batched_function(node, shared, values)
-        inputs = [values[v] for v in node.inputs]
+    def __init__(self, slopes: PairBlocks, importance: Array | None = None):
         self.roots = None if importance is None else jnp.sqrt(importance)
-        self.slopes: PairBlocks = {}
-        for k, i in enumerate(node.inputs):
-            for o, slope in zip(node.outputs, along_ones(batched, inputs, k), strict=True):
-                self.slopes[o, i] = weighed(self.roots, slope.reshape(slope.shape[0], -1))
-        self.node = node
+        self.slopes = {pair: weighed(self.roots, slope) for pair, slope in slopes.items()}
 
     def _slope(self, o: Var, i: Var, block: Array) -> Array:
-        # One conversion per slope would break the symmetry test by identity.
-        slope = self.slopes[o, i]
-        return slope if slope.dtype == block.dtype else slope.astype(block.dtype)
+        return self.slopes[o, i].astype(block.dtype)
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
-        mean = jnp.mean(weighed(self.roots, self._slope(o, i, block)), axis=0)
-        return mean[:, None] * block
+        return jnp.mean(weighed(self.roots, self._slope(o, i, block)), axis=0)[:, None] * block
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
         return total(
@@ -191,46 +125,46 @@ class _Elementwise:
         return total(parts)
 
     def gradient(self, outs: Values) -> Values:
-        result = {}
-        for i in self.node.inputs:
-            parts = [
-                g * self.slopes[o, i].reshape(g.shape).astype(g.dtype) for o, g in outs.items()
-            ]
-            result[i] = total(parts).reshape(-1, *i.aval.shape)
+        result: Values = {}
+        for (o, i), slope in self.slopes.items():
+            if o in outs:
+                g = outs[o].reshape(len(outs[o]), -1)
+                moved = (g * slope.astype(g.dtype)).reshape(-1, *i.aval.shape)
+                result[i] = result[i] + moved if i in result else moved
         return result
 
 
-class _General(Jacobian):
-    """A vector-Jacobian product per example, in chunks of bounded memory."""
+class _Pulled(Jacobian):
+    """Vector-Jacobian products: per example, in chunks of bounded memory, or one for all."""
 
     def __init__(self, node: Node, shared: Values, values: Values, importance: Array | None):
-        self.node = node
-        self.function = node.function(shared)
-        self.arguments = [values[v] for v in node.inputs + node.passive]
-        self.count, self.importance = self.arguments[0].shape[0], importance
-        self.rows: _Rows | None = None  # of the one example, where there is one
+        self.node, self.function = node, node.function(shared)
+        operands = node.inputs + node.passive
+        if node.kind in ("linear", "use"):  # the same everywhere, so at zero
+            zeros = [jnp.zeros((1, *v.aval.shape), v.aval.dtype) for v in operands]
+            self.arguments, importance = vary_like(zeros, list(values.values())), None
+        else:
+            self.arguments = [values[v] for v in operands]
+        self.count, self.importance = len(self.arguments[0]), importance
+        alone = self.count == 1 and importance is None
+        self.one = self._rows([a[0] for a in self.arguments]) if alone else None
 
-    def _pull(self, arguments: list[Array]) -> Callable:
+    def _rows(self, arguments: list[Array]) -> _Rows:
         split = len(self.node.inputs)
         inputs, passive = arguments[:split], arguments[split:]
-        return jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1]
+        return _Rows(self.node, jax.vjp(lambda *x: self.function(*x, *passive), *inputs)[1])
 
     def _mean(self, of_rows: Callable[[_Rows], Array], entries: int) -> Array:
         """The mean over examples of `of_rows(rows_of_this_example)`."""
-
-        def rows(arguments: list[Array]) -> _Rows:
-            return _Rows(self.node, self._pull(arguments))
-
-        if self.count == 1 and self.importance is None:
-            self.rows = self.rows or rows([a[0] for a in self.arguments])
-            return of_rows(self.rows)
+        if self.one is not None:
+            return of_rows(self.one)
 
         def summed(given: tuple[list[Array], Array | None]) -> Array:
             arguments, importance = given
-            found = jax.vmap(lambda one: of_rows(rows(one)))(arguments)
+            found = jax.vmap(lambda one: of_rows(self._rows(one)))(arguments)
             return jnp.sum(weighed(importance, found), axis=0)
 
-        given = (self.arguments, self.importance)
+        given = self.arguments, self.importance
         return sum_over_examples(summed, given, 4 * entries) / self.count
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
@@ -238,42 +172,28 @@ class _General(Jacobian):
         return self._mean(lambda rows: rows({o: block}, i, turned=True).T, entries)
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        entries = sum(size(o) for o in self.node.outputs) * (size(i) + size(j))
-        return self._mean(lambda rows: _congruence(own, rows, i, j), entries)
+        """By rows first, then columns."""
+        outputs = dict.fromkeys(o for o, _ in own)
+        behind = {o: {p: block for (q, p), block in own.items() if q is o} for o in outputs}
+
+        def of_rows(rows: _Rows) -> Array:
+            right = {o: rows(blocks, j) for o, blocks in behind.items()}
+            return rows(right, i, turned=True).T
+
+        entries = sum(map(size, self.node.outputs)) * (size(i) + size(j))
+        return self._mean(of_rows, entries)
 
     def gradient(self, outs: Values) -> Values:
-        present = list(outs)
+        if self.one is not None:
+            flat = {o: g.reshape(len(g), -1) for o, g in outs.items()}
+            return {i: self.one(flat, i).reshape(-1, *i.aval.shape) for i in self.node.inputs}
 
-        def one(arguments: list[Array], gradients: list[Array]) -> list[Array]:
-            given = dict(zip(present, gradients, strict=True))
-            return self._pull(arguments)(_cotangents(self.node, given))
+        def one(arguments: list[Array], given: list[Array]) -> list[Array]:
+            cotangents = _cotangents(self.node, dict(zip(outs, given, strict=True)))
+            return self._rows(arguments).pull(cotangents)
 
-        pulled = jax.vmap(one)(self.arguments, [outs[o] for o in present])
+        pulled = jax.vmap(one)(self.arguments, list(outs.values()))
         return dict(zip(self.node.inputs, pulled, strict=True))
-
-
-def batched_function(node: Node, shared: Values, values: Values) -> Callable[..., list[Array]]:
-    """`(*inputs) -> outputs` with a leading batch axis."""
-    function = node.function(shared)
-    passive = [values[v] for v in node.passive]
-    return lambda *x: jax.vmap(function)(*x, *passive)
-
-
-def along_ones(function: Callable, inputs: list[Array], k: int) -> list[Array]:
-    """Derivatives along ones at input number k: the slopes of what acts entry by entry."""
-    ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
-    return jax.jvp(function, tuple(inputs), tuple(ones))[1]
-
-
-def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
-    """Those of all outputs, zero where none is given, with a leading axis if there is one."""
-    cotangents = [
-        given[o].astype(o.aval.dtype).reshape(*lead, *o.aval.shape)
-        if o in given
-        else jnp.zeros((*lead, *o.aval.shape), o.aval.dtype)
-        for o in node.outputs
-    ]
-    return vary_like(cotangents, cotangents)
 
 
 class _Rows:
@@ -291,10 +211,8 @@ class _Rows:
         """`[R, D_i]` from `[R, D_o]`, or from `[D_o, R]` if turned."""
         key = (turned, *((o, id(block)) for o, block in rows.items()))
         if key not in self.known:  # with the rows, whose ids stay theirs
-            self.known[key] = (
-                rows,
-                self._pulled({o: block.T if turned else block for o, block in rows.items()}),
-            )
+            pulled = self._pulled({o: block.T if turned else block for o, block in rows.items()})
+            self.known[key] = rows, pulled
         return self.known[key][1][i]
 
     def _pulled(self, rows: Values) -> Values:
@@ -304,8 +222,66 @@ class _Rows:
         return {i: x.reshape(len(first), -1).astype(first.dtype) for i, x in pairs}
 
 
-def _congruence(own: PairBlocks, rows: _Rows, i: Var, j: Var) -> Array:
-    """`sum_op J_oi' M_op J_pj` of one example: rows first, then columns."""
-    outputs = dict.fromkeys(o for o, _ in own)
-    right = {o: rows({p: block for (q, p), block in own.items() if q is o}, j) for o in outputs}
-    return rows(right, i, turned=True).T
+def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
+    """Those of all outputs, zero where none is given, with a leading axis if there is one."""
+    shapes = {o: (*lead, *o.aval.shape) for o in node.outputs}
+    cotangents = [
+        given[o].astype(o.aval.dtype).reshape(shape)
+        if o in given
+        else jnp.zeros(shape, o.aval.dtype)
+        for o, shape in shapes.items()
+    ]
+    return vary_like(cotangents, cotangents)
+
+
+def batched_function(node: Node, shared: Values, values: Values) -> Callable[..., list[Array]]:
+    """`(*inputs) -> outputs` with a leading batch axis."""
+    function = node.function(shared)
+    passive = [values[v] for v in node.passive]
+    return lambda *x: jax.vmap(function)(*x, *passive)
+
+
+def elementwise_slopes(node: Node, shared: Values, values: Values) -> PairBlocks:
+    """The slopes of a node that acts entry by entry, `[N, D]` by (output, input)."""
+    function, inputs = batched_function(node, shared, values), [values[v] for v in node.inputs]
+    slopes: PairBlocks = {}
+    for k, i in enumerate(node.inputs):
+        ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
+        found = jax.jvp(function, tuple(inputs), tuple(ones))[1]
+        slopes |= {(o, i): s.reshape(len(s), -1) for o, s in zip(node.outputs, found, strict=True)}
+    return slopes
+
+
+def node_curvature(node: Node, shared: Values, values: Values, outs: Values) -> PairBlocks:
+    """The mean over examples of the node's own Hessian against its output gradients.
+
+    For an elementwise node these are the diagonals `f'' dE/da` of equation (10); for
+    others, as examples are independent, one basis vector serves all of them.
+    """
+    if node.kind in ("linear", "use"):
+        return {}
+    batched = batched_function(node, shared, values)
+    inputs = [values[v] for v in node.inputs]
+    outputs = [(k, outs[o]) for k, o in enumerate(node.outputs) if o in outs]
+
+    def against_gradient(*x: Array) -> Scalar:
+        results = batched(*x)
+        return total(jnp.sum(results[k] * g.astype(results[k].dtype)) for k, g in outputs)
+
+    gradient = jax.grad(against_gradient, argnums=tuple(range(len(inputs))))
+
+    def along(direction: Array, b: int) -> list[Array]:
+        moved = [jnp.zeros_like(x) for x in inputs]
+        moved[b] = jnp.broadcast_to(direction, moved[b].shape)
+        second = jax.jvp(gradient, tuple(inputs), tuple(moved))[1]
+        return [jnp.mean(s.reshape(len(s), -1), axis=0) for s in second]
+
+    blocks: PairBlocks = {}
+    for b, j in enumerate(node.inputs):
+        if node.kind == "elementwise":
+            columns = [jnp.diag(x) for x in along(jnp.ones((), inputs[b].dtype), b)]
+        else:
+            basis = jnp.eye(size(j), dtype=inputs[b].dtype).reshape(-1, *j.aval.shape)
+            columns = [x.T for x in jax.vmap(along, (0, None))(basis, b)]
+        blocks |= {(i, j): columns[a] for a, i in enumerate(node.inputs[: b + 1])}
+    return blocks

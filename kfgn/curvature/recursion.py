@@ -14,7 +14,7 @@ and the exact matrices per example are its vmap over batches of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,8 +24,7 @@ from kfgn.base.checks import check_size
 from kfgn.base.devices import AxisName, mean_over_devices, vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.types import Array
-from kfgn.curvature.jacobians import Jacobian, jacobian_of
-from kfgn.curvature.node_curvature import node_curvature
+from kfgn.curvature.jacobians import Jacobian, jacobian_of, node_curvature
 from kfgn.model.equations import Var, size, variables
 from kfgn.model.graph import Graph, Node
 
@@ -82,38 +81,77 @@ def walk_back(
       ModelError: a matrix would be too large to form.
     """
     graph, dtype = walk.graph, output_hessian.dtype
-    vectors = _diagonal_values(graph) if diagonal else frozenset()
-    frontier = Frontier(vectors, dtype, walk.axis_name)
-    _check_size(graph, frontier.diagonal_only, dtype)
-    _start(frontier, graph, output_hessian)
-    cotangents = {}
-    if output_gradient is not None:
-        cotangents = _split_outputs(graph, output_gradient)
+    vectors = _diagonal_values(graph) if diagonal else frozenset[Var]()
+    _check_size(graph, vectors, dtype)
+    found, frontier = walk_nodes(
+        walk,
+        output_hessian,
+        lambda node: jacobian_of(node, walk.shared, walk.values, walk.importance),
+        lambda u, v, block: block,
+        vectors,
+        output_gradient,
+    )
+
+    def block_of(u: Var, v: Var) -> Array:
+        block = frontier.get(u, v)
+        return jnp.zeros((size(u), size(v)), dtype) if block is None else block
+
+    uses = {}
+    for name, block in found.items():
+        use = graph.uses[name]
+        if block is None:
+            block = block_of(use.output, use.output)
+        vector = diagonal and use.form.positions == 1
+        uses[name] = jnp.diag(block) if vector and block.ndim == 2 else block
+    own = {name: graph.model.parameters[name] for name in graph.free}
+    return Walked(uses, {(p, q): block_of(u, v) for p, u in own.items() for q, v in own.items()})
+
+
+def walk_nodes(
+    walk: Walk,
+    output_hessian: Float[Array, "K K"],
+    jacobian_of: Callable[[Node], Jacobian],
+    start: Callable[[Var, Var, Array], Array | None],
+    diagonal_only: frozenset[Var] = frozenset(),
+    output_gradient: Float[Array, "N K"] | None = None,
+) -> tuple[dict[str, Array | None], Frontier]:
+    """What the frontier holds of every use's output, and the frontier at the end.
+
+    Args:
+      walk, output_hessian, output_gradient: as in `walk_back`.
+      jacobian_of: how a node acts on the frontier's blocks.
+      start: `(u, v, block)` of two outputs to the block that the frontier carries.
+      diagonal_only: as in `Frontier`.
+    """
+    graph = walk.graph
+    gradients = {} if output_gradient is None else _split_outputs(graph, output_gradient)
+    frontier = Frontier(diagonal_only, output_hessian.dtype, walk.axis_name)
+    spans = output_spans(graph)
+    for a, (u, start_u, stop_u) in enumerate(spans):
+        for v, start_v, stop_v in spans[a:]:
+            block = output_hessian[start_u:stop_u, start_v:stop_v]
+            if u is v and start_u != start_v:
+                block = block + block.T  # the same value returned twice
+            frontier.add(u, v, start(u, v, block))
     name_of = {use: name for name, use in graph.uses.items()}
-    result: dict[str, Array] = {}
+    result: dict[str, Array | None] = {}
     for node in reversed(graph.nodes):
         live = [o for o in node.outputs if o in frontier.live]
+        outs = {o: gradients.pop(o) for o in node.outputs if o in gradients}
         if node.use is not None:
-            vector = diagonal and node.use.form.positions == 1
-            result[name_of[node.use]] = _record(frontier, node.outputs[0], dtype, vector)
-        if not node.inputs or not (live or any(o in cotangents for o in node.outputs)):
+            result[name_of[node.use]] = frontier.get(node.outputs[0], node.outputs[0])
+        if not node.inputs or not (live or outs):
             frontier.drop(node.outputs)
             continue
-        jacobian = jacobian_of(node, walk.shared, walk.values, walk.importance)
+        jacobian = jacobian_of(node)
         frontier.pop(node, jacobian, live)
-        if output_gradient is not None:
-            _pop_gradient(frontier, node, walk, jacobian, cotangents)
-    return Walked(result, _free_blocks(graph, frontier, dtype))
-
-
-def _free_blocks(graph: Graph, frontier: Frontier, dtype: Any) -> dict[tuple[str, str], Array]:
-    blocks = {}
-    for p in graph.free:
-        for q in graph.free:
-            u, v = graph.model.parameters[p], graph.model.parameters[q]
-            found = frontier.get(u, v)
-            blocks[p, q] = jnp.zeros((size(u), size(v)), dtype) if found is None else found
-    return blocks
+        if not outs:
+            continue
+        for (i, j), block in node_curvature(node, walk.shared, walk.values, outs).items():
+            frontier.add(i, j, block.astype(frontier.dtype))
+        for i, value in jacobian.gradient(outs).items():
+            gradients[i] = gradients[i] + value if i in gradients else value
+    return result, frontier
 
 
 def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
@@ -155,6 +193,8 @@ class Frontier:
         if block is None:
             return
         self.live.update({u: None, v: None})
+        if u is v and u in self.diagonal_only and block.ndim == 2:
+            block = jnp.diag(block)
         if (v, u) in self.blocks and u is not v:
             u, v, block = v, u, block.T
         old = self.blocks.get((u, v))
@@ -175,8 +215,7 @@ class Frontier:
             for i in node.inputs:
                 moved = self._mean(node, jacobian.left(o, i, block))
                 if i is v and moved is not None:
-                    # S[v, v] gains J'S[o, v] and its transpose.
-                    moved = 2 * jnp.diag(moved) if i in self.diagonal_only else moved + moved.T
+                    moved = moved + moved.T  # S[v, v] gains J'S[o, v] and its transpose
                 self.add(i, v, moved)
         for a, i in enumerate(node.inputs):
             for j in node.inputs[a:]:
@@ -191,19 +230,6 @@ class Frontier:
         if moved is None or node.kind in ("linear", "use"):  # the same for every example
             return moved
         return vary_like(mean_over_devices(moved, self.axis_name), moved)
-
-
-def _start(frontier: Frontier, graph: Graph, hessian: Float[Array, "K K"]) -> None:
-    """The blocks of the output Hessian for the outputs that are differentiable values."""
-    spans = output_spans(graph)
-    for a, (u, start_u, stop_u) in enumerate(spans):
-        for v, start_v, stop_v in spans[a:]:
-            block = hessian[start_u:stop_u, start_v:stop_v]
-            if u is v and start_u != start_v:
-                block = block + block.T  # the same value returned twice
-            if u is v and u in frontier.diagonal_only:
-                block = jnp.diag(block)
-            frontier.add(u, v, block)
 
 
 def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
@@ -223,33 +249,6 @@ def _split_outputs(graph: Graph, gradient: Float[Array, "N K"]) -> dict[Var, Arr
         part = gradient[:, start:stop].reshape(-1, *v.aval.shape)
         cotangents[v] = cotangents[v] + part if v in cotangents else part
     return cotangents
-
-
-def _pop_gradient(
-    frontier: Frontier,
-    node: Node,
-    walk: Walk,
-    jacobian: Jacobian,
-    cotangents: dict[Var, Array],
-) -> None:
-    """Adds the node's own curvature and moves the gradient to its inputs."""
-    outs = {o: cotangents.pop(o) for o in node.outputs if o in cotangents}
-    if not outs:
-        return
-    for (i, j), block in node_curvature(node, walk.shared, walk.values, outs).items():
-        if i is j and i in frontier.diagonal_only:
-            block = jnp.diag(block)
-        frontier.add(i, j, block.astype(frontier.dtype))
-    for i, value in jacobian.gradient(outs).items():
-        cotangents[i] = cotangents[i] + value if i in cotangents else value
-
-
-def _record(frontier: Frontier, output: Var, dtype: Any, vector: bool) -> Array:
-    block = frontier.get(output, output)
-    if block is None:
-        entries = size(output)
-        return jnp.zeros((entries,) if vector else (entries, entries), dtype)
-    return jnp.diag(block) if vector and block.ndim == 2 else block
 
 
 def _diagonal_values(graph: Graph) -> frozenset[Var]:
