@@ -8,10 +8,7 @@ from kfgn.objective.elementwise import (
 )
 from kfgn.objective.gaussian import gaussian_negative_log_likelihood
 from kfgn.objective.loss import Loss, from_function
-from kfgn.objective.softmax import (
-    softmax_cross_entropy,
-    softmax_cross_entropy_with_integer_labels,
-)
+from kfgn.objective.softmax import softmax_cross_entropy, softmax_cross_entropy_with_integer_labels
 
 __all__ = [
     "Loss",

@@ -261,11 +261,7 @@ class _OutputProduct:
     axis_name: AxisName | None
 
     def __call__(
-        self,
-        outputs: PyTree,
-        targets: PyTree,
-        u: Float[Array, "n K"],
-        v: Float[Array, "n K"],
+        self, outputs: PyTree, targets: PyTree, u: Float[Array, "n K"], v: Float[Array, "n K"]
     ) -> Scalar:
         product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
         return mean_over_devices(inner(u, product) / u.shape[0], self.axis_name)

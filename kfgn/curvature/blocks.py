@@ -13,7 +13,6 @@ on the row-major vec of the kernel `[d_in, d_out]`; his has the transposed kerne
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -21,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kfgn.base.checks import check_size
 from kfgn.base.errors import ParameterError
 from kfgn.base.types import Array, Shape
 from kfgn.model.graph import Graph
@@ -116,15 +114,3 @@ def split_matvec(
 
 def _has_bias(block: Block) -> bool:
     return len(block.parameters) > 1
-
-
-def refuse_large_blocks(blocks: dict[str, Block], dtype: Any, count: int) -> None:
-    """Raises OptionError where `count` dense copies of a block would hold over 2 GiB."""
-    remedy = (
-        "Use block_matvecs, which form no matrix, or look at "
-        'kfgn.diagnostics.negative_curvature of="pre_activation".'
-    )
-    for name, block in blocks.items():
-        slots = len(block.slots)
-        side = math.prod(block.matrix_shape) // slots
-        check_size(f"the block of {name!r}", (count * slots, side, side), dtype, remedy)

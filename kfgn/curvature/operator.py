@@ -12,23 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base import linalg
 from kfgn.base.checks import check_choice, check_chunk_size, check_flag, check_size
-from kfgn.base.linalg import (
-    count_of,
-    factor_dtype,
-    map_examples,
-    mean_of_examples,
-    sum_over_examples,
-)
 from kfgn.base.trees import batch_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
-from kfgn.curvature.blocks import (
-    Block,
-    blocks_of,
-    refuse_large_blocks,
-    split_block,
-    split_matvec,
-)
+from kfgn.curvature.blocks import Block, blocks_of, split_block, split_matvec
 from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
 from kfgn.model.graph import build_graph
@@ -44,6 +32,10 @@ from kfgn.objective.objective import (
 from kfgn.objective.weights import loss_of
 
 REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
+_REMEDY_OF_BLOCKS = (
+    "Use block_matvecs, which form no matrix, or look at "
+    'kfgn.diagnostics.negative_curvature of="pre_activation".'
+)
 
 
 Verb = TypeVar("Verb", bound=Callable)
@@ -112,7 +104,7 @@ class Operator:
         """`A v` for a pytree v like params, by the R-operator, eq. (13); no matrix is formed.
 
         Args:
-          params, batch, v: as everywhere; v has the shapes and dtypes of params.
+          v: of the shapes and dtypes of params.
           with_l2: whether the penalty's `l2 I` is added.
           chunk_size: a number takes the mean over chunks of so many examples, in memory
             that does not grow with the batch.
@@ -126,11 +118,11 @@ class Operator:
             inputs, targets, _ = require_batch(self.objective, params, batch)
 
             def summed(chunk: Batch) -> PyTree:
-                part, count = self._linear(params, chunk)(v), count_of(chunk)
-                return jax.tree.map(lambda x: x.astype(factor_dtype(x.dtype)) * count, part)
+                part, count = self._linear(params, chunk)(v), linalg.count_of(chunk)
+                return jax.tree.map(lambda x: x.astype(linalg.factor_dtype(x.dtype)) * count, part)
 
-            whole = sum_over_examples(summed, (inputs, targets), chunk_size=chunk_size)
-            count = count_of(inputs)
+            whole = linalg.sum_over_examples(summed, (inputs, targets), chunk_size=chunk_size)
+            count = linalg.count_of(inputs)
             result = jax.tree.map(lambda x, a: (x / count).astype(jnp.result_type(a)), whole, v)
         if not with_l2:
             return result
@@ -151,17 +143,11 @@ class Operator:
 
     @verb
     def blocks(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        per_example: bool = False,
-        split_bias: bool = False,
+        self, params: PyTree, batch: Batch, *, per_example: bool = False, split_bias: bool = False
     ) -> dict[str, Any]:
         """The block of every layer, `mean_n a_n a_n' ⊗ M_n`, eqs. (7)-(8), (16), (22).
 
         Args:
-          params, batch: as everywhere.
           per_example: whether to give every example's, with a leading `[N]`, not the mean.
           split_bias: whether to give `ParameterBlocks`, by weights and biases.
 
@@ -173,32 +159,26 @@ class Operator:
         check_flag("split_bias", split_bias)
         prepared = self._prepare(params, batch)
         blocks, arguments = blocks_of(prepared.graph), prepared.arguments
-        refuse_large_blocks(blocks, prepared.dtype, count_of(arguments) if per_example else 1)
-        of_all = map_examples if per_example else mean_of_examples
+        copies = linalg.count_of(arguments) if per_example else 1
+        for name, block in blocks.items():
+            slots = len(block.slots)
+            side = math.prod(block.matrix_shape) // slots
+            shape = (copies * slots, side, side)
+            check_size(f"the block of {name!r}", shape, prepared.dtype, _REMEDY_OF_BLOCKS)
+        of_all = linalg.map_examples if per_example else linalg.mean_of_examples
         found = of_all(example_blocks(prepared, params), arguments)
-        if not split_bias:
-            return found
-        return {name: split_block(matrix, blocks[name]) for name, matrix in found.items()}
+        return {n: split_block(x, blocks[n]) if split_bias else x for n, x in found.items()}
 
     @verb
     def block_matvecs(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        per_example: bool = False,
-        split_bias: bool = False,
+        self, params: PyTree, batch: Batch, *, per_example: bool = False, split_bias: bool = False
     ) -> dict[str, Any]:
         """The products with the same blocks, which form no matrix.
 
-        Args:
-          params, batch: as everywhere.
-          per_example: whether a function gives every example's product, with a leading `[N]`.
-          split_bias: whether a function is one of `(weights, biases)`, `[d_in, d_out]` and
-            `[d_out]`, and gives such a pair; of the weights alone, and None, without a bias.
-
         Returns:
-          By layer, a function of `[d_in + 1, d_out]`; by parameter in no layer, of its array.
+          By layer, a function of `[d_in + 1, d_out]`, by parameter in no layer, of its array;
+          with `split_bias`, of `(weights, biases)`, `[d_in, d_out]` and `[d_out]`, that gives
+          such a pair; of the weights alone, and None, without a bias.
         """
         check_flag("per_example", per_example)
         check_flag("split_bias", split_bias)
@@ -206,23 +186,21 @@ class Operator:
         blocks = blocks_of(build_graph(self.objective, params, inputs))
         linear = self._linear(params, batch)  # one forward pass for all products
 
-        def matvec_of(block: Block) -> Callable[[Array], Array]:
+        def matvec_of(block: Block) -> Callable[..., Any]:
+            def mean(matrix: Array) -> Array:
+                return _in_block(linear, params, block, matrix)
+
             def each(matrix: Array) -> Array:
                 def one(example: Batch) -> Array:
                     own = self._linear(params, batch_of(example))
                     return _in_block(own, params, block, matrix)
 
-                return map_examples(one, (inputs, targets))
+                return linalg.map_examples(one, (inputs, targets))
 
-            def mean(matrix: Array) -> Array:
-                return _in_block(linear, params, block, matrix)
+            matvec = each if per_example else mean
+            return split_matvec(matvec, block) if split_bias else matvec
 
-            return each if per_example else mean
-
-        found = {name: matvec_of(block) for name, block in blocks.items()}
-        if not split_bias:
-            return found
-        return {name: split_matvec(f, blocks[name]) for name, f in found.items()}
+        return {name: matvec_of(block) for name, block in blocks.items()}
 
     @verb
     def diagonal(
@@ -243,29 +221,24 @@ class Operator:
         found: dict[str, Array] = {}
         for name, values in self.diagonal(params, batch).items():
             found |= blocks[name].from_matrix(values)
-        return with_leaves(params, {n: x.astype(factor_dtype(x.dtype)) for n, x in found.items()})
+        return with_leaves(
+            params, {n: x.astype(linalg.factor_dtype(x.dtype)) for n, x in found.items()}
+        )
 
     @verb
     def pre_activation(
-        self,
-        params: PyTree,
-        batch: Batch,
-        *,
-        reduce: str | None = None,
-        chunk_size: int | None = 1,
+        self, params: PyTree, batch: Batch, *, reduce: str | None = None, chunk_size: int | None = 1
     ) -> dict[str, Float[Array, "*N D D"]]:
         """Each example's matrix in every layer's pre-activation, eqs. (8), (22).
 
         Args:
-          params, batch: as everywhere.
           reduce: None gives `[N, D, D]` per use of a kernel; "mean" the mean over the
             batch, `[D, D]`, in memory that does not grow with N.
-          chunk_size: as everywhere.
         """
         check_choice("reduce", reduce, (None, "mean"))
         check_chunk_size(chunk_size)
         prepared = self._prepare(params, batch, exact=False)
-        of_all = map_examples if reduce is None else mean_of_examples
+        of_all = linalg.map_examples if reduce is None else linalg.mean_of_examples
         return of_all(lambda one: prepared.walk_one(one).uses, prepared.arguments, chunk_size)
 
     @verb
@@ -275,28 +248,20 @@ class Operator:
         outputs = self.objective.outputs(params, inputs)
         check_outputs(self._loss(targets), outputs, inputs, targets)
         width, dtype = width_of(outputs), dtype_of((), outputs)
-        shape = (count_of(inputs), width, width)
+        shape = (linalg.count_of(inputs), width, width)
         check_size(f"the {self.of} of the outputs", shape, dtype, REMEDY)
         return jax.vmap(self._matrix)(outputs, targets).astype(dtype)
 
     def _loss(self, targets: PyTree) -> Loss:
         return loss_of(self.objective.loss, targets, signed=True)
 
-    # What the three differ in; of one example, except for the last two.
-
-    def _matrix(self, outputs: PyTree, target: PyTree) -> Float[Array, "K K"]:
-        """B."""
-        raise NotImplementedError
+    # What the three differ in: B of one example, `v -> A v`, and the dense matrix.
+    _matrix: ClassVar[Callable[..., Float[Array, "K K"]]]
+    _linear: ClassVar[Callable[..., Callable[[PyTree], PyTree]]]
+    _dense: ClassVar[Callable[..., Float[Array, "P P"]]]
 
     def _prepare(self, params: PyTree, batch: Batch, **options: Any) -> Prepared:
         return prepare(self.objective, params, batch, self._matrix, **options)
-
-    def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
-        """`v -> A v`."""
-        raise NotImplementedError
-
-    def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
-        raise NotImplementedError
 
 
 def _in_block(
@@ -329,4 +294,4 @@ def width_of(outputs: PyTree) -> int:
 
 def dtype_of(params: PyTree, outputs: PyTree) -> Any:
     own = [jnp.result_type(x) for x in jax.tree.leaves(params)]
-    return factor_dtype(*own, *(x.dtype for x in jax.tree.leaves(outputs)))
+    return linalg.factor_dtype(*own, *(x.dtype for x in jax.tree.leaves(outputs)))

@@ -24,13 +24,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float, Int
 
 from kfgn.base.checks import check_chunk_size, check_not_negative, check_size
-from kfgn.base.linalg import (
-    count_of,
-    factor_dtype,
-    map_examples,
-    matmul,
-    mean_of_examples,
-)
+from kfgn.base.linalg import count_of, factor_dtype, map_examples, matmul, mean_of_examples
 from kfgn.base.trees import batch_of, first_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
@@ -38,14 +32,8 @@ from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, verb, width_of
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
 from kfgn.model.graph import build_graph
-from kfgn.model.layer import Layer
 from kfgn.objective.loss import flatten_batch
-from kfgn.objective.objective import (
-    Objective,
-    check_outputs,
-    read_batch,
-    require_batch,
-)
+from kfgn.objective.objective import Objective, check_outputs, read_batch, require_batch
 from kfgn.objective.weights import rooted
 
 _ROWS = 16  # rows of a dense Hessian that are worked on at once
@@ -183,7 +171,11 @@ class EmpiricalFisher(GaussNewton):
         check_chunk_size(chunk_size)
         inputs, targets = read_batch(self.objective, batch)
         graph, leaves = build_graph(self.objective, params, inputs), named_leaves(params)
-        once = {name: layer for name, layer in graph.layers.items() if _used_once(layer)}
+        once = {  # layers whose kernel every example meets at one position
+            name: layer
+            for name, layer in graph.layers.items()
+            if len(layer.uses) == layer.first.form.positions == 1 and not layer.indexed
+        }
         found: dict[str, Array] = {}
         if once:
             model = linearize(graph, self.objective, params, inputs, targets, with_probes=True)
@@ -196,24 +188,22 @@ class EmpiricalFisher(GaussNewton):
             found[name] = mean.reshape(layer.matrix_shape)
         inside = {p for layer in once.values() for p in layer.parameters}
         others = {n: jnp.asarray(leaf) for n, leaf in leaves.items() if n not in inside}
-        squares: dict[str, Array] = {}
-        if others:
-            squares = mean_of_examples(
-                lambda one: self._squares(params, others, one), (inputs, targets), chunk_size
-            )
+
+        def squares_of(example: Batch) -> dict[str, Array]:
+            target, sign = rooted(example[1])
+            alone = batch_of((example[0], target))
+
+            def loss(own: dict[str, Array]) -> Scalar:
+                return self.objective.mean_loss(with_leaves(params, own), alone)
+
+            wide = {n: g.astype(factor_dtype(g.dtype)) for n, g in jax.grad(loss)(others).items()}
+            return {n: jnp.asarray(sign, g.dtype) * jnp.square(g) for n, g in wide.items()}
+
+        squares = mean_of_examples(squares_of, (inputs, targets), chunk_size) if others else {}
         return {
             name: found[name] if name in found else block.to_matrix(squares)
             for name, block in blocks_of(graph).items()
         }
-
-    def _squares(self, params: PyTree, own: dict[str, Array], example: Batch) -> dict[str, Array]:
-        """One example's squared gradients of some parameters."""
-        inputs, target = example
-        target, sign = rooted(target)
-        alone = batch_of((inputs, target))
-        gradient = jax.grad(lambda p: self.objective.mean_loss(with_leaves(params, p), alone))(own)
-        wide = {n: g.astype(factor_dtype(g.dtype)) for n, g in gradient.items()}
-        return {n: jnp.asarray(sign, g.dtype) * jnp.square(g) for n, g in wide.items()}
 
     def _gradient(self, outputs: PyTree, target: PyTree) -> tuple[Float[Array, " K"], Scalar]:
         """The gradient times the root of the weight's size, and the weight's sign."""
@@ -285,11 +275,6 @@ def empirical_fisher(objective: Objective) -> EmpiricalFisher:
     1
     """
     return EmpiricalFisher(objective)
-
-
-def _used_once(layer: Layer) -> bool:
-    """Whether every example meets the layer's kernel at one position."""
-    return len(layer.uses) == 1 and layer.first.form.positions == 1 and not layer.indexed
 
 
 def _astype(tree: PyTree, dtype: Any) -> PyTree:

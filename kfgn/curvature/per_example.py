@@ -17,7 +17,7 @@ from jaxtyping import Float
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
-from kfgn.curvature.blocks import Block, blocks_of
+from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
@@ -54,12 +54,10 @@ def prepare(
     """The forward pass of a batch, and the walk that starts from a matrix in the outputs.
 
     Args:
-      objective, params, batch: as everywhere.
       matrix: `(outputs, target) -> B` of one example; None stands for
         `gg'` of its gradient g, whose walk is one backward pass.
       second_order: whether the nodes' own curvature is added, for the Hessian.
-      diagonal: as in `walk_back`.
-      exact: as in `build_graph`.
+      diagonal, exact: as in `walk_back` and `build_graph`.
     """
     inputs, targets = read_batch(objective, batch)
     graph = build_graph(objective, params, inputs, exact)
@@ -143,15 +141,11 @@ def mean_diagonals(prepared: Prepared, params: PyTree, chunk_size: int | None) -
     for name, row in rows.items():
         use = graph.kept_uses[name]
         found[name] = single_diagonal(use, arguments[0][prepared.order[use.input]], row)
-    return {
-        name: _in_shape(block, [found[n] for n in ((name,) if name in found else block.uses)])
-        for name, block in blocks_of(graph).items()
-    }
-
-
-def _in_shape(block: Block, parts: list[Array]) -> Array:
-    """Diagonals of a block's uses, or its own, in the shape of its matrix."""
-    return jnp.concatenate([p.reshape(-1) for p in parts]).reshape(block.matrix_shape)
+    result = {}
+    for name, block in blocks_of(graph).items():
+        parts = [found[n].reshape(-1) for n in ((name,) if name in found else block.uses)]
+        result[name] = jnp.concatenate(parts).reshape(block.matrix_shape)
+    return result
 
 
 def single_diagonal(use: Use, values: Array, rows: Float[Array, "N D"]) -> Float[Array, "s i o"]:
