@@ -18,25 +18,33 @@ from kfgn.base.errors import KfgnError, OptionError
 DENSE_BYTES = 2**31  # the most that a single dense array may hold
 
 
-def check_positive(name: str, value: Any) -> None:
-    """Raises OptionError for a number that is not positive and finite."""
-    _check(name, value, "positive and finite", lambda x: 0 < x < math.inf)
+def _check_of(expected: str, holds: Callable[[Any], bool]) -> Callable[[str, Any], None]:
+    """A check `(name, value)` of a number; an array passes."""
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, numbers.Real):
+            if holds(value):
+                return
+        elif hasattr(value, "dtype"):
+            return
+        found = repr(value)
+        if callable(value):
+            found = f"a {type(value).__name__}; wrap the transformation in optax.inject_hyperparams"
+        raise OptionError(f"{name} must be {expected}, found {found}")
+
+    return check
 
 
-def check_not_negative(name: str, value: Any) -> None:
-    """Raises OptionError for a number that is negative or not finite."""
-    _check(name, value, "finite and at least 0", lambda x: 0 <= x < math.inf)
-
-
-def check_fraction(name: str, value: Any) -> None:
-    """Raises OptionError for a number outside (0, 1)."""
-    _check(name, value, "between 0 and 1", lambda x: 0 < x < 1)
+check_positive = _check_of("positive and finite", lambda x: 0 < x < math.inf)
+check_not_negative = _check_of("finite and at least 0", lambda x: 0 <= x < math.inf)
+check_fraction = _check_of("between 0 and 1", lambda x: 0 < x < 1)
+_check_decay = _check_of("in [0, 1), or None for no average", lambda x: 0 <= x < 1)
 
 
 def check_decay(name: str, value: Any) -> None:
     """Raises OptionError for a decay outside [0, 1); None stands for no average."""
     if value is not None:
-        _check(name, value, "in [0, 1), or None for no average", lambda x: 0 <= x < 1)
+        _check_decay(name, value)
 
 
 def check_whole(
@@ -112,15 +120,3 @@ def check_size(
             f"{what} would have {' x '.join(map(str, shape))} entries ({needed / 2**30:.1f} GiB); "
             f"the most that is formed is {most / 2**30:.0f} GiB. {remedy}"
         )
-
-
-def _check(name: str, value: Any, expected: str, holds: Callable[[Any], bool]) -> None:
-    if isinstance(value, numbers.Real):
-        if holds(value):
-            return
-    elif hasattr(value, "dtype"):
-        return
-    found = repr(value)
-    if callable(value):
-        found = f"a {type(value).__name__}; wrap the transformation in optax.inject_hyperparams"
-    raise OptionError(f"{name} must be {expected}, found {found}")

@@ -26,11 +26,7 @@ def kronecker_matvec(
     q: Left, g: Float[Array, "*S b b"], v: Float[Array, "*S a b"]
 ) -> Float[Array, "*S a b"]:
     """`(q ⊗ g) vec(v)` as a matrix like `v`."""
-    return matmul(_times(q, g, v), g)
-
-
-def _times(q: Left, g: Array, v: Array) -> Array:
-    return q[..., None] * v if is_diagonal(q, g) else matmul(q, v)
+    return matmul(q[..., None] * v if is_diagonal(q, g) else matmul(q, v), g)
 
 
 def is_diagonal(q: Left, g: Array) -> bool:
@@ -56,7 +52,7 @@ def _mean_eigenvalue(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
 
 
 class FactoredInverse(NamedTuple):
-    """`(q + ω√k I)^-1` and `(g + √k/ω I)^-1`, eq. (36)."""
+    """`(q + ω√k I)^-1` and `(g + √k/ω I)^-1`, eq. (36), the factors of `kronecker_matvec`."""
 
     left: Left
     right: Float[Array, "*S b b"]
@@ -82,11 +78,6 @@ def factored_inverses(
         name: FactoredInverse(left[name] if name in left else next(found), next(found))
         for name in factors
     }
-
-
-def apply_factored(inverse: FactoredInverse, v: Float[Array, "*S a b"]) -> Float[Array, "*S a b"]:
-    """The factored inverse times `vec(v)`."""
-    return kronecker_matvec(inverse.left, inverse.right, v)
 
 
 class Eigen(NamedTuple):

@@ -62,15 +62,11 @@ def weighed(weights: Float[Array, " N"] | None, x: Float[Array, "N ..."]) -> Flo
 
 def second_moment(a: Float[Array, "N D"]) -> Float[Array, "D D"]:
     """`a'a / N`, the mean outer product of rows."""
-    if a.shape[0] == 1:
-        return a[0][:, None] * a[0][None, :]
-    return matmul(a.T, a) / a.shape[0]
+    return cross_moment(a, a)
 
 
 def cross_moment(a: Float[Array, "N D"], b: Float[Array, "N E"]) -> Float[Array, "D E"]:
     """`a'b / N`, the mean outer product of rows of both."""
-    if a is b:
-        return second_moment(a)
     if a.shape[0] == 1:
         return a[0][:, None] * b[0][None, :]
     return matmul(a.T, b) / a.shape[0]

@@ -12,6 +12,7 @@ libraries factorize batches well, they are factorized at once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -43,9 +44,8 @@ def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Arr
     shifts = [jnp.asarray(s, a.dtype) for a, s in zip(matrices, shifts, strict=True)]
     given = list(zip(matrices, shifts, strict=True))
     single = [pair for pair in given if pair[0].ndim == 2]
-    found = iter(
-        jax.lax.platform_dependent(single, cpu=_in_turn, default=_at_once) if single else []
-    )
+    in_turn, at_once = (functools.partial(_stacked, f) for f in (_by_turns, _by_batched_cholesky))
+    found = iter(jax.lax.platform_dependent(single, cpu=in_turn, default=at_once) if single else [])
     return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
 
 
@@ -78,16 +78,8 @@ def _eliminated(stack: Array) -> Array:
     return stack
 
 
-def _in_turn(given: list[tuple[Array, Array]]) -> list[Array]:
-    return _stacked(given, _by_turns)
-
-
-def _at_once(given: list[tuple[Array, Array]]) -> list[Array]:
-    return _stacked(given, _by_batched_cholesky)
-
-
 def _stacked(
-    given: list[tuple[Array, Array]], inverses_of: Callable[[Array], Array]
+    inverses_of: Callable[[Array], Array], given: list[tuple[Array, Array]]
 ) -> list[Array]:
     """Inverses of matrices and their shifts, stacked with those of about the same size.
 
@@ -150,10 +142,7 @@ def _inverse_transpose(matrix: Array) -> Array:
         return _leaf(matrix)
     first, corner, second = _halves(matrix)
     return jnp.concatenate(
-        [
-            jnp.concatenate([first, corner], axis=1),
-            jnp.pad(second, ((0, 0), (len(first), 0))),
-        ]
+        [jnp.concatenate([first, corner], axis=1), jnp.pad(second, ((0, 0), (len(first), 0)))]
     )
 
 
@@ -188,10 +177,7 @@ def _outer_of_halves(first: Array, corner: Array, second: Array) -> Array:
     cross = matmul(corner, second.T)
     top = _outer(first) + matmul(corner, corner.T)
     return jnp.concatenate(
-        [
-            jnp.concatenate([top, cross], axis=1),
-            jnp.concatenate([cross.T, _outer(second)], axis=1),
-        ]
+        [jnp.concatenate([top, cross], axis=1), jnp.concatenate([cross.T, _outer(second)], axis=1)]
     )
 
 

@@ -16,22 +16,19 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
-from kfgn.base.checks import check_not_negative, check_positive, in_order, is_zero
-from kfgn.base.errors import OptionError
+from kfgn.base.checks import check_choice, check_not_negative, check_positive, in_order, is_zero
+from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
+from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.forward_pass import curved_product
+from kfgn.curvature.operators import empirical_fisher, gauss_newton
 from kfgn.objective.objective import Objective, require_objective
 from kfgn.optimizers.conjugate_gradient import Solution, check_stopping, conjugate_gradient, wide
 from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
-from kfgn.optimizers.preconditioner import (
-    Preconditioner,
-    check_preconditioner,
-    diagonal_solve,
-    diagonal_weights,
-)
+from kfgn.optimizers.preconditioner import Preconditioner
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
 from kfgn.optimizers.state import (
     Count,
@@ -44,6 +41,8 @@ from kfgn.optimizers.state import (
     zeros_like,
 )
 from kfgn.optimizers.wrappers import by_curvature, whole_params
+
+PRECONDITIONERS = (None, "diagonal", "gauss_newton_diagonal", "kronecker")
 
 
 class ScaleByConjugateGradientState(NamedTuple):
@@ -124,7 +123,17 @@ def scale_by_conjugate_gradient(
     if not in_order(warm_start, 1):
         raise OptionError(f"warm_start must be at most 1, found {warm_start!r}")
     check_stopping(tolerance, progress, max_iterations)
-    check_preconditioner(preconditioner, blocks, rule, objective.l2)
+    check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+    if preconditioner == "kronecker" and blocks is None:
+        raise OptionError(
+            'preconditioner "kronecker" needs '
+            "blocks=kfgn.layers.find_blocks(objective, params, batch)"
+        )
+    if preconditioner is not None and is_zero(rule.least) and is_zero(objective.l2):
+        raise OptionError(
+            f"preconditioner {preconditioner!r} needs a positive damping, or l2: what it inverts "
+            f"may be singular; found {rule!r}"
+        )
     used = blocks if preconditioner == "kronecker" and blocks is not None else NO_BLOCKS
     kronecker = Preconditioner(used, inverse)
     cold = is_zero(warm_start)
@@ -157,8 +166,13 @@ def scale_by_conjugate_gradient(
         if preconditioner == "kronecker":
             return kronecker.at(total, curvature, gradient)
         params = whole_params(f"preconditioner {preconditioner!r}", params, batch, all_params)
-        weights = diagonal_weights(preconditioner, objective, params, batch, gradient)
-        return diagonal_solve(total, weights, power)
+        operator = empirical_fisher if preconditioner == "diagonal" else gauss_newton
+        weights = named_leaves(operator(objective).diagonal_by_parameter(params, batch))
+        if missing := [n for n in gradient if n not in weights]:
+            raise ParameterError(
+                f"params lack {', '.join(map(repr, missing))}, found {list(weights)}"
+            )
+        return diagonal_solve(total, {n: weights[n] for n in gradient}, power)
 
     def advance(
         state: ScaleByConjugateGradientState, gradient: Named, curvature: Curvature, **given: Any
@@ -207,6 +221,15 @@ def scale_by_conjugate_gradient(
         return keep_if(usable & reached, (step, moved), (zeros, kept))
 
     return by_curvature(ScaleByConjugateGradientState, used, init, advance, l2=objective.l2)
+
+
+def diagonal_solve(damping: Scalar, weights: Named, power: Number) -> Callable[[Named], Named]:
+    """`r -> (diag(weights) + damping I)^-power r`."""
+    scales = {
+        n: (w + damping.astype(w.dtype)) ** jnp.asarray(power).astype(w.dtype)
+        for n, w in weights.items()
+    }
+    return lambda r: {n: x / scales[n].astype(x.dtype) for n, x in r.items()}
 
 
 def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:

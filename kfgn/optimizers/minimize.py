@@ -21,6 +21,7 @@ from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.types import Batch, PyTree, Scalar
 
 Callback = Callable[[PyTree, float], Any]
+Objective = Callable[[PyTree, Any], Any]
 
 MINIMIZERS = ("l-bfgs-b", "cg", "optax-lbfgs")
 
@@ -41,7 +42,7 @@ class Minimum(NamedTuple):
 
 
 def minimize(
-    objective: Callable[[PyTree, Any], Any],
+    objective: Objective,
     params: PyTree,
     batch: Batch,
     method: str = "l-bfgs-b",
@@ -90,38 +91,40 @@ def minimize(
             f"the objective is {float(value)} at the parameters to start from, or its gradient is "
             "not finite; start from others."
         )
-    largest = max((float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient)), default=0.0)
-    problem = _Problem(
-        objective,
-        params,
-        batch,
-        float(value),
-        largest,
-        max_iterations,
-        tolerance,
-        callback or (lambda params, value: None),
-        options or {},
-    )
-    return _by_optax(problem) if method == "optax-lbfgs" else _by_scipy(problem, method)
+    path = _Path(params, float(value), callback or (lambda params, value: None))
+    if method == "optax-lbfgs":
+        largest = max((float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(gradient)), default=0.0)
+        given = options or {}
+        ended = _by_optax(path, objective, batch, max_iterations, tolerance, largest, given)
+    else:
+        given = {"maxiter": max_iterations, "gtol": tolerance, **(options or {})}
+        ended = _by_scipy(path, objective, batch, method, given)
+    return Minimum(path.best[1], np.asarray(path.values), *ended)
 
 
-class _Problem(NamedTuple):
-    objective: Callable[[PyTree, Any], Any]
-    params: PyTree
-    batch: Batch
-    value: float  # at params
-    largest: float  # entry of the gradient there
-    max_iterations: int
-    tolerance: float
-    callback: Callback
-    options: dict[str, Any]
+class _Path:
+    """The values of the iterates, and the best of these."""
+
+    def __init__(self, params: PyTree, value: float, callback: Callback):
+        self.values, self.best, self.callback = [value], (value, params), callback
+
+    def add(self, params: PyTree, value: float) -> bool:
+        """Whether the next iterate is better than all before."""
+        self.values.append(value)
+        self.callback(params, value)
+        better = np.isfinite(value) and value < self.best[0]
+        if better:
+            self.best = value, params
+        return bool(better)
 
 
-def _by_scipy(problem: _Problem, method: str) -> Minimum:
+def _by_scipy(
+    path: _Path, objective: Objective, batch: Batch, method: str, options: dict[str, Any]
+) -> tuple[int, bool, str]:
+    """Evaluations, whether it converged, and the message."""
     from scipy.optimize import minimize
 
-    objective, params, batch, first, *_ = problem
-    start, unravel = ravel_pytree(params)
+    start, unravel = ravel_pytree(path.best[1])
     compiled = jax.jit(jax.value_and_grad(lambda x, data: objective(unravel(x), data)))
 
     def function(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -131,38 +134,27 @@ def _by_scipy(problem: _Problem, method: str) -> Minimum:
             return np.inf, np.zeros_like(gradient)
         return value, gradient
 
-    x = np.asarray(start, np.float64)
-    values, best = [first], (first, x)
+    def params_of(result: Any) -> PyTree:
+        return unravel(jnp.asarray(result.x, start.dtype))
 
     def record(intermediate_result: Any) -> None:
-        nonlocal best
-        x, value = intermediate_result.x, float(intermediate_result.fun)
-        values.append(value)
-        if value < best[0]:
-            best = value, np.array(x)
-        problem.callback(unravel(jnp.asarray(x, start.dtype)), value)
+        path.add(params_of(intermediate_result), float(intermediate_result.fun))
 
+    first = np.asarray(start, np.float64)
     found = minimize(
-        function,
-        x,
-        jac=True,
-        method=method.upper(),
-        callback=record,
-        options={"maxiter": problem.max_iterations, "gtol": problem.tolerance, **problem.options},
+        function, first, jac=True, method=method.upper(), callback=record, options=options
     )
-    end = best[1] if not found.fun <= best[0] else found.x
-    return Minimum(
-        unravel(jnp.asarray(end, start.dtype)),
-        np.asarray(values),
-        int(found.nfev) + 1,
-        bool(found.success),
-        str(found.message),
-    )
+    if found.fun <= path.best[0]:
+        path.best = found.fun, params_of(found)
+    return int(found.nfev) + 1, bool(found.success), str(found.message)
 
 
-def _by_optax(problem: _Problem) -> Minimum:
-    objective, params, batch, value, largest, max_iterations, tolerance, *_ = problem
-    solver = optax.lbfgs(**problem.options)
+def _by_optax(
+    path: _Path, objective: Objective, batch: Batch, max_iterations: int, tolerance: float,
+    largest: float, options: dict[str, Any],
+) -> tuple[int, bool, str]:  # fmt: skip
+    """As `_by_scipy`, from where the largest entry of the gradient is known."""
+    solver = optax.lbfgs(**options)
 
     def value_fn(params: PyTree, batch: Batch) -> Scalar:
         return objective(params, batch)
@@ -179,24 +171,21 @@ def _by_optax(problem: _Problem) -> Minimum:
         after = get(state, "value"), optax.tree.norm(get(state, "grad"), ord=jnp.inf)
         return optax.apply_updates(params, updates), state, after, get(state, "info")
 
-    values, state, evaluations = [value], solver.init(params), 1
-    best = value, params
+    params = path.best[1]
+    state, evaluations = solver.init(params), 1
     for _ in range(max_iterations):
         if largest <= tolerance:
             break
         params, state, (value, norm), info = step(params, state, batch)
-        values.append(float(value))
         largest = float(norm)
         evaluations += int(info.num_linesearch_steps)
-        problem.callback(params, values[-1])
-        if not np.isfinite(values[-1]) or values[-1] >= best[0]:
+        if not path.add(params, float(value)):
             break
-        best = values[-1], params
     converged = largest <= tolerance
     if converged:
         message = "the largest entry of the gradient is within tolerance"
-    elif len(values) > max_iterations:
+    elif len(path.values) > max_iterations:
         message = "the greatest number of iterations was reached"
     else:
         message = "the line search found no lower value"
-    return Minimum(best[1], np.asarray(values), evaluations, converged, message)
+    return evaluations, converged, message

@@ -1,7 +1,4 @@
-"""Preconditioners: averages of factors, their damped inverses, directions; and diagonals.
-
-Those of conjugate gradients are listed with `kfgn.transforms.scale_by_conjugate_gradient`.
-"""
+"""The Kronecker-factored preconditioner: averages of factors, their inverses, directions."""
 
 from __future__ import annotations
 
@@ -12,31 +9,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfgn.base.checks import check_choice, is_zero
-from kfgn.base.errors import OptionError, ParameterError
+from kfgn.base.checks import check_choice
+from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import (
     Eigen,
     FactoredInverse,
     apply_eigen,
-    apply_factored,
     eigen,
     factored_inverses,
+    kronecker_matvec,
 )
 from kfgn.base.linalg import factor_dtype
-from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
+from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.factors import Diagonal, Factors
-from kfgn.curvature.operators import empirical_fisher, gauss_newton
-from kfgn.objective.objective import Objective
-from kfgn.optimizers.damping import Damping
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.state import Count, Flag, zeros_like
 
 INVERSES = ("factored", "eigen")
-DIAGONALS = ("diagonal", "gauss_newton_diagonal")
-PRECONDITIONERS = (None, *DIAGONALS, "kronecker")
 
 
 def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None) -> PyTree:
@@ -132,7 +123,7 @@ class Preconditioner:
 
     def _solve(self, inverse: Any, damping: Scalar, matrix: Array) -> Array:
         if isinstance(inverse, FactoredInverse):
-            return apply_factored(inverse, matrix)
+            return kronecker_matvec(*inverse, matrix)
         if isinstance(inverse, Eigen):
             return apply_eigen(inverse, damping, matrix)
         scale = inverse.diagonal
@@ -143,40 +134,3 @@ class Preconditioner:
         parts = self._parts({n: curvature.factors[n] for n in self.blocks.present(leaves)})
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
-
-
-def diagonal_weights(
-    name: str, objective: Objective, params: PyTree, batch: Batch, gradient: Named
-) -> Named:
-    """One of the `DIAGONALS`, for the leaves in a gradient, by name."""
-    operator = empirical_fisher if name == "diagonal" else gauss_newton
-    weights = named_leaves(operator(objective).diagonal_by_parameter(params, batch))
-    if missing := [n for n in gradient if n not in weights]:
-        raise ParameterError(f"params lack {', '.join(map(repr, missing))}, found {list(weights)}")
-    return {n: weights[n] for n in gradient}
-
-
-def diagonal_solve(damping: Scalar, weights: Named, power: Number) -> Callable[[Named], Named]:
-    """`r -> (diag(weights) + damping I)^-power r`."""
-    scales = {
-        n: (w + damping.astype(w.dtype)) ** jnp.asarray(power).astype(w.dtype)
-        for n, w in weights.items()
-    }
-    return lambda r: {n: x / scales[n].astype(x.dtype) for n, x in r.items()}
-
-
-def check_preconditioner(
-    name: str | None, blocks: LayerBlocks | None, damping: Damping, l2: Number
-) -> None:
-    """Raises OptionError for a preconditioner that is unknown, or may be singular."""
-    check_choice("preconditioner", name, PRECONDITIONERS)
-    if name == "kronecker" and blocks is None:
-        raise OptionError(
-            'preconditioner "kronecker" needs '
-            "blocks=kfgn.layers.find_blocks(objective, params, batch)"
-        )
-    if name is not None and is_zero(damping.least) and is_zero(l2):
-        raise OptionError(
-            f"preconditioner {name!r} needs a positive damping, or l2: what it inverts "
-            f"may be singular; found {damping!r}"
-        )

@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from kfgn.optimizers.preconditioner import diagonal_solve
+from kfgn.optimizers.hessian_free import diagonal_solve
 from tests.tables.small import L2, OBJECTIVE, assert_close, make_batch, make_params
 
 LAMBDA = 0.25  # the state has it in float32
