@@ -15,6 +15,7 @@ diagonal matrix of `σ''(z_j) dE/dx_j`, whose signs (V87) asks for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,15 +34,12 @@ from kfgn.model.graph import Graph
 from kfgn.objective.objective import Objective, require_objective
 from kfgn.objective.weights import loss_of
 
-Values = dict[Var, Array]
-
 
 class NegativeCurvature(NamedTuple):
     """How far one layer's Hessian H is from its Gauss-Newton matrix G.
 
     H - G holds all second-order terms of the layers above, brought down to this one, and what
-    the loss itself lacks of convexity. T is the layer's own term, which enters between the next
-    layers and this: after a transfer function, the diagonal `σ''(z_j) dE/dx_j` of (V87).
+    the loss itself lacks of convexity; T is the layer's own term, as (V87) has it.
 
     >>> import jax.numpy as jnp, kfgn
     >>> objective = kfgn.Objective(lambda w, x: jnp.square(x @ w), kfgn.losses.half_squared_error)
@@ -150,9 +148,8 @@ def _measured(
 
 
 def _negative_share(values: Float[Array, "*S D"], tolerance: float | None) -> Float[Array, "*S"]:
-    relative = (
-        10 * values.shape[-1] * jnp.finfo(values.dtype).eps if tolerance is None else tolerance
-    )
+    rounding = 10 * values.shape[-1] * jnp.finfo(values.dtype).eps
+    relative = rounding if tolerance is None else tolerance
     largest = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     return jnp.mean((values < -relative * largest).astype(values.dtype), axis=-1)
 
@@ -166,8 +163,8 @@ def _gathered(measured: NegativeCurvature, count: int) -> NegativeCurvature:
         mean = jnp.sum(values) / (jnp.size(values) if field.endswith("share") else count)
         return jnp.sqrt(mean) if field.endswith("norm") else mean
 
-    found = {f: gather(f, x) for f, x in measured._asdict().items() if x is not None}
-    return NegativeCurvature(**found)
+    known = measured._asdict().items()
+    return NegativeCurvature(**{f: gather(f, x) for f, x in known if x is not None})
 
 
 def _example_terms(
@@ -193,39 +190,30 @@ def _example_terms(
         data = jax.tree.leaves(example[0])
         values = {**shared, **dict(zip(graph.model.inputs, data, strict=True))}
 
-        def of(output: Var) -> Array:
-            def total(change: Array) -> Scalar:
-                return _against_gradients(graph, values, ends, last, output, change)
+        def against_gradients(own: Var, change: Float[Array, " D"]) -> Scalar:
+            """The next pre-activations times their gradients, where one of them changes."""
+            env, total = dict(values), jnp.zeros((), change.dtype)
+            for equation in graph.model.jaxpr.eqns:
+                if all(v in values for v in equation.outvars):
+                    continue
+                evaluate([equation], env)
+                for v in equation.outvars:
+                    if v is own:
+                        env[v] = env[v] + change.reshape(env[v].shape)
+                    elif v in ends:  # the next layer: what lies behind it is not this term's
+                        total = total + _inner(ends[v], env[v], change.dtype)
+                        env[v] = jax.lax.stop_gradient(env[v])
+            flat = [read(env, v).reshape(-1).astype(change.dtype) for v in graph.model.outputs]
+            return total + _inner(last, jnp.concatenate(flat), change.dtype)
 
-            return jax.hessian(total)(jnp.zeros(size(output), output.aval.dtype))
-
-        return {name: of(output) for name, output in variables.items()}
+        return {
+            name: jax.hessian(functools.partial(against_gradients, v))(
+                jnp.zeros(size(v), v.aval.dtype)
+            )
+            for name, v in variables.items()
+        }
 
     return terms
-
-
-def _against_gradients(
-    graph: Graph,
-    values: Values,
-    ends: Values,
-    last: Float[Array, "1 K"],
-    own: Var,
-    change: Float[Array, " D"],
-) -> Scalar:
-    """The next pre-activations times their gradients, where one of them changes."""
-    env, total = dict(values), jnp.zeros((), change.dtype)
-    for equation in graph.model.jaxpr.eqns:
-        if all(v in values for v in equation.outvars):
-            continue
-        evaluate([equation], env)
-        for v in equation.outvars:
-            if v is own:
-                env[v] = env[v] + change.reshape(env[v].shape)
-            elif v in ends:  # the next layer: what lies behind it is not this term's
-                total = total + _inner(ends[v], env[v], change.dtype)
-                env[v] = jax.lax.stop_gradient(env[v])
-    outputs = [read(env, v).reshape(-1).astype(change.dtype) for v in graph.model.outputs]
-    return total + _inner(last, jnp.concatenate(outputs), change.dtype)
 
 
 def _inner(a: Array, b: Array, dtype: Any) -> Scalar:

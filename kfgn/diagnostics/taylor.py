@@ -100,7 +100,8 @@ def gradient_check(
     True
     """
     check_flag("central", central)
-    return _check(function, point, direction, key, gradient, None, central, step, halvings)
+    direction, steps = _prepared(function, point, direction, key, step, halvings)
+    return _check(function, point, direction, steps, gradient, None, central)
 
 
 def curvature_check(
@@ -117,12 +118,10 @@ def curvature_check(
     """The observed order of the remainder with the quadratic term; 3 is expected.
 
     Args:
-      function: `point -> scalar`, smooth near the point.
-      point: a pytree of floating-point arrays.
+      function, point, direction, key, gradient, step, halvings: as in `gradient_check`.
       product: `(point, vector) -> H vector` at the point, as in
         `lambda p, v: kfgn.hessian(objective).matvec(p, batch, v, with_l2=True)`
         for the function `lambda p: objective(p, batch)`.
-      direction, key, gradient, step, halvings: as in `gradient_check`.
 
     Raises:
       OptionError, ParameterError: as in `gradient_check`.
@@ -135,30 +134,25 @@ def curvature_check(
     """
     if not callable(product):
         raise OptionError(f"product must be callable as product(point, vector), found {product!r}")
-    return _check(function, point, direction, key, gradient, product, False, step, halvings)
+    direction, steps = _prepared(function, point, direction, key, step, halvings)
+    return _check(function, point, direction, steps, gradient, product)
 
 
 def _check(
-    function: Function,
-    point: PyTree,
-    direction: PyTree | None,
-    key: Array | None,
+    function: Function, point: PyTree, direction: PyTree, steps: Array,
     gradient: Callable[[PyTree], PyTree] | None,
     product: Callable[[PyTree, PyTree], PyTree] | None,
-    central: bool,
-    step: float,
-    halvings: int,
-) -> CheckResult:
+    central: bool = False,
+) -> CheckResult:  # fmt: skip
     """The remainders of as many terms as are given, and the order that is observed."""
-    direction, steps = _prepared(function, point, direction, key, step, halvings)
     first = jax.grad(function) if gradient is None else gradient
     unit = float(jnp.finfo(_least_precise((point, jax.eval_shape(function, point)))).eps)
 
     @jax.jit
     def measure(point: PyTree, direction: PyTree, steps: Array) -> tuple[Any, ...]:
-        value, slopes = function(point), first(point)
+        slopes = first(point)
         check_vector(point, slopes)
-        terms = [value, inner(slopes, direction)]
+        terms = [function(point), inner(slopes, direction)]
         if product is not None:
             curved = product(point, direction)
             check_vector(point, curved)
@@ -211,29 +205,11 @@ def _observed(
 
 
 def _prepared(
-    function: Function,
-    point: PyTree,
-    direction: PyTree | None,
-    key: Array | None,
-    step: float,
-    halvings: int,
+    function: Function, point: PyTree, direction: PyTree, key: Any, step: float, halvings: int
 ) -> tuple[PyTree, Float[Array, " S"]]:
     """The direction and the steps, with everything checked."""
     check_positive("step", step)
     check_whole("halvings", halvings, 1)
-    _check_point(point)
-    _check_function(function, point)
-    if direction is None:
-        key = jax.random.key(0) if key is None else key
-        direction = optax.tree_utils.tree_random_like(key, point)
-    check_vector(point, direction)
-    if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(direction)):
-        raise OptionError("direction is zero in every entry: pass another, or None to draw one")
-    dtype = _least_precise(point)
-    return direction, jnp.asarray(step * 0.5 ** np.arange(int(halvings) + 1), dtype)
-
-
-def _check_point(point: PyTree) -> None:
     leaves = named_leaves(point)
     if not leaves:
         raise ParameterError("the point has no leaves: expected a pytree of floating-point arrays")
@@ -244,9 +220,6 @@ def _check_point(point: PyTree) -> None:
             raise ParameterError(
                 f"the point's leaf {name!r} must be a floating-point array, found {found}"
             )
-
-
-def _check_function(function: Function, point: PyTree) -> None:
     if not callable(function):
         raise OptionError(f"function must be callable as function(point), found {function!r}")
     shape = jax.eval_shape(function, point)
@@ -255,6 +228,13 @@ def _check_function(function: Function, point: PyTree) -> None:
     value = jax.jit(function)(point)
     if not bool(jnp.isfinite(value)):
         raise OptionError(f"function must be finite at the point, found {float(value)} there")
+    if direction is None:
+        key = jax.random.key(0) if key is None else key
+        direction = optax.tree_utils.tree_random_like(key, point)
+    check_vector(point, direction)
+    if not any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(direction)):
+        raise OptionError("direction is zero in every entry: pass another, or None to draw one")
+    return direction, jnp.asarray(step * 0.5 ** np.arange(int(halvings) + 1), _least_precise(point))
 
 
 def _least_precise(tree: PyTree) -> Any:

@@ -11,14 +11,7 @@ import jax.numpy as jnp
 
 from kfgn.base.errors import ModelError, UnknownPrimitiveWarning
 from kfgn.base.types import Array
-from kfgn.model.equations import (
-    Equation,
-    Role,
-    Var,
-    as_function,
-    is_differentiated,
-    variables,
-)
+from kfgn.model.equations import Equation, Role, Var, as_function, is_differentiated, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.primitives import is_differentiable, is_known
