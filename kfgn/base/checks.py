@@ -3,8 +3,6 @@
 An array is let through unchecked: it may be traced, and its value unknown.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import numbers

@@ -6,8 +6,6 @@ result does. So all that kfgn differentiates in varies as the batch does, and
 what a device computes is of its own examples until `mean_over_devices`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable
 from typing import Any, TypeAlias, TypeVar
 

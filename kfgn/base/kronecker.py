@@ -6,8 +6,6 @@ leading axis that stacks blocks, and a Q that is a diagonal may be a vector: it
 then has one axis less than G.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """Matrix products of the factors, each at full precision whatever the default is."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -10,8 +10,6 @@ so that the recursion is compiled once for all of them. On accelerators, whose
 libraries factorize batches well, they are factorized at once.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 

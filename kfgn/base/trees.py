@@ -1,7 +1,5 @@
 """Names of parameters: the path of a leaf in its pytree, as in `params/Dense_0/kernel`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The types that signatures name."""
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import jax

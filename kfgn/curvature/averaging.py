@@ -1,7 +1,5 @@
 """The curvature of several micro-batches as one, for gradients that are accumulated."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from collections.abc import Sequence

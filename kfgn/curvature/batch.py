@@ -1,7 +1,5 @@
 """Value, gradient and Kronecker factors of an objective from one forward pass."""
 
-from __future__ import annotations
-
 import dataclasses
 import numbers
 from collections.abc import Callable
@@ -79,7 +77,7 @@ class CurvatureSettings:
             check_whole("model_examples", self.model_examples, 1)
         check_unassigned(self.unassigned)
 
-    def require_equal(self, other: CurvatureSettings, what: str) -> None:
+    def require_equal(self, other: "CurvatureSettings", what: str) -> None:
         """Raises OptionError where other settings differ, with the fields that do."""
         mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
         differing = [n for n in mine if mine[n] != others[n]]

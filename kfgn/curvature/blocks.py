@@ -10,8 +10,6 @@ With x_n a layer's input and H_n the matrix in its pre-activation, which the rec
 on the row-major vec of the kernel `[d_in, d_out]`; his has the transposed kernel.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias

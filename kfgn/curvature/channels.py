@@ -12,8 +12,6 @@ which is exact where T is 1: behind a flattening or a mean over positions the
 recursion is the joint one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -11,8 +11,6 @@ Both are the same, and the paper's eqs. (21) and (25), where T is 1. The uses
 of a tied kernel count as further positions.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

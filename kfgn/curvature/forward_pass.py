@@ -1,7 +1,5 @@
 """A forward pass of a batch, kept with its derivative: what all curvature of it shares."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

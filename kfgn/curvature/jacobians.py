@@ -6,8 +6,6 @@ how they take the expectation over examples that the walk needs:
     left(o, i, X) = E[J_oi'] X,    congruence({M_op}, i, j) = sum_op E[J_oi' M_op J_pj].
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -134,6 +132,44 @@ class Slopes(Jacobian):
         return result
 
 
+class _Rows:
+    """Rows times a node's Jacobian, `sum_o rows_o J_oi`, by one vector-Jacobian product per row.
+
+    A product gives all inputs at once, and a walk asks for every pair of them: what was
+    pulled before is known.
+    """
+
+    def __init__(self, node: Node, pull: Callable):
+        self.node, self.pull = node, pull
+        self.known: dict[Any, tuple[Values, Values]] = {}
+
+    def __call__(self, rows: Values, i: Var, turned: bool = False) -> Array:
+        """`[R, D_i]` from `[R, D_o]`, or from `[D_o, R]` if turned."""
+        key = (turned, *((o, id(block)) for o, block in rows.items()))
+        if key not in self.known:  # with the rows, whose ids stay theirs
+            pulled = self._pulled({o: block.T if turned else block for o, block in rows.items()})
+            self.known[key] = rows, pulled
+        return self.known[key][1][i]
+
+    def _pulled(self, rows: Values) -> Values:
+        first = next(iter(rows.values()))
+        pulled = jax.vmap(self.pull)(_cotangents(self.node, rows, len(first)))
+        pairs = zip(self.node.inputs, pulled, strict=True)
+        return {i: x.reshape(len(first), -1).astype(first.dtype) for i, x in pairs}
+
+
+def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
+    """Those of all outputs, zero where none is given, with a leading axis if there is one."""
+    shapes = {o: (*lead, *o.aval.shape) for o in node.outputs}
+    cotangents = [
+        given[o].astype(o.aval.dtype).reshape(shape)
+        if o in given
+        else jnp.zeros(shape, o.aval.dtype)
+        for o, shape in shapes.items()
+    ]
+    return vary_like(cotangents, cotangents)
+
+
 class _Pulled(Jacobian):
     """Vector-Jacobian products: per example, in chunks of bounded memory, or one for all."""
 
@@ -194,44 +230,6 @@ class _Pulled(Jacobian):
 
         pulled = jax.vmap(one)(self.arguments, list(outs.values()))
         return dict(zip(self.node.inputs, pulled, strict=True))
-
-
-class _Rows:
-    """Rows times a node's Jacobian, `sum_o rows_o J_oi`, by one vector-Jacobian product per row.
-
-    A product gives all inputs at once, and a walk asks for every pair of them: what was
-    pulled before is known.
-    """
-
-    def __init__(self, node: Node, pull: Callable):
-        self.node, self.pull = node, pull
-        self.known: dict[Any, tuple[Values, Values]] = {}
-
-    def __call__(self, rows: Values, i: Var, turned: bool = False) -> Array:
-        """`[R, D_i]` from `[R, D_o]`, or from `[D_o, R]` if turned."""
-        key = (turned, *((o, id(block)) for o, block in rows.items()))
-        if key not in self.known:  # with the rows, whose ids stay theirs
-            pulled = self._pulled({o: block.T if turned else block for o, block in rows.items()})
-            self.known[key] = rows, pulled
-        return self.known[key][1][i]
-
-    def _pulled(self, rows: Values) -> Values:
-        first = next(iter(rows.values()))
-        pulled = jax.vmap(self.pull)(_cotangents(self.node, rows, len(first)))
-        pairs = zip(self.node.inputs, pulled, strict=True)
-        return {i: x.reshape(len(first), -1).astype(first.dtype) for i, x in pairs}
-
-
-def _cotangents(node: Node, given: Values, *lead: int) -> list[Array]:
-    """Those of all outputs, zero where none is given, with a leading axis if there is one."""
-    shapes = {o: (*lead, *o.aval.shape) for o in node.outputs}
-    cotangents = [
-        given[o].astype(o.aval.dtype).reshape(shape)
-        if o in given
-        else jnp.zeros(shape, o.aval.dtype)
-        for o, shape in shapes.items()
-    ]
-    return vary_like(cotangents, cotangents)
 
 
 def batched_function(node: Node, shared: Values, values: Values) -> Callable[..., list[Array]]:

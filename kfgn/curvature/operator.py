@@ -1,7 +1,5 @@
 """What the exact matrices of an objective have in common: the verbs of an operator."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
@@ -46,7 +44,7 @@ def verb(method: Verb) -> Verb:
 
     @functools.wraps(method)
     def of_examples(
-        self: Operator, params: PyTree, batch: Batch, *args: Any, **options: Any
+        self: "Operator", params: PyTree, batch: Batch, *args: Any, **options: Any
     ) -> Any:
         objective, batch = hold_statistics(self.objective, params, batch)
         if objective is not self.objective:

@@ -13,8 +13,6 @@ of the gradient `g_n = dE_n / do`. The Hessian alone has the second-order terms.
 All are of the mean per-example loss, without the penalty unless `with_l2` asks for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

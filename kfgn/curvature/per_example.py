@@ -4,8 +4,6 @@ An example's block of a use is `sum_tu (a_t a_u') ⊗ M_tu`, with the matrix M o
 the walk at its pre-activation; that of a free parameter the walk ends with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

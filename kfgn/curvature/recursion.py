@@ -12,8 +12,6 @@ each node added, equation (8), the Hessian. So there is one walk, over a batch,
 and the exact matrices per example are its vmap over batches of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -58,6 +56,70 @@ class Walked(NamedTuple):
 
     uses: dict[str, Array]  # by use: the matrix over its whole pre-activation, `[D, D]`
     free: dict[tuple[str, str], Array]  # by pair of free parameters, `[P, P']`
+
+
+class Frontier:
+    """The live values and the blocks between them; absent blocks are zero.
+
+    A block is kept once for each pair. For values in `diagonal_only` the block
+    with itself is a vector, its diagonal.
+    """
+
+    def __init__(self, diagonal_only: frozenset[Var], dtype: Any, axis_name: AxisName | None):
+        self.dtype = dtype
+        self.axis_name = axis_name
+        self.diagonal_only = diagonal_only
+        self.live: dict[Var, None] = {}
+        self.blocks: dict[tuple[Var, Var], Array] = {}
+
+    def get(self, u: Var, v: Var) -> Array | None:
+        if (u, v) in self.blocks:
+            return self.blocks[u, v]
+        if (v, u) in self.blocks:
+            return self.blocks[v, u].T
+        return None
+
+    def add(self, u: Var, v: Var, block: Array | None) -> None:
+        if block is None:
+            return
+        self.live.update({u: None, v: None})
+        if u is v and u in self.diagonal_only and block.ndim == 2:
+            block = jnp.diag(block)
+        if (v, u) in self.blocks and u is not v:
+            u, v, block = v, u, block.T
+        old = self.blocks.get((u, v))
+        self.blocks[u, v] = block if old is None else old + block
+
+    def drop(self, values: Iterable[Var]) -> None:
+        gone = set(values)
+        self.live = {v: None for v in self.live if v not in gone}
+        self.blocks = {k: b for k, b in self.blocks.items() if not gone.intersection(k)}
+
+    def pop(self, node: Node, jacobian: Jacobian, live: list[Var]) -> None:
+        """Replaces the node's outputs by its inputs."""
+        own = {(o, p): b for o in live for p in live if (b := self.get(o, p)) is not None}
+        rest = [v for v in self.live if v not in node.outputs]
+        cross = {(o, v): b for o in live for v in rest if (b := self.get(o, v)) is not None}
+        self.drop(node.outputs)
+        for (o, v), block in cross.items():
+            for i in node.inputs:
+                moved = self._mean(node, jacobian.left(o, i, block))
+                if i is v and moved is not None:
+                    moved = moved + moved.T  # S[v, v] gains J'S[o, v] and its transpose
+                self.add(i, v, moved)
+        for a, i in enumerate(node.inputs):
+            for j in node.inputs[a:]:
+                if i is j and i in self.diagonal_only:
+                    moved = jacobian.congruence_diagonal(own, i)
+                else:
+                    moved = jacobian.congruence(own, i, j)
+                self.add(i, j, self._mean(node, moved))
+
+    def _mean(self, node: Node, moved: Array | None) -> Array | None:
+        """The expectation over the examples of all devices; both sides of a walk vary alike."""
+        if moved is None or node.kind in ("linear", "use"):  # the same for every example
+            return moved
+        return vary_like(mean_over_devices(moved, self.axis_name), moved)
 
 
 def walk_back(
@@ -166,70 +228,6 @@ def _check_size(graph: Graph, vectors: frozenset[Var], dtype: Any) -> None:
         most=MATRIX_BYTES,
         error=ModelError,
     )
-
-
-class Frontier:
-    """The live values and the blocks between them; absent blocks are zero.
-
-    A block is kept once for each pair. For values in `diagonal_only` the block
-    with itself is a vector, its diagonal.
-    """
-
-    def __init__(self, diagonal_only: frozenset[Var], dtype: Any, axis_name: AxisName | None):
-        self.dtype = dtype
-        self.axis_name = axis_name
-        self.diagonal_only = diagonal_only
-        self.live: dict[Var, None] = {}
-        self.blocks: dict[tuple[Var, Var], Array] = {}
-
-    def get(self, u: Var, v: Var) -> Array | None:
-        if (u, v) in self.blocks:
-            return self.blocks[u, v]
-        if (v, u) in self.blocks:
-            return self.blocks[v, u].T
-        return None
-
-    def add(self, u: Var, v: Var, block: Array | None) -> None:
-        if block is None:
-            return
-        self.live.update({u: None, v: None})
-        if u is v and u in self.diagonal_only and block.ndim == 2:
-            block = jnp.diag(block)
-        if (v, u) in self.blocks and u is not v:
-            u, v, block = v, u, block.T
-        old = self.blocks.get((u, v))
-        self.blocks[u, v] = block if old is None else old + block
-
-    def drop(self, values: Iterable[Var]) -> None:
-        gone = set(values)
-        self.live = {v: None for v in self.live if v not in gone}
-        self.blocks = {k: b for k, b in self.blocks.items() if not gone.intersection(k)}
-
-    def pop(self, node: Node, jacobian: Jacobian, live: list[Var]) -> None:
-        """Replaces the node's outputs by its inputs."""
-        own = {(o, p): b for o in live for p in live if (b := self.get(o, p)) is not None}
-        rest = [v for v in self.live if v not in node.outputs]
-        cross = {(o, v): b for o in live for v in rest if (b := self.get(o, v)) is not None}
-        self.drop(node.outputs)
-        for (o, v), block in cross.items():
-            for i in node.inputs:
-                moved = self._mean(node, jacobian.left(o, i, block))
-                if i is v and moved is not None:
-                    moved = moved + moved.T  # S[v, v] gains J'S[o, v] and its transpose
-                self.add(i, v, moved)
-        for a, i in enumerate(node.inputs):
-            for j in node.inputs[a:]:
-                if i is j and i in self.diagonal_only:
-                    moved = jacobian.congruence_diagonal(own, i)
-                else:
-                    moved = jacobian.congruence(own, i, j)
-                self.add(i, j, self._mean(node, moved))
-
-    def _mean(self, node: Node, moved: Array | None) -> Array | None:
-        """The expectation over the examples of all devices; both sides of a walk vary alike."""
-        if moved is None or node.kind in ("linear", "use"):  # the same for every example
-            return moved
-        return vary_like(mean_over_devices(moved, self.axis_name), moved)
 
 
 def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:

@@ -1,7 +1,5 @@
 """What kfgn makes of an objective: a table of its blocks, their factors and their cost."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Sequence

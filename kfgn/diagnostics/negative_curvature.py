@@ -13,8 +13,6 @@ Where a transfer function σ follows and then the next layer, with inputs x = σ
 diagonal matrix of `σ''(z_j) dE/dx_j`, whose signs (V87) asks for.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

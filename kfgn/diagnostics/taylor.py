@@ -12,8 +12,6 @@ not yet met the rounding of f. All is computed with the precision of the point.
 The functions look at values, and so cannot be used inside `jax.jit`.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -6,8 +6,6 @@ every example: under an axis of examples a collective makes it so. What remains 
 whole batch in its own way, a mean accuracy for one; it comes from the model called on the batch.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple

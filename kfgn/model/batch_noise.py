@@ -1,7 +1,5 @@
 """What a model's jaxpr on a batch says of noise: random bits, and roundoff."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

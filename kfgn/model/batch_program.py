@@ -1,7 +1,5 @@
 """A model compiled, quickly and without its effects, to be run on made-up values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

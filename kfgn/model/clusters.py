@@ -5,8 +5,6 @@ merged wherever a path without layers connects them, together with what lies
 between; a merge that would take in a layer is left undone.
 """
 
-from __future__ import annotations
-
 from kfgn.model.dependence import is_linear, joins_freely
 from kfgn.model.equations import Equation, Role, Var, is_complex, variables
 from kfgn.model.flat_model import FlatModel

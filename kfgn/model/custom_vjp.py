@@ -5,8 +5,6 @@ forwards is the transpose of what the user's backward pass does to cotangents,
 which exists if that is linear.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """How an equation's outputs depend on its operands: by its primitive's row, and their roles."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether what a model is made of can be differentiated, and what kfgn knows of it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ Equations are evaluated through `jaxpr_as_fun`, so nothing here depends on how
 a jax version binds its primitives.
 """
 
-from __future__ import annotations
-
 import enum
 import functools
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Finds the layers of a model: which uses share a block, and why a parameter has none."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the uses in a model: equations that a form reads, and the bias added to each."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -5,8 +5,6 @@ and loops over parameters unrolled; custom derivative rules are kept, as single
 equations. So are effects, such as those of `jax.debug.print`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

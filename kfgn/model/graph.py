@@ -1,7 +1,5 @@
 """The graph that the walk goes through: the layers of a model, and whole nodes between them."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import weakref

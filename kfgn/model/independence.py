@@ -9,8 +9,6 @@ are changed, and the outputs of the others must stay; some are left out, and
 those of the others must stay, too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

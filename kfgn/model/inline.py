@@ -5,8 +5,6 @@ carries along what it depends on: what depends on no parameter is never
 differentiated, and keeps its loops and its rules.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 

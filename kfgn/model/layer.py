@@ -5,8 +5,6 @@ network) has several uses; one that stacks the kernels of many layers, each
 used through its own slice, has several *slots*.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

@@ -1,7 +1,5 @@
 """The kinds of layers: which primitives multiply a kernel with data, and who reads them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ approximation, so a chain of elementwise operations is one node, and so is a
 LayerNorm or an attention.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -6,8 +6,6 @@ one number, so that the way can be followed by an array of labels: which entry
 of the parameter stands where.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

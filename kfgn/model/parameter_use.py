@@ -8,8 +8,6 @@ with groups s that do not mix (feature groups, heads with kernels of their own,
 the units of a scale), positions t that share the kernel, inputs i and outputs o.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

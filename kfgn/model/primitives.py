@@ -5,8 +5,6 @@ differentiation. A primitive without a row is *general*: correct, and treated
 by its vector-Jacobian product example by example.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

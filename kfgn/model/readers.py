@@ -4,8 +4,6 @@ A reader looks at one equation and the position of its kernel, and returns the
 `Form`, or None where the equation is no such product.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

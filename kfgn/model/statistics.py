@@ -10,8 +10,6 @@ the Jacobian of all outputs through the statistics, by 0.29 of its norm with 32 
 with 256, and its trace in the kernel before the normalization is 7 to 8% larger.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 

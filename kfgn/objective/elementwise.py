@@ -1,7 +1,5 @@
 """The losses that are sums over the outputs, whose Hessian is diagonal, with closed forms."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """The Gaussian likelihood whose variance is an output, too."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

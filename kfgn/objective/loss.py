@@ -8,8 +8,6 @@ Batched methods take a leading axis of `N` examples; the outputs of an example,
 flattened, have `K` entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

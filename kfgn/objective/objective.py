@@ -3,8 +3,6 @@
 f(params) = (1/N) sum_n ω_n E(model(params, x_n), y_n) + l2/2 |params|^2,   ω_n = 1 or `weights`
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any

@@ -1,7 +1,5 @@
 """The cross-entropies of categorical outputs, of soft targets and of labels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
@@ -54,7 +52,7 @@ class _SoftmaxCrossEntropy(Loss):
         ignore_index: int | None = None,
         class_weights: Any = None,
         label_smoothing: float | None = None,
-    ) -> _SoftmaxCrossEntropy:
+    ) -> "_SoftmaxCrossEntropy":
         """The same loss with some of torch's options; None leaves one as it is.
 
         The masses of the classes become `q_k = w_k ((1 - α) y_k + α/K)`, and zero at

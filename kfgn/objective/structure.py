@@ -1,7 +1,5 @@
 """The structure of an output Hessian: whether it is diagonal, and a square root of it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

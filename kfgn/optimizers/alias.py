@@ -5,8 +5,6 @@ brings along, so they are one recipe with one set of options, written once:
 `optimizer` is the template of all three.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec

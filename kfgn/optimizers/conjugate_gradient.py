@@ -5,8 +5,6 @@ iterations nor negative curvature; the loop here can stop by the progress of
 the quadratic model (Martens 2010, section 4.4), too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 

@@ -6,8 +6,6 @@ made, and the matrix may be that of other examples than the gradient, or of
 several micro-batches (`kfgn.average_curvature`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The static description of an objective's layers that transformations are built from."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

@@ -5,8 +5,6 @@ compares Newton's with. All need an objective that stays the same, so a batch
 here is one and fixed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ positive semi-definite, and else a matrix whose steps go down along directions
 of negative curvature too, where Newton's own would climb to the saddle point.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple

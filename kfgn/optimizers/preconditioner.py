@@ -1,7 +1,5 @@
 """The Kronecker-factored preconditioner: averages of factors, their inverses, directions."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

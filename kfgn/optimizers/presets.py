@@ -1,7 +1,5 @@
 """Settings of the literature, as keyword arguments: every number has its source beside it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from kfgn.optimizers.damping import Greedy, LevenbergMarquardt

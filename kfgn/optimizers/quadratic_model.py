@@ -9,8 +9,6 @@ With one direction this is eq. (40); with the previous step as a second it is
 the momentum of Martens & Grosse (2015), section 7.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

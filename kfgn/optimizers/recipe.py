@@ -4,8 +4,6 @@ The factor damping γ is chosen by the quadratic model, which needs precondition
 step damping τ and previous step at once: hence one transformation of pure parts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias

@@ -4,8 +4,6 @@ A state is a NamedTuple of arrays, each of its own: a Python number would be
 static to some containers, and a buffer that two share could not be donated.
 """
 
-from __future__ import annotations
-
 from typing import Any, TypeAlias
 
 import jax

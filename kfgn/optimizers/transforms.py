@@ -6,8 +6,6 @@ batch from the keyword argument `curvature` of `update`. A batch whose numbers
 are not finite changes nothing but the count of skipped updates.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

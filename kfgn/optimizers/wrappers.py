@@ -1,7 +1,5 @@
 """How optax calls a transformation: by leaves' names, and with what keyword arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The empirical Fisher matrix: gradients at the batch's own targets."""
 
-from __future__ import annotations
-
 from kfgn.curvature.factors import Moments
 from kfgn.curvature.methods.method import Method, Request, UseCost
 from kfgn.objective.weights import rooted

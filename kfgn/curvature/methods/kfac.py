@@ -1,7 +1,5 @@
 """KFAC: gradients at targets sampled from the model, eq. (59)."""
 
-from __future__ import annotations
-
 import jax
 
 from kfgn.base.linalg import sum_of_examples

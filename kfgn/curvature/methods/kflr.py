@@ -1,7 +1,5 @@
 """KFLR: the exact mean matrix from the output Hessian's square root, eqs. (23)-(25)."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 
 from kfgn.base.linalg import sum_of_examples

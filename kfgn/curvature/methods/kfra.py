@@ -1,7 +1,5 @@
 """KFRA: the mean matrix walks backwards through the model, eq. (26)."""
 
-from __future__ import annotations
-
 from jaxtyping import Float
 
 from kfgn.base.devices import mean_over_devices, vary_like

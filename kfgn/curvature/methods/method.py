@@ -1,7 +1,5 @@
 """What a curvature method is: how its pre-activation factors are made, and at what cost."""
 
-from __future__ import annotations
-
 from typing import ClassVar, NamedTuple
 
 from jaxtyping import Float

@@ -1,7 +1,5 @@
 """A damping that stays as it is."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

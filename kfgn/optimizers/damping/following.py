@@ -1,7 +1,5 @@
 """γ = τ."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -28,7 +26,7 @@ class Following(FactorDamping):
         del value
         return jnp.stack([step_damping])
 
-    def beside(self, step_damping: Damping) -> Following:
+    def beside(self, step_damping: Damping) -> "Following":
         """With the start and the bounds of τ."""
         return Following(step_damping.initial, step_damping.least, step_damping.maximum)
 

@@ -1,7 +1,5 @@
 """γ by the quadratic model."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

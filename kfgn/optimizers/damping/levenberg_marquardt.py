@@ -1,7 +1,5 @@
 """τ by the reduction ratio."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax.numpy as jnp

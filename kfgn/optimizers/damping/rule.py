@@ -1,7 +1,5 @@
 """What damping rules have in common: settings, and the two roles that a rule may have."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -116,7 +114,7 @@ class FactorDamping(Damping):
         """
         raise NotImplementedError
 
-    def beside(self, step_damping: Damping) -> FactorDamping:
+    def beside(self, step_damping: Damping) -> "FactorDamping":
         """This rule where τ has that one."""
         del step_damping
         return self
