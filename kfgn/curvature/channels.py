@@ -23,7 +23,7 @@ from kfgn.base.devices import vary_like
 from kfgn.base.linalg import PRECISION, matmul, sum_over_examples, total, weighed
 from kfgn.base.types import Array
 from kfgn.curvature.factors import entries_of
-from kfgn.curvature.jacobians import Jacobian, PairBlocks, Slopes, Values, elementwise_slopes
+from kfgn.curvature.jacobians import Jacobian, PairBlocks, Slopes, elementwise_slopes
 from kfgn.curvature.recursion import Walk, walk_nodes
 from kfgn.model.equations import Var, size
 from kfgn.model.graph import Graph, Node

@@ -9,8 +9,6 @@ second moments that must be semi-definite, Kronecker factors and the quadratic m
 have |ω_n|: for a convex loss this is the absolute value of the example's own matrix.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -48,7 +46,7 @@ def weigh(
     given = jax.tree.leaves((inputs, targets, weights))
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in given):
         return jax.eval_shape(
-            lambda *x: weigh(*x, mean_over, None, statistics), inputs, targets, weights
+            lambda x, y, w: weigh(x, y, w, mean_over, None, statistics), inputs, targets, weights
         )
     w = as_weights(weights)
     first = jnp.arange(w.size) == jnp.argmax(w != 0)
@@ -152,9 +150,6 @@ class WeightedLoss(Loss):
 
     def sample(self, key: Array, outputs: Outputs) -> Any:
         return self.loss.sample(key, outputs)
-
-    def correct(self, outputs: Outputs, target: Weighted) -> Array:
-        return self.loss.correct(outputs, target.targets)
 
     def sqrt_columns(self, outputs: Outputs, targets: Weighted) -> tuple[int, Columns]:
         count, column = self.loss.sqrt_columns(jax.vmap(_clean)(outputs, targets), targets.targets)

@@ -13,6 +13,7 @@ import pytest
 
 import kfgn
 from kfgn.curvature.channels import Homogeneous, layouts
+from kfgn.curvature.recursion import Walk
 from kfgn.model.graph import build_graph
 from tests.tables.architectures import LOSSES, ROWS, make_targets
 
@@ -167,7 +168,7 @@ def test_homogeneous_convolution(name):
     (i,), (o,) = node.inputs, node.outputs
     root = rng.normal(size=(2, 2))
     omega = jnp.asarray(root @ root.T)
-    jacobian = Homogeneous(node, graph.shared_values(params), {}, layouts(graph))
+    jacobian = Homogeneous(node, Walk(graph, graph.shared_values(params), {}), layouts(graph))
 
     @jax.jit
     def both(omega, inputs):
