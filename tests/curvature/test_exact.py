@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,16 +17,14 @@ from tests.tables.nets import MODELS, dense
 
 pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.row("model")]
 
-# Each model with the loss of its row, and each loss with models of three kinds.
-# The loss "gaussian" needs the outputs of "tree_outputs"; "soft_labels" are other
-# targets for the loss of "one_hot".
+# Each model with the loss of its row, and each loss with one model: the recursions know the
+# loss by its gradient and Hessian in the outputs alone. Where branches meet, a full Hessian,
+# one that is not definite, and one that may not be. The loss "gaussian" needs the outputs of
+# "tree_outputs"; "soft_labels" are other targets for the loss of "one_hot".
 ROWS = [(model, row.loss) for model, row in MODELS.items()]
-ROWS += [
-    (model, loss)
-    for model in ("tanh", "residual", "gated")
-    for loss in LOSSES
-    if loss not in ("gaussian", "soft_labels") and (model, loss) not in ROWS
-]
+PAIRS = [("tanh", loss) for loss in LOSSES if loss not in ("gaussian", "soft_labels")]
+PAIRS += itertools.product(("residual", "gated"), ("coupled", "mixture", "unpromised"))
+ROWS += [pair for pair in PAIRS if pair not in ROWS]
 every_row = pytest.mark.parametrize(
     ("model", "loss"), ROWS, ids=[f"{model}-{loss}" for model, loss in ROWS]
 )
