@@ -73,8 +73,8 @@ def summed_over_positions(
 
 def walk_channels(
     walk: Walk, output_hessian: Float[Array, "K K"]
-) -> dict[str, tuple[Layout, Array]]:
-    """By use, the layout of its pre-activation and its channel matrix Ω, `[C, C]`."""
+) -> dict[str, Float[Array, "s o o"]]:
+    """What the walk leaves at every use, `I ⊗ Ω`, summed over its positions."""
     layout = layouts(walk.graph)
     found, _ = walk_nodes(
         walk,
@@ -82,11 +82,12 @@ def walk_channels(
         lambda node: homogeneous_jacobian(node, walk, layout),
         lambda u, v, block: channel_matrix(block, layout[u], layout[v]),
     )
-    dtype = output_hessian.dtype
     result = {}
     for name, omega in found.items():
-        own = layout[walk.graph.uses[name].output]
-        result[name] = own, jnp.zeros((own.channels,) * 2, dtype) if omega is None else omega
+        use = walk.graph.uses[name]
+        if omega is None:
+            omega = jnp.zeros((layout[use.output].channels,) * 2, output_hessian.dtype)
+        result[name] = summed_over_positions(use, layout[use.output], omega)
     return result
 
 

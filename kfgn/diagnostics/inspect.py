@@ -186,7 +186,12 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
 
 
 def _use_cost(at: _Setting, layer: Layer, use: Use) -> UseCost:
-    form, product = use.form, _product_cost(at.graph, use)
+    form = use.form
+    product = 2 * form.groups * form.positions * form.d_in * form.d_out
+    if form.indexed:
+        product = size(use.output)
+    if use.input is None or not at.graph.is_active(use.input):
+        product = 0  # no layer is before it
     summed = layer.indexed and layer.activation_size == 1 == len(layer.uses)
     moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
     square = 1 if layer.indexed else 2 * use.width**2
@@ -196,15 +201,6 @@ def _use_cost(at: _Setting, layer: Layer, use: Use) -> UseCost:
         congruence=product * sum(size(v) for v in (use.input, use.output) if v is not None),
         columns=at.columns,
     )
-
-
-def _product_cost(graph: Graph, use: Use) -> int:
-    """One product with the kernel, on the way to the layers before it if there are any."""
-    form = use.form
-    if use.input is None or not graph.is_active(use.input):
-        return 0
-    product = 2 * form.groups * form.positions * form.d_in * form.d_out
-    return size(use.output) if form.indexed else product
 
 
 def _node_cost(node: Node, count: int) -> int:

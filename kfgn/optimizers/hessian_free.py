@@ -28,16 +28,7 @@ from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
-from kfgn.optimizers.state import (
-    Count,
-    Flag,
-    counter,
-    is_usable,
-    keep_if,
-    number,
-    stay,
-    zeros_like,
-)
+from kfgn.optimizers.state import Count, Flag, counter, is_usable, keep_if, number, stay, zeros_like
 from kfgn.optimizers.wrappers import by_curvature, whole_params
 
 PRECONDITIONERS = (None, "diagonal", "gauss_newton_diagonal", "kronecker")

@@ -4,7 +4,7 @@ from jaxtyping import Float
 
 from kfgn.base.devices import mean_over_devices, vary_like
 from kfgn.base.types import Array
-from kfgn.curvature.channels import summed_over_positions, walk_channels
+from kfgn.curvature.channels import walk_channels
 from kfgn.curvature.factors import Moments, over_positions, walked_moments
 from kfgn.curvature.methods.method import Method, Request, UseCost
 from kfgn.curvature.recursion import Walk, walk_back
@@ -38,8 +38,7 @@ def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:
     shared = graph.shared_values(model.params)
     walk = Walk(graph, shared, model.values, request.axis_name, request.importance)
     if request.spatial == "homogeneous":
-        found = walk_channels(walk, hessian)
-        return {n: summed_over_positions(u, *found[n]) for n, u in graph.uses.items()}
+        return walk_channels(walk, hessian)
     layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
     matrices = walk_back(walk, hessian).uses
     return {n: over_positions(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
