@@ -165,8 +165,9 @@ def test_batch_norm_in_training(name):
     (value, grads), displaced, expected = all_of(params)
     close((value, grads), expected)
     moved = jax.tree.map(jnp.add, params, grads)
-    close(displaced, truth(moved)[0])
-    close(objective(params, (x, labels)), truth(params)[0])
+    at = jax.jit(lambda params: (truth(params)[0], objective(params, (x, labels))))
+    close(displaced, at(moved)[0])
+    close(*at(params))
 
 
 def normalized(p, x, mean, square):
@@ -241,35 +242,51 @@ def test_operators():
     statistics, batch = own_batch(p, x)[1], (x, labels)
     objective = kfgn.Objective(with_axis, loss, axis_name="batch")
 
-    def fixed(p):
-        return with_data(p, (x, *statistics))
-
-    whole = jax.jacobian(fixed)(p)
-    rows = jnp.concatenate([j.reshape(COUNT, 3, -1) for j in whole], -1)
-    probabilities = jax.nn.softmax(fixed(p))
-    output = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(probabilities)
-    dense = jnp.einsum("nkp,nkl,nlq->pq", rows, output, rows) / COUNT
     flat, back = jax.flatten_util.ravel_pytree(p)
-    hessian = jax.hessian(lambda v: mean_loss(fixed(back(v)), labels))(flat)
-    for operator, expected in ((kfgn.gauss_newton, dense), (kfgn.hessian, hessian)):
-        of = operator(objective)
-        close(of.dense(p, batch), expected)
-        product = back(expected @ flat)
-        close(of.matvec(p, batch, p), product)
-        close(of.matvec(p, batch, p, chunk_size=4), product)
-        size = p[0].size
-        close(of.blocks(p, batch)["0"], expected[:size, :size])
-        close(of.diagonal(p, batch)["0"].reshape(-1), jnp.diag(expected)[:size])
-        ones = jnp.ones_like(p[0])
-        close(of.block_matvecs(p, batch)["0"](ones).reshape(-1), expected[:size, :size].sum(1))
-    close(kfgn.gauss_newton(objective).jacobian(p, batch), rows)
-    gradients = jnp.einsum("nkp,nk->np", rows, probabilities - jax.nn.one_hot(labels, 3))
-    fisher = gradients.T @ gradients / COUNT
-    close(kfgn.empirical_fisher(objective).dense(p, batch), fisher)
-    diagonal = kfgn.empirical_fisher(objective).diagonal(p, batch)
-    close(jnp.concatenate([d.reshape(-1) for d in diagonal.values()]), jnp.diag(fisher))
-    least = kfgn.diagnostics.negative_curvature(objective, of="block")(p, batch)["0"].least
-    close(least, jnp.linalg.eigvalsh(hessian[: p[0].size, : p[0].size])[0])
+    size = p[0].size
+
+    @jax.jit
+    def by_jax(flat):
+        def fixed(v):
+            return with_data(back(v), (x, *statistics))
+
+        rows, probabilities = jax.jacobian(fixed)(flat), jax.nn.softmax(fixed(flat))
+        output = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(probabilities)
+        gradients = jnp.einsum("nkp,nk->np", rows, probabilities - jax.nn.one_hot(labels, 3))
+        dense = jnp.einsum("nkp,nkl,nlq->pq", rows, output, rows) / COUNT
+        hessian = jax.hessian(lambda v: mean_loss(fixed(v), labels))(flat)
+        return rows, dense, hessian, gradients.T @ gradients / COUNT
+
+    @jax.jit
+    def ours(p, batch):
+        found = []
+        for operator in (kfgn.gauss_newton, kfgn.hessian):
+            of, ones = operator(objective), jnp.ones_like(p[0])
+            found.append((
+                of.dense(p, batch),
+                of.matvec(p, batch, p),
+                of.matvec(p, batch, p, chunk_size=4),
+                of.blocks(p, batch)["0"],
+                of.diagonal(p, batch)["0"].reshape(-1),
+                of.block_matvecs(p, batch)["0"](ones).reshape(-1),
+            ))  # fmt: skip
+        fisher = kfgn.empirical_fisher(objective)
+        return (
+            found,
+            kfgn.gauss_newton(objective).jacobian(p, batch),
+            (fisher.dense(p, batch), list(fisher.diagonal(p, batch).values())),
+            kfgn.diagnostics.negative_curvature(objective, of="block")(p, batch)["0"].least,
+        )
+
+    rows, dense, hessian, fisher = map(np.asarray, by_jax(flat))
+    found, jacobian, (empirical, diagonal), least = ours(p, batch)
+    for one, expected in zip(found, (dense, hessian), strict=True):
+        product, block = back(jnp.asarray(expected @ flat)), expected[:size, :size]
+        close(one, (expected, product, product, block, np.diag(block), block.sum(1)))
+    close(jacobian, rows)
+    close(empirical, fisher)
+    close(np.concatenate([np.ravel(d) for d in diagonal]), np.diag(fisher))
+    close(least, np.linalg.eigvalsh(hessian[:size, :size])[0])
 
 
 def test_distance_from_the_exact_matrix():
@@ -290,16 +307,21 @@ def test_distance_from_the_exact_matrix():
     for count, figure in ((32, 0.29), (256, 0.24)):
         x = jax.random.normal(keys[2], (count, 4))
         batch = x, jnp.arange(count) % 3
-        found = kfgn.gauss_newton(kfgn.Objective(model, loss, axis_name="batch")).dense(p, batch)
+        operator = kfgn.gauss_newton(kfgn.Objective(model, loss, axis_name="batch"))
 
-        def own(p, x=x):
+        def own(p, x):
             return model(p, x, lambda h: jnp.mean(h, 0))
 
-        rows = [j.reshape(count, 3, -1) for j in jax.tree.leaves(jax.jacobian(own)(p))]
-        rows, q = jnp.concatenate(rows, -1), jax.nn.softmax(own(p))
-        output = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(q)
-        exact = jnp.einsum("nkp,nkl,nlq->pq", rows, output, rows) / count
-        distance = jnp.linalg.norm(found - exact) / jnp.linalg.norm(exact)
+        @jax.jit
+        def by_jax(p, x):
+            count = len(x)
+            rows = [j.reshape(count, 3, -1) for j in jax.tree.leaves(jax.jacobian(own)(p, x))]
+            rows, q = jnp.concatenate(rows, -1), jax.nn.softmax(own(p, x))
+            output = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(q)
+            return jnp.einsum("nkp,nkl,nlq->pq", rows, output, rows) / count
+
+        found, exact = np.asarray(jax.jit(operator.dense)(p, batch)), np.asarray(by_jax(p, x))
+        distance = np.linalg.norm(found - exact) / np.linalg.norm(exact)
         assert abs(distance - figure) < 0.01
         close(found[24:, 24:], exact[24:, 24:])
 

@@ -39,10 +39,14 @@ def problem(count=6):
     return params, inputs, jax.random.randint(keys[4], (count,), 0, 3)
 
 
+@jax.jit
 def truth(params, inputs, labels, weights, over):
     """The user's own weighted mean, and the penalty."""
     losses = jax.vmap(LOSS)(model(params, inputs), labels)
     return jnp.sum(weights * losses) / over + L2 / 2 * optax.tree.norm(params, squared=True)
+
+
+true_gradient = jax.jit(jax.value_and_grad(truth))
 
 
 def close(found, expected, rtol=1e-12, atol=1e-13):
@@ -86,7 +90,7 @@ def test_weight_zero_is_absent(method):
         found = seen(objective, method, (padded, wrong, given), params)
         small = (part(inputs, slice(4)), labels[:4], given[:4])
         close(found, seen(objective, method, small, params))
-        expected = jax.value_and_grad(truth)(params, inputs, labels, given.astype(float), sum_of)
+        expected = true_gradient(params, inputs, labels, given.astype(float), sum_of)
         close(found[:2], expected)
         assert found[-1] == sum_of
     plain = seen(objective, method, small[:2], params)
@@ -187,7 +191,7 @@ def test_what_must_be_semi_definite_has_sizes():
         signed = seen(objective, method, (inputs, labels, weights), params)
         sizes = seen(objective, method, (inputs, labels, jnp.abs(weights)), params)
         close(signed[2:4], sizes[2:4])
-        close(signed[:2], jax.value_and_grad(truth)(params, inputs, labels, weights, 5.0))
+        close(signed[:2], true_gradient(params, inputs, labels, weights, 5.0))
 
 
 def test_model_examples_are_spread_over_what_counts():
