@@ -133,4 +133,5 @@ def check_jit_equals_no_jit(record: Record, counts: tuple[int, ...]) -> None:
         (grads, state, params, keywords), expected = record.calls[count - 1]
         with jax.disable_jit():
             actual = record.tx.update(grads, state, params, **keywords)
-        assert_close(actual, expected, 2e-3)
+        # One update: float32's roundoff, which the solves magnify a little.
+        assert_close(actual, expected, 1e-4)
