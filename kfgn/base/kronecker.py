@@ -40,6 +40,8 @@ def factor_balance(q: Left, g: Float[Array, "*S b b"]) -> Float[Array, "*S"]:
     """
     mean_q = jnp.mean(q, axis=-1) if is_diagonal(q, g) else _mean_eigenvalue(q)
     mean_g = _mean_eigenvalue(g)
+    if mean_q.shape != mean_g.shape:  # blocks `[S_i, 1]` and `[1, S_o]`: one ω for all of them
+        mean_q, mean_g = (jnp.mean(x, axis=(-2, -1), keepdims=True) for x in (mean_q, mean_g))
     usable = (mean_q > 0) & (mean_g > 0)
     ratio = jnp.where(usable, mean_q, 1) / jnp.where(usable, mean_g, 1)
     return jnp.sqrt(ratio)

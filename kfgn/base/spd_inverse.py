@@ -37,14 +37,21 @@ _LARGE = 1e30
 def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Array]:
     """`(A + s I)^-1` of every matrix; NaN where a matrix is not positive definite.
 
-    A stack of matrices `[S, n, n]` takes a shift for each, `[S]`.
+    A stack of matrices `[S, n, n]` takes a shift for each, `[S]`, with more leading axes likewise.
     """
-    shifts = [jnp.asarray(s, a.dtype) for a, s in zip(matrices, shifts, strict=True)]
+    shapes = [a.shape for a in matrices]
+    shifts = [
+        jnp.broadcast_to(jnp.asarray(s, a.dtype), a.shape[:-2]).reshape(-1) if a.ndim > 3
+        else jnp.asarray(s, a.dtype)
+        for a, s in zip(matrices, shifts, strict=True)
+    ]  # fmt: skip
+    matrices = [a.reshape(-1, *a.shape[-2:]) if a.ndim > 3 else a for a in matrices]
     given = list(zip(matrices, shifts, strict=True))
     single = [pair for pair in given if pair[0].ndim == 2]
     in_turn, at_once = (functools.partial(_stacked, f) for f in (_by_turns, _by_batched_cholesky))
     found = iter(jax.lax.platform_dependent(single, cpu=in_turn, default=at_once) if single else [])
-    return [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
+    inverses = [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
+    return [a.reshape(shape) for a, shape in zip(inverses, shapes, strict=True)]
 
 
 def _inverse_of_stack(

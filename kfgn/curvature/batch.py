@@ -28,10 +28,11 @@ from kfgn.curvature.factors import (
     activation_moments,
     assemble,
     check_sharing,
-    diagonal_factors,
 )
 from kfgn.curvature.forward_pass import Linearized, linearize
 from kfgn.curvature.methods import METHODS, Request, method_of
+from kfgn.curvature.own_factors import own_factors
+from kfgn.model.factor_size import check_factor_size, limited
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
 from kfgn.objective.loss import Loss
@@ -64,6 +65,8 @@ class CurvatureSettings:
     model_examples: int | None
     unassigned: str
     l2: float | None  # the objective's; None where it is an array, whose value may be unknown
+    large_factors: str = "raise"
+    factor_limit: int | None = None
 
     def __post_init__(self) -> None:
         method = method_of(self.method)
@@ -76,6 +79,7 @@ class CurvatureSettings:
         if self.model_examples is not None:
             check_whole("model_examples", self.model_examples, 1)
         check_unassigned(self.unassigned)
+        check_factor_size(self.large_factors, self.factor_limit)
 
     def require_equal(self, other: "CurvatureSettings", what: str) -> None:
         """Raises OptionError where other settings differ, with the fields that do."""
@@ -125,7 +129,9 @@ def value_grad_and_curvature(
     sharing: str = "expand",
     spatial: str = "joint",
     model_examples: int | None = 256,
-    unassigned: str = "raise",
+    unassigned: str = "block",
+    large_factors: str = "raise",
+    factor_limit: int | None = None,
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[tuple[Any, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
@@ -160,10 +166,16 @@ def value_grad_and_curvature(
       model_examples: the number of examples, spread evenly over the batch, that
         stand for it in the quadratic model's Gauss-Newton matrix, whose cost
         they set (Martens & Grosse 2015, section 8); None takes the whole batch.
-      unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
-        compute the exact diagonal of the Gauss-Newton matrix for it, at the
-        cost of one backward pass per column of the output Hessian's root;
+      unassigned: what a parameter in no layer gets, such as a kernel that is normalized.
+        "block": the exact block of the Gauss-Newton matrix of its own, up to 1024 entries,
+        at the cost of one backward pass per column of the output Hessian's root, else an
+        error; "raise" for an error; "diagonal": the exact diagonal, at the same cost;
         "gradient" to leave it without curvature.
+      large_factors: what becomes of factors with more rows than `factor_limit`: "raise";
+        "split", into the fewest equal blocks on the diagonal that are not larger; or
+        "diagonal". Q of look-ups is a diagonal anyway; that of an embedding tied to the
+        output is then a diagonal, the counts of its rows and the output's share.
+      factor_limit: None stands for the rows of a factor that takes 2 GiB.
       axis_name: inside `jax.shard_map`, `jax.pmap` or a named `jax.vmap`, the axis of
         devices over which a batch is spread, or a tuple of them: value, gradient,
         curvature and what an update measures are then those of the whole batch, and
@@ -174,12 +186,15 @@ def value_grad_and_curvature(
 
     Raises:
       OptionError: an unknown option, samples below 1, or no key for "kfac".
-      LayerError: a parameter belongs to no layer.
+      LayerError: a parameter belongs to no layer, or a factor is too large.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
     """
     require_objective(objective)
     l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
-    settings = CurvatureSettings(method, samples, sharing, spatial, model_examples, unassigned, l2)
+    settings = CurvatureSettings(
+        *(method, samples, sharing, spatial, model_examples, unassigned, l2),
+        *(large_factors, factor_limit),
+    )
     chosen = method_of(method)
 
     def curvature_fn(
@@ -188,8 +203,9 @@ def value_grad_and_curvature(
         chosen.check_key(key)
         inputs, targets = read_batch(objective, batch, axis_name)
         graph = build_graph(objective, params, inputs)
-        if unassigned == "raise":
-            require_blocks(graph.reasons)
+        require_blocks(graph.without_block(unassigned))
+        layers = limited(graph.layers, large_factors, factor_limit)
+        graph = dataclasses.replace(graph, layers=layers)
         params, inputs, targets = vary_like((params, inputs, targets), (params, batch))
         model = linearize(graph, objective, params, inputs, targets, chosen.probes)
         weights = importance(targets, axis_name)
@@ -198,14 +214,18 @@ def value_grad_and_curvature(
         factors: dict[str, Factors | Diagonal] = {}
         for name, layer in graph.layers.items():
             values = {n: model.values[use.input] for n, use in layer.uses.items()}
-            activation = activation_moments(layer, values, sharing, model.dtype, weights)
+            activation = activation_moments(
+                layer, values, sharing, model.dtype, model.weights, weights
+            )
             both = mean_over_devices((activation, moments[name]), axis_name)
             factors[name] = assemble(layer, *both)
-        if unassigned == "diagonal" and graph.reasons:
-            factors.update(mean_over_devices(diagonal_factors(model), axis_name))
-        own = _value_and_gradient(model, objective, params)
-        value, gradient = mean_over_devices(own, axis_name)
-        push, *pushed = model.quadratic(part_of_device(model_examples, axis_name))
+        if unassigned in ("diagonal", "block") and graph.reasons:
+            own = own_factors(model, whole=unassigned == "block")
+            factors.update(mean_over_devices(own, axis_name))
+        pair = _value_and_gradient(model, objective, params)
+        value, gradient = mean_over_devices(pair, axis_name)
+        count = part_of_device(model_examples, axis_name)
+        push, *pushed = model.quadratic(objective, params, count)
         curvature = Curvature(
             factors,
             value,
@@ -233,7 +253,7 @@ def _examples(objective: Objective, batch: Batch, axis_name: AxisName | None) ->
 
 def check_unassigned(unassigned: str) -> None:
     """Raises OptionError unless it is a known treatment of parameters without a block."""
-    check_choice("unassigned", unassigned, ("raise", "diagonal", "gradient"))
+    check_choice("unassigned", unassigned, ("block", "raise", "diagonal", "gradient"))
 
 
 def _value_and_gradient(

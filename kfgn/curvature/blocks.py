@@ -11,6 +11,7 @@ on the row-major vec of the kernel `[d_in, d_out]`; his has the transposed kerne
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -45,7 +46,40 @@ class LoneParameter:
         return {self.name: matrix}
 
 
-Block: TypeAlias = Layer | LoneParameter
+@dataclasses.dataclass(frozen=True)
+class OwnBlock:
+    """A parameter in no layer whose exact block stands for G, `[P, P]`; its matrix is a row."""
+
+    name: str
+    shape: Shape
+
+    slots: ClassVar[tuple[tuple[Use, ...], ...]] = ((),)
+    uses: ClassVar[dict[str, Use]] = {}
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def matrix_shape(self) -> Shape:
+        return (1, math.prod(self.shape))
+
+    @property
+    def activation_shape(self) -> Shape:
+        return (1, 1)
+
+    @property
+    def pre_activation_shape(self) -> Shape:
+        return (math.prod(self.shape),) * 2
+
+    def to_matrix(self, leaves: dict[str, Array]) -> Array:
+        return leaves[self.name].reshape(1, -1)
+
+    def from_matrix(self, matrix: Array) -> dict[str, Array]:
+        return {self.name: matrix.reshape(self.shape)}
+
+
+Block: TypeAlias = Layer | LoneParameter | OwnBlock
 
 
 def blocks_of(graph: Graph) -> dict[str, Block]:

@@ -11,9 +11,9 @@ Both are the same, and the paper's eqs. (21) and (25), where T is 1. The uses
 of a tied kernel count as further positions.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,14 +23,12 @@ from kfgn.base.linalg import (
     PRECISION,
     map_examples,
     second_moment,
-    sum_of_examples,
     sum_over_examples,
     total,
     weighed,
 )
-from kfgn.base.trees import batch_of, first_of
-from kfgn.base.types import Array, PyTree
-from kfgn.curvature.forward_pass import Linearized, as_outputs
+from kfgn.base.types import Array, Scalar
+from kfgn.curvature.weights import Weights, on_both_sides
 from kfgn.model.equations import size
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
@@ -60,7 +58,7 @@ class Diagonal(NamedTuple):
     """The exact diagonal of the Gauss-Newton matrix for a parameter in no layer.
 
     >>> import jax.numpy as jnp, kfgn
-    >>> objective = kfgn.Objective(lambda p, x: x * p**2, kfgn.losses.half_squared_error)
+    >>> objective = kfgn.Objective(lambda p, x: x * jnp.sum(p**2), kfgn.losses.half_squared_error)
     >>> curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="diagonal")
     >>> _, curvature = curvature_fn(jnp.array([3.0]), (jnp.ones((4, 1)), jnp.ones((4, 1))))
     >>> curvature.factors[""].diagonal.tolist()  # (2 p)²
@@ -87,55 +85,81 @@ def activation_moments(
     values: dict[str, Array],
     sharing: str,
     dtype: Any,
+    weights: dict[str, Weights],
     importance: Float[Array, " N"] | None = None,
 ) -> Moments:
     """Q, from the data operand `[N, ...]` of every use by its name, weighed by `importance`."""
-    if layer.indexed:
-        counts = [_counts(layer, slot, values, dtype, importance) for slot in _slots(layer)]
-        return Moments(_stacked(layer, counts))
     roots = None if importance is None else jnp.sqrt(importance)
 
-    def of(slot: dict[str, Use]) -> Array:
+    def of(slot: dict[str, Use], blocks: int) -> Array:
+        if _sharing(layer, sharing) == "expand" and all(u.form.indexed for u in slot.values()):
+            counts = _counts(layer, slot, values, dtype, weights, importance)
+            return counts if layer.indexed else _on_diagonals(counts, blocks)
         if _sharing(layer, sharing) == "reduce":
             count = sum(use.form.positions for use in slot.values())
-            pooled = total(_pooled(u, values[n], dtype) for n, u in slot.items())
-            return _moment(weighed(roots, pooled / count))
-        return total(_in_chunks(use, values[name], dtype, roots) for name, use in slot.items())
+            pooled = {n: _pooled(use, values[n], dtype) for n, use in slot.items()}
+            rows = {n: a * weights[n].rows[:, None] if n in weights else a
+                    for n, a in pooled.items()}  # fmt: skip
+            return _moment(weighed(roots, total(rows.values()) / count), blocks)
+        return total(_in_chunks(u, values[n], dtype, roots, weights.get(n), blocks)
+                     for n, u in slot.items())  # fmt: skip
 
-    return _of_both(layer, of)
+    return _of_both(layer, 0, of)
 
 
 def gradient_moments(
-    layer: Layer, gradients: dict[str, Array], sharing: str, dtype: Any
+    layer: Layer,
+    gradients: dict[str, Array],
+    sharing: str,
+    dtype: Any,
+    weights: dict[str, Weights],
 ) -> Moments:
     """G, from gradients `[N, ...]` at the pre-activations of every use by its name."""
 
-    def of(slot: dict[str, Use]) -> Array:
+    def of(slot: dict[str, Use], blocks: int) -> Array:
         rows = {n: use.pre_activations(gradients[n]).astype(dtype) for n, use in slot.items()}
+        rows |= {
+            n: weights[n].routed(g * weights[n].columns[:, None])
+            for n, g in rows.items()
+            if n in weights
+        }
         if _sharing(layer, sharing) == "reduce":
             if layer.indexed:
                 rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
-            return _moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()))
-        return total(_moment(g) for g in rows.values()) / sum(g.shape[2] for g in rows.values())
+                rows |= {n: g * weights[n].rows[0, 0] for n, g in rows.items() if n in weights}
+            return _moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()), blocks)
+        count = total(_places(use, weights.get(n)) for n, use in slot.items())
+        return total(_moment(g, blocks) for g in rows.values()) / count
 
-    return _of_both(layer, of)
+    return _of_both(layer, 1, of)
 
 
-def walked_moments(layer: Layer, sums: dict[str, Array], sharing: str) -> Moments:
+def walked_moments(
+    layer: Layer, sums: dict[str, Array], sharing: str, weights: dict[str, Weights]
+) -> Moments:
     """G, from sums over positions of what the recursion found, by use: see `over_positions`.
 
     Between different uses of a tied kernel the recursion says nothing, so
     "reduce" sums over the positions of each use alone.
     """
 
-    def of(slot: dict[str, Use]) -> Array:
-        summed = total(sums[name] for name in slot)
+    def of(slot: dict[str, Use], blocks: int) -> Array:
+        summed = total(
+            on_both_sides(sums[n], weights[n].columns) if n in weights else sums[n] for n in slot
+        )
         if _sharing(layer, sharing) == "reduce":
-            return summed * layer.first.kernel.factor**2 if layer.indexed else summed
-        count = sum(use.form.positions for use in slot.values())
-        return summed if count == 1 else summed / count
+            rows = weights[layer.name].rows if layer.name in weights else jnp.ones((1, 1))
+            row = (layer.first.kernel.factor * rows[0, 0].astype(summed.dtype)) ** 2
+            return _diagonal_blocks(summed * row if layer.indexed else summed, blocks)
+        count = total(_places(use, weights.get(n)) for n, use in slot.items())
+        return _diagonal_blocks(summed / count, blocks)
 
-    return _of_both(layer, of)
+    return _of_both(layer, 1, of)
+
+
+def _places(use: Use, weights: Weights | None) -> Any:
+    """In how many places an example uses a kernel, in the mean; a number, or `[s, 1, 1]`."""
+    return use.form.positions if use.choice is None or weights is None else weights.positions
 
 
 def entries_of(use: Use) -> Int[np.ndarray, "s t o"]:
@@ -144,14 +168,19 @@ def entries_of(use: Use) -> Int[np.ndarray, "s t o"]:
 
 
 def over_positions(
-    layer: Layer, use: Use, matrix: Float[Array, "D D"], sharing: str
+    layer: Layer, use: Use, matrix: Float[Array, "D D"], sharing: str, weights: Weights | None
 ) -> Float[Array, "s o o"]:
     """Sums of the matrix over a use's whole pre-activation.
 
     For "expand" over equal positions, `sum_t M[s, t, o, s, t, o']`; for "reduce"
-    over all pairs of positions.
+    over all pairs of positions. Of a kernel that data chooses, position t counts for each
+    as often as examples route it there.
     """
     entries = entries_of(use)
+    if use.choice is not None and weights is not None and weights.route is not None:
+        own = matrix[entries[0][:, :, None], entries[0][:, None, :]]
+        often = jnp.mean(weights.route, axis=0)
+        return jnp.einsum("st,top->sop", often.astype(own.dtype), own, precision=PRECISION)
     if entries.shape == (1, 1, len(matrix)) and np.all(np.diff(entries) == 1):
         return matrix[None]
     if _sharing(layer, sharing) == "reduce":
@@ -170,9 +199,7 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     if activation.flipped is None or pre_activation.flipped is None:
         return upright
     parts = [upright, Factors(pre_activation.flipped, activation.flipped)]
-    if parts[0].activation.ndim == 1:
-        parts[0] = parts[0]._replace(activation=jnp.diag(parts[0].activation))
-    traces = [(jnp.trace(q), jnp.trace(g)) for q, g in parts]
+    traces = [(_trace(q), _trace(g)) for q, g in parts]
     norm = jnp.sqrt(total(q * g for q, g in traces))
     norm = jnp.where(norm > 0, norm, 1)
     pairs = list(zip(parts, traces, strict=True))
@@ -182,42 +209,14 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     )
 
 
-def diagonal_factors(model: Linearized) -> dict[str, Diagonal]:
-    """The exact diagonal of the Gauss-Newton matrix for every parameter in no layer.
-
-    `sum_k E[(J'c_k)^2]` over the columns c_k of the output Hessian's root: each
-    example sees a copy of the parameters, whose gradients are so its own.
-    """
-
-    def outputs_of(own: dict[str, Array], example: PyTree) -> PyTree:
-        inputs, statistics = batch_of(example)
-        params = {**model.params, **own}
-        return first_of(model.graph.forward(params, inputs, statistics=statistics)[0])
-
-    copies = {
-        name: jnp.broadcast_to(model.params[name], (model.examples, *model.params[name].shape))
-        for name in model.graph.reasons
-    }
-    examples = model.inputs, model.statistics
-    _, pull = jax.vjp(lambda own: jax.vmap(outputs_of)(own, examples), copies)
-    count, column = model.loss.sqrt_columns(model.outputs, model.targets)
-
-    def squares(index: Array) -> dict[str, Diagonal]:
-        (gradients,) = pull(as_outputs(column(index), model.outputs))
-        return {
-            name: Diagonal(jnp.mean(jnp.square(g.astype(model.dtype)), axis=0))
-            for name, g in gradients.items()
-        }
-
-    return dict(sum_of_examples(squares, jnp.arange(count)))
-
-
 def _sharing(layer: Layer, sharing: str) -> str:
     # A row that is added everywhere has a constant for its input: "reduce" is
     # exact. Rows that are looked up keep a diagonal Q with "expand" alone, and
     # of several uses the recursion knows no cross terms.
     if layer.indexed:
         return "reduce" if _is_one_row(layer) else "expand"
+    if any(use.choice is not None for use in layer.uses.values()):
+        return "expand"  # the positions of an expert are not those of an example
     return sharing
 
 
@@ -231,21 +230,52 @@ def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
     return [{n: u for n, u in slot.items() if (u in layer.flipped) == flipped} for slot in slots]
 
 
-def _of_both(layer: Layer, of: Any) -> Moments:
-    upright = _stacked(layer, [of(slot) for slot in _slots(layer)])
+def _of_both(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]) -> Moments:
+    """`of(uses, blocks)` of the factor on one side, Q or G, and on the other for flipped uses."""
+    shapes = layer.activation_shape, layer.pre_activation_shape
+    parts = [of(slot, layer.splits[side]) for slot in _slots(layer)]
+    upright = (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(shapes[side])
     if not layer.flipped:
         return Moments(upright)
-    return Moments(upright, of(_slots(layer, flipped=True)[0])[0])
+    flipped = of(_slots(layer, flipped=True)[0], layer.splits[1 - side])
+    return Moments(upright, flipped.reshape(shapes[1 - side]))
 
 
-def _stacked(layer: Layer, parts: list[Array]) -> Array:
-    whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-    return whole[0] if layer.stack == 1 else whole
+def _trace(matrix: Float[Array, "*S d d"]) -> Scalar:
+    return jnp.sum(jnp.trace(matrix, axis1=-2, axis2=-1))
 
 
-def _moment(rows: Float[Array, "N s t d"]) -> Float[Array, "s d d"]:
-    """`sum_nt r_nst r_nst' / N` of rows."""
+def _cut(rows: Float[Array, "*N d"], blocks: int) -> Float[Array, "*N blocks b"]:
+    """The last axis in so many equal parts, with zeros behind it."""
+    width = -(-rows.shape[-1] // blocks)
+    beyond = blocks * width - rows.shape[-1]
+    padded = jnp.pad(rows, (*[(0, 0)] * (rows.ndim - 1), (0, beyond)))
+    return padded.reshape(*rows.shape[:-1], blocks, width)
+
+
+def _on_diagonals(vectors: Float[Array, "s d"], blocks: int) -> Float[Array, "s*blocks b b"]:
+    """The blocks of diagonal matrices."""
+    cut = _cut(vectors, blocks).reshape(vectors.shape[0] * blocks, -1)
+    return cut[:, :, None] * jnp.eye(cut.shape[1], dtype=cut.dtype)
+
+
+def _diagonal_blocks(matrices: Float[Array, "s d d"], blocks: int) -> Float[Array, "s*blocks b b"]:
+    """The blocks on the diagonals of matrices."""
+    if blocks == 1:
+        return matrices
+    cut = _cut(_cut(matrices, blocks).transpose(0, 2, 3, 1), blocks)  # `[s, l, b, k, a]`
+    found = jnp.einsum("skbka->skab", cut)
+    return found.reshape(-1, *found.shape[2:])
+
+
+def _moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*blocks b b"]:
+    """`sum_nt r_nst r_nst' / N` of rows, or the blocks on its diagonal."""
+    if blocks > 1:
+        cut = _cut(rows, blocks).swapaxes(2, 3)
+        rows = cut.reshape(len(cut), -1, *cut.shape[3:])
     count, groups, positions, width = rows.shape
+    if width == 1:
+        return jnp.sum(jnp.square(rows), axis=(0, 2))[..., None] / count
     if groups == 1:
         flat = rows.reshape(-1, width)
         return (second_moment(flat) * (positions if positions > 1 else 1))[None]
@@ -259,17 +289,25 @@ def _bytes_each(use: Use, dtype: Any) -> int:
 
 
 def _in_chunks(
-    use: Use, values: Array, dtype: Any, roots: Float[Array, " N"] | None
+    use: Use,
+    values: Array,
+    dtype: Any,
+    roots: Float[Array, " N"] | None,
+    weights: Weights | None,
+    blocks: int,
 ) -> Float[Array, "s d d"]:
     """The second moment of a use's inputs, with roots of weights if there are any."""
 
     def moment(chunk: tuple[Array, Array | None]) -> Array:
-        return _moment(weighed(chunk[1], use.activations(chunk[0], dtype)))
+        rows = use.activations(chunk[0], dtype)
+        if weights is not None:
+            rows = weights.routed(rows * weights.rows[:, None])
+        return _moment(weighed(chunk[1], rows), blocks)
 
     def summed(chunk: tuple[Array, Array | None]) -> Array:
         return moment(chunk) * chunk[0].shape[0]
 
-    if use.form.positions == 1:  # no larger than the data
+    if use.form.positions == 1 or use.choice is not None:  # no larger than the data
         return moment((values, roots))
     return sum_over_examples(summed, (values, roots), _bytes_each(use, dtype)) / values.shape[0]
 
@@ -288,14 +326,16 @@ def _counts(
     slot: dict[str, Use],
     values: dict[str, Array],
     dtype: Any,
+    weights: dict[str, Weights],
     importance: Float[Array, " N"] | None,
 ) -> Float[Array, "1 d_in"]:
     """How often each row is looked up per example, the diagonal of "expand"'s Q."""
     if _is_one_row(layer):  # "reduce", whose G has the factor in it
         return jnp.ones((1, 1), dtype)
-    counts = jnp.zeros(layer.activation_size, dtype)
+    counts = nothing = jnp.zeros(layer.activation_size, dtype)
     for name, use in slot.items():
         found = use.form.activations(values[name])
         weight = jnp.full(found.shape, use.kernel.factor**2 / found.shape[0], dtype)
-        counts = counts.at[found.reshape(-1)].add(weighed(importance, weight).reshape(-1))
+        own = nothing.at[found.reshape(-1)].add(weighed(importance, weight).reshape(-1))
+        counts = counts + (own * weights[name].rows[0] ** 2 if name in weights else own)
     return counts[None]

@@ -11,9 +11,11 @@ from jaxtyping import Float
 
 from kfgn.base.devices import vary, vary_like, varying_axes
 from kfgn.base.linalg import count_of, factor_dtype
-from kfgn.base.trees import named_leaves
+from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
+from kfgn.curvature.linear_pass import backward_pass
 from kfgn.curvature.recursion import needed_values
+from kfgn.curvature.weights import Weights, weights_of
 from kfgn.model.equations import variables
 from kfgn.model.graph import Graph, build_graph
 from kfgn.objective.loss import Loss, flatten_batch
@@ -30,8 +32,10 @@ class Linearized(NamedTuple):
     outputs: PyTree
     targets: PyTree
     loss: Loss
-    push: Callable  # (param tangents, probe tangents) -> output tangents
+    push: Callable | None  # (param tangents, probe tangents) -> output tangents
+    back: Callable  # its transpose; all there is of a model that only goes backwards
     probes: dict[str, Array]
+    weights: dict[str, Weights]  # of uses whose kernels are functions of their parameters' entries
     inputs: PyTree
     statistics: list[Array]  # of the batch, as in `Graph.forward`
     aux: PyTree
@@ -47,8 +51,7 @@ class Linearized(NamedTuple):
 
     def pull(self, cotangent: Float[Array, "N K"]) -> tuple[dict[str, Array], dict[str, Array]]:
         """Gradients at parameters and at probes from one at the outputs."""
-        transposed = jax.linear_transpose(self.push, self.params, self.probes)
-        return transposed(as_outputs(cotangent, self.outputs))
+        return self.back(as_outputs(cotangent, self.outputs))
 
     def gradient(self, cotangent: Float[Array, "N K"]) -> dict[str, Array]:
         """The gradient at parameters, that through statistics of the batch included."""
@@ -58,14 +61,24 @@ class Linearized(NamedTuple):
         _, pull = jax.vjp(lambda p: self.graph.forward(p, self.inputs, exact=True)[0], self.params)
         return pull(as_outputs(cotangent, self.outputs))[0]
 
-    def quadratic(self, examples: int | None) -> tuple[Partial, PyTree, PyTree]:
+    def quadratic(
+        self, objective: Objective, params: PyTree, examples: int | None
+    ) -> tuple[Partial, PyTree, PyTree]:
         """The linear pass of some examples, spread over the batch, their outputs and targets."""
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
         axes = varying_axes(self.params)
-        if examples is None or self.examples <= examples:
+        whole = examples is None or self.examples <= examples
+        chosen, held, targets, outputs = (self.inputs, self.statistics, self.targets, self.outputs)
+        if examples is not None and not whole:
+            (chosen, held, outputs), targets = spread((chosen, held, outputs), targets, examples)
+        if self.push is None:
+            if held:
+                objective = held_objective(objective, self.graph)
+                chosen = chosen, held
+            return Partial(_TransposedPass(objective), params, chosen), outputs, targets
+        if whole:
             probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
-            return Partial(_LinearPass(shapes, probes, axes), self.push), self.outputs, self.targets
-        (chosen, held), targets = spread((self.inputs, self.statistics), self.targets, examples)
+            return Partial(_LinearPass(shapes, probes, axes), self.push), outputs, targets
         outputs, push = jax.linearize(
             lambda p, z: self.graph.forward(p, chosen, z, statistics=held)[0], self.params, {}
         )
@@ -86,9 +99,16 @@ def linearize(
     probes = vary_like(graph.probes(count), leaves) if with_probes else {}
     read = graph.model
     keep = [*needed_values(graph), *read.statistics, *(read.aux.atoms if read.aux else ())]
-    outputs, push, kept = jax.linearize(
-        lambda p, z: graph.forward(p, inputs, z, keep), leaves, probes, has_aux=True
-    )
+
+    def forward(leaves: dict[str, Array], probes: dict[str, Array]) -> tuple[PyTree, list[Array]]:
+        return graph.forward(leaves, inputs, probes, keep)
+
+    push = None
+    if read.reverse_only:
+        outputs, back, kept = jax.vjp(forward, leaves, probes, has_aux=True)
+    else:
+        outputs, push, kept = jax.linearize(forward, leaves, probes, has_aux=True)
+        back = jax.linear_transpose(push, leaves, probes)
     loss = loss_of(objective.loss, targets)
     check_outputs(loss, outputs, inputs, targets)
     values = {v: x for v, x in zip(keep, kept, strict=True) if variables([v])}
@@ -98,7 +118,9 @@ def linearize(
         alone = None in read.aux.axes and read.axis_name is None
         own = objective.run(params, inputs)[1] if alone else None
         aux = read.aux.of_batch(kept[len(keep) - len(read.aux.atoms) :], read.varying, own)
-    found = graph, leaves, values, outputs, targets, loss, push, probes
+    dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, leaves))))
+    weights = weights_of(graph, leaves, values, dtype)
+    found = graph, leaves, values, outputs, targets, loss, push, back, probes, weights
     return Linearized(*found, inputs, statistics, aux)
 
 
@@ -113,8 +135,12 @@ def hold_statistics(objective: Objective, params: PyTree, batch: Batch) -> tuple
     inputs, targets, _ = require_batch(objective, params, batch)
     graph = build_graph(objective, params, inputs)
     _, statistics = graph.forward(named_leaves(params), inputs, keep=graph.model.statistics)
-    held = dataclasses.replace(objective, model=graph.held, axis_name=None, has_aux=False)
-    return held, ((inputs, statistics), targets)
+    return held_objective(objective, graph), ((inputs, statistics), targets)
+
+
+def held_objective(objective: Objective, graph: Graph) -> Objective:
+    """The objective of `((inputs, statistics), targets)`."""
+    return dataclasses.replace(objective, model=graph.held, axis_name=None, has_aux=False)
 
 
 def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:
@@ -129,10 +155,19 @@ def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:
     return vary_like(jax.tree.unflatten(tree, parts), outputs)
 
 
-def curved_product(push: Callable[[Any], Array], v: Any, curve: Callable[[Array], Array]) -> Any:
-    """`J'BJ v`, eq. (13), of a linear pass `push: v -> Jv`, `[N, K]`, and `curve: u -> Bu`."""
-    pushed, pull = jax.vjp(push, v)
-    return pull(curve(pushed).astype(pushed.dtype))[0]
+@dataclasses.dataclass(frozen=True)
+class _TransposedPass:
+    objective: Objective
+
+    def __call__(
+        self, params: PyTree, inputs: PyTree, direction: dict[str, Array]
+    ) -> Float[Array, "N K"]:
+        leaves = {
+            name: direction[name].astype(leaf.dtype) if name in direction else jnp.zeros_like(leaf)
+            for name, leaf in named_leaves(params).items()
+        }
+        push = backward_pass(self.objective.outputs, params, inputs).push
+        return flatten_batch(push(with_leaves(params, leaves)))
 
 
 @dataclasses.dataclass(frozen=True)

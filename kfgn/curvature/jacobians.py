@@ -241,12 +241,14 @@ def batched_function(node: Node, shared: Values, values: Values) -> Callable[...
 
 def elementwise_slopes(node: Node, shared: Values, values: Values) -> PairBlocks:
     """The slopes of a node that acts entry by entry, `[N, D]` by (output, input)."""
-    function, inputs = batched_function(node, shared, values), [values[v] for v in node.inputs]
+    # By backward passes: functions with a `custom_vjp` rule have no others.
+    inputs = [values[v] for v in node.inputs]
+    outputs, pull = jax.vjp(batched_function(node, shared, values), *inputs)
     slopes: PairBlocks = {}
-    for k, i in enumerate(node.inputs):
-        ones = [jnp.ones_like(x) if p == k else jnp.zeros_like(x) for p, x in enumerate(inputs)]
-        found = jax.jvp(function, tuple(inputs), tuple(ones))[1]
-        slopes |= {(o, i): s.reshape(len(s), -1) for o, s in zip(node.outputs, found, strict=True)}
+    for k, o in enumerate(node.outputs):
+        ones = [jnp.ones_like(y) if p == k else jnp.zeros_like(y) for p, y in enumerate(outputs)]
+        found = pull(ones)
+        slopes |= {(o, i): s.reshape(len(s), -1) for i, s in zip(node.inputs, found, strict=True)}
     return slopes
 
 

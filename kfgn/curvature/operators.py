@@ -26,7 +26,8 @@ from kfgn.base.linalg import count_of, factor_dtype, map_examples, matmul, mean_
 from kfgn.base.trees import batch_of, first_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
-from kfgn.curvature.forward_pass import as_outputs, curved_product, linearize
+from kfgn.curvature.forward_pass import as_outputs, linearize
+from kfgn.curvature.linear_pass import linear_pass, only_backwards
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, verb, width_of
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
 from kfgn.model.graph import build_graph
@@ -50,6 +51,9 @@ class Hessian(Operator):
 
     def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
         gradient = jax.grad(lambda p: self.objective.mean_loss(p, batch))
+        if only_backwards(gradient, params):  # a backward pass that holds a `custom_vjp` itself
+            pull = jax.vjp(gradient, params)[1]
+            return lambda v: pull(v)[0]
         return lambda v: jax.jvp(gradient, (params,), (v,))[1]
 
     def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
@@ -59,8 +63,12 @@ class Hessian(Operator):
             own = jax.tree.map(lambda a, p: a.astype(jnp.result_type(p)), unravel(x), params)
             return self.objective.mean_loss(own, batch)
 
-        _, push = jax.linearize(jax.grad(mean_loss), flat)
-        return map_examples(push, jnp.eye(flat.size, dtype=dtype), _ROWS)
+        gradient = jax.grad(mean_loss)
+        if only_backwards(gradient, flat):
+            pull = jax.vjp(gradient, flat)[1]
+            return map_examples(lambda v: pull(v)[0], jnp.eye(flat.size, dtype=dtype), _ROWS)
+        _, push = jax.linearize(gradient, flat)
+        return map_examples(push, jnp.eye(flat.size, dtype=dtype), _ROWS).T
 
 
 class GaussNewton(Operator):
@@ -120,13 +128,14 @@ class GaussNewton(Operator):
 
     def _linear(self, params: PyTree, batch: Batch) -> Callable[[PyTree], PyTree]:
         inputs, targets = read_batch(self.objective, batch)
-        outputs, push = jax.linearize(lambda p: self.objective.outputs(p, inputs), params)
+        outputs, push, pull = linear_pass(self.objective.outputs, params, inputs)
         check_outputs(self._loss(targets), outputs, inputs, targets)
 
-        def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
-            return jax.vmap(self._times)(outputs, targets, pushed) / count_of(inputs)
+        def product(v: PyTree) -> PyTree:
+            curved = jax.vmap(self._times)(outputs, targets, flatten_batch(push(v)))
+            return pull(as_outputs(curved / count_of(inputs), outputs))
 
-        return lambda v: curved_product(lambda p: flatten_batch(push(p)), v, curve)
+        return product
 
     def _dense(self, params: PyTree, batch: Batch, dtype: Any) -> Float[Array, "P P"]:
         def one(example: Batch) -> Float[Array, "P P"]:

@@ -17,6 +17,7 @@ from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.factors import entries_of
+from kfgn.curvature.linear_pass import only_backwards
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.layer import Layer
@@ -77,26 +78,54 @@ def prepare(
         assert matrix is not None
         return walk_back(walk, matrix(output, target).astype(dtype), gradient, diagonal)
 
-    def outer(arguments: Any) -> Walked:
-        _, example, _, target = batch_of(arguments)
-        target, sign = rooted(target)
-        sign = jnp.asarray(sign, dtype)
+    own = {name: jnp.asarray(leaves[name]) for name in graph.free}
+
+    def gradients(
+        example: PyTree, target: PyTree, own: dict[str, Array], probes: dict[str, Array]
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """One example's at the uses, and at the free parameters."""
 
         def value(own: dict[str, Array], probes: dict[str, Array]) -> Scalar:
             outputs, _ = graph.forward({**leaves, **own}, example, probes)
             return jnp.sum(jax.vmap(loss)(outputs, target))
 
-        own = {name: jnp.asarray(leaves[name]) for name in graph.free}
-        found = jax.grad(value, (0, 1))(own, graph.probes(1))
-        free, uses = jax.tree.map(lambda g: g.reshape(-1).astype(dtype), found)
+        found = jax.grad(value, (1, 0))(own, probes)
+        return jax.tree.map(lambda g: g.reshape(-1).astype(dtype), found)
+
+    def outer(arguments: Any) -> Walked:
+        _, example, _, target = batch_of(arguments)
+        target, sign = rooted(target)
+        sign = jnp.asarray(sign, dtype)
+        uses, free = gradients(example, target, own, graph.probes(1))
         return Walked(
             {name: sign * g[:, None] * g for name, g in uses.items()},
             {(p, q): sign * free[p][:, None] * free[q] for p in free for q in free},
         )
 
+    def differentiated(arguments: Any) -> Walked:
+        """As jax differentiates the backward pass, which a `custom_vjp` rule may be part of."""
+        _, example, _, target = batch_of(arguments)
+        probes, uses = graph.probes(1), {}
+
+        def of(own: dict[str, Array], probes: dict[str, Array]) -> Any:
+            return gradients(example, target, own, probes)
+
+        jacobian = jax.jacrev if only_backwards(of, own, probes) else jax.jacfwd
+        for name, probe in probes.items():
+            in_probe = jacobian(lambda z, n=name: of(own, {**probes, n: z})[0][n])
+            found = in_probe(probe).reshape(probe.size, -1)
+            vector = diagonal and graph.uses[name].form.positions == 1
+            uses[name] = jnp.diag(found) if vector else found
+        free = jacobian(lambda own: of(own, probes)[1])(own) if own else {}
+        pairs = {(p, q): b.reshape(-1, own[q].size) for p in free for q, b in free[p].items()}
+        return Walked(uses, pairs)
+
     order = {v: k for k, v in enumerate(keep)}
     arguments = (kept, inputs, outputs, targets)
-    return Prepared(graph, outer if matrix is None else one, arguments, order, dtype)
+    walk = outer if matrix is None else one
+    if second_order and graph.model.reverse_only:
+        walk = differentiated
+    return Prepared(graph, walk, arguments, order, dtype)
 
 
 def example_blocks(prepared: Prepared, params: PyTree) -> Callable[[Any], dict[str, Array]]:

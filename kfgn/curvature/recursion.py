@@ -46,7 +46,7 @@ def needed_values(graph: Graph) -> list[Var]:
     for node in graph.nodes:
         if node.use is not None:
             needed.append(node.use.input)
-        elif node.kind != "linear":
+        if node.kind not in ("linear", "use"):
             needed.extend(node.inputs + node.passive)
     return list(dict.fromkeys(needed))
 

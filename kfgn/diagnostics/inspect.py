@@ -15,6 +15,7 @@ from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS, UseCost
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
+from kfgn.model.factor_size import most_rows, too_large
 from kfgn.model.graph import Graph, Node, build_graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
@@ -52,6 +53,7 @@ class Totals(NamedTuple):
     largest: int  # entries per example of the largest value that "kfra" goes through
     matrix_bytes: int  # of the matrix over that value's entries
     feasible: bool  # whether "kfra" forms a matrix as large as that
+    too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -182,6 +184,12 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
         feasible=largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
+        too_large=tuple(
+            too_large(name, layer, side, most_rows(layer))
+            for name, layer in at.graph.layers.items()
+            for side in (layer.d_out, 0 if layer.indexed else layer.activation_size)
+            if side > most_rows(layer)
+        ),
     )
 
 
@@ -273,6 +281,7 @@ def _total_lines(found: Inspection) -> list[str]:
         f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
         f"({_bytes(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
         f"the limit of {_bytes(recursion.MATRIX_BYTES)}",
+        *total.too_large,
     ]
 
 

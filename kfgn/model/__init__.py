@@ -3,7 +3,8 @@
 A glossary:
 
 - *role*: what a value depends on: nothing, parameters, data, or both ("active").
-- *source*: a parameter, and the steps from it to a value that an equation reads.
+- *source*: parameters, and where their entries stand in a value that an equation reads.
+- *slope*: the derivative of an entry of such a value in the parameter's entry there.
 - *use*: an equation where a kernel meets data, with the bias that is added to it.
 - *form*: how a use reads as `h[s, t, o] = sum_i a[s, t, i] W[s, i, o] + b[s, o]`.
 - *group*: a part s of a kernel that does not mix with others.

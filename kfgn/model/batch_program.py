@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from kfgn.base.trees import path_name
 from kfgn.base.types import PyTree
-from kfgn.model.equations import Role, abstract, as_function, live_equations
-from kfgn.model.inline import Value, inline
+from kfgn.model.equations import abstract, as_function, live_equations
+from kfgn.model.inline import flattened
 
 # The program runs a few times, on three examples: it is not worth optimizing. (On CPU.)
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -45,10 +45,7 @@ def compile_model(model: Callable, params: PyTree, example: PyTree, count: int) 
 def _without_effects(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     """The same outputs: made-up values are nothing that a user wants printed."""
 
-    def inlined(*args: Any) -> list[Any]:
-        return [v.array for v in inline(closed, [Value(x, Role.CONSTANT) for x in args])]
-
-    flat = jax.make_jaxpr(inlined)(*(abstract(v.aval, v.aval.shape) for v in closed.jaxpr.invars))
+    flat = flattened(closed)
     return jex.ClosedJaxpr(flat.jaxpr.replace(eqns=live_equations(flat.jaxpr)), flat.consts)
 
 

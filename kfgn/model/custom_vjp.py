@@ -1,11 +1,11 @@
-"""Functions with a rule of their own for the backward pass, differentiated forwards.
+"""Functions with a rule of their own for the backward pass.
 
-jax differentiates a `custom_vjp` function backwards only. Its derivative
-forwards is the transpose of what the user's backward pass does to cotangents,
-which exists if that is linear.
+The derivative of a `custom_vjp` function is what the user's backward pass does
+to cotangents. jax does not differentiate it forwards, and neither does kfgn:
+see `kfgn.curvature.linear_pass`. A backward pass that is not linear is no
+derivative of anything, and refused.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,86 +15,61 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import ModelError
-from kfgn.base.types import Array
-from kfgn.model.equations import (
-    Equation,
-    Role,
-    Var,
-    as_array,
-    as_function,
-    is_differentiated,
-    variables,
-)
-from kfgn.model.primitives import row_of
-
-# Of a closed jaxpr, on arguments with roles.
-Evaluate = Callable[[Any, Sequence[Any], Sequence[Role]], list[Any]]
+from kfgn.model.equations import Equation, Role, Var, as_function, is_differentiated, variables
+from kfgn.model.primitives import Primitive, row_of
 
 
-def with_forward_rule(
-    equation: Equation, roles: Sequence[Role], evaluate: Evaluate
-) -> Callable[..., Sequence[Any]]:
-    """The function of a `custom_vjp_call`, with a rule that is differentiable forwards, too.
+def holds_rule(equation: Equation) -> bool:
+    """Whether the equation is a call of a `custom_vjp` function, or holds one."""
+    if equation.primitive.name == "custom_vjp_call":
+        return True
+    found = jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
+    bodies: list[Any] = [getattr(x, "jaxpr", x) for x in found if _is_jaxpr(x)]
+    return any(holds_rule(inner) for body in bodies for inner in body.eqns)
 
-    Its tangents are the transpose of the backward pass, so its derivative is
-    the one that the user's rule defines.
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))
+
+
+def check_linear(
+    equation: Equation, roles: Sequence[Role], flatten: Callable[[Any], jex.ClosedJaxpr]
+) -> None:
+    """Raises ModelError where the backward pass of a `custom_vjp_call` is seen not to be linear.
+
+    What a loop or a call inside it does to cotangents is not seen, and taken
+    to be linear, as that of an adaptive solver is.
 
     Args:
       equation: the call.
       roles: those of its operands; it is differentiated in some of them only.
-      evaluate: evaluates jaxprs that hold such calls themselves.
+      flatten: inlines the calls of a closed jaxpr.
     """
-    body = equation.params["call_jaxpr"]
-    ins = _Shapes(body.jaxpr.invars, roles)
-    outs = _Shapes(body.jaxpr.outvars, [Role.ACTIVE] * len(body.jaxpr.outvars))
-    # Traced when it is differentiated only: the rule may call the function itself.
-    backward = functools.cache(lambda: _backward_pass(equation, ins, outs, evaluate))
+    body = equation.params["call_jaxpr"].jaxpr
+    # Operands of their own: one value passed twice has two cotangents.
+    own, shapes = list(body.invars), [_shape(v.aval) for v in body.invars]
+    call = as_function([equation.replace(invars=own)], own, equation.outvars)
+    moving = [is_differentiated(r) and _is_float(s) for r, s in zip(roles, shapes, strict=True)]
+    results = [_shape(v.aval) for v in body.outvars if _is_float(v.aval)]
 
-    @jax.custom_jvp
-    def function(*args: Any) -> list[Any]:
-        return outs.arrays(evaluate(body, args, roles))
+    def backward(args: list[Any], cotangents: list[Any]) -> Sequence[Any]:
+        def of_floats(*floats: Any) -> list[Any]:
+            new = iter(floats)
+            outs = call(*(next(new) if yes else x for x, yes in zip(args, moving, strict=True)))
+            return [x for x in outs if _is_float(x)]
 
-    @function.defjvp
-    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        pull_jaxpr = backward()
+        floats = [x for x, yes in zip(args, moving, strict=True) if yes]
+        return jax.vjp(of_floats, *floats)[1](cotangents)
 
-        def pull(*cotangents: Array) -> list[Array]:
-            results = jex.jaxpr_as_fun(pull_jaxpr)(*primals, *cotangents)
-            return [as_array(x, s) for x, s in zip(results, ins.floats(ins.all), strict=True)]
-
-        try:
-            push = jax.linear_transpose(pull, *outs.floats(outs.all))
-            pushed = push(ins.floats(tangents))
-        except Exception as error:
-            raise ModelError(_no_transpose(equation, f"{type(error).__name__}: {error}")) from error
-        zeros = [np.zeros(out.shape, jax.dtypes.float0) for out in outs.all]
-        return function(*primals), outs.with_floats(zeros, pushed)
-
-    return lambda *args: function(*ins.arrays(args))
-
-
-class _Shapes:
-    """The shapes of some values with roles, and which of the values are differentiated."""
-
-    def __init__(self, atoms: Iterable[Any], roles: Sequence[Role]):
-        self.roles = list(roles)
-        self.all = [_shape(v.aval) for v in atoms]
-        self._is_float = [
-            is_differentiated(role) and jnp.issubdtype(s.dtype, jnp.inexact)
-            for role, s in zip(roles, self.all, strict=True)
-        ]
-
-    def arrays(self, values: Iterable[Any]) -> list[Any]:
-        return [as_array(x, s) for x, s in zip(values, self.all, strict=True)]
-
-    def floats(self, values: Iterable[Any]) -> list[Any]:
-        """The values that are differentiated."""
-        return [x for x, yes in zip(values, self._is_float, strict=True) if yes]
-
-    def with_floats(self, values: Iterable[Any], floats: Iterable[Any]) -> list[Any]:
-        """The values with those that are differentiated replaced, in order."""
-        new = iter(floats)
-        return [next(new) if yes else x for x, yes in zip(values, self._is_float, strict=True)]
+    flat = flatten(jax.make_jaxpr(backward)(shapes, results))
+    why = _not_linear(flat, flat.jaxpr.invars[len(shapes) :])
+    if why is not None:
+        name = getattr(getattr(body, "debug_info", None), "func_src_info", "")
+        raise ModelError(
+            f"the backward pass of the custom_vjp function {name} is not linear in the cotangents "
+            f"({why}), so that it is the derivative of no function, and there is no curvature; "
+            "clip gradients, or add to them, in the optimizer or in the loss instead."
+        )
 
 
 def _shape(aval: Any) -> jax.ShapeDtypeStruct:
@@ -103,37 +78,12 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=is_weak)
 
 
-def _backward_pass(
-    equation: Equation, ins: _Shapes, outs: _Shapes, evaluate: Evaluate
-) -> jex.ClosedJaxpr:
-    """The jaxpr `(*args, *cotangents of float outputs) -> cotangents of float args`."""
-    # Operands of their own: one value passed twice has two cotangents.
-    own = equation.params["call_jaxpr"].jaxpr.invars
-    call = as_function([equation.replace(invars=list(own))], own, equation.outvars)
-    count = len(own)
-
-    def backward(*values: Any) -> Sequence[Array]:
-        args, cotangents = values[:count], list(values[count:])
-
-        def of_floats(*floats: Array) -> list[Array]:
-            return outs.floats(call(*ins.with_floats(args, floats)))
-
-        return jax.vjp(of_floats, *ins.floats(args))[1](cotangents)
-
-    shapes = [*ins.all, *outs.floats(outs.all)]
-    roles = [*ins.roles, *outs.floats(outs.roles)]
-    traced = jax.make_jaxpr(backward)(*shapes)
-    flat = jax.make_jaxpr(lambda *values: evaluate(traced, values, roles))(*shapes)
-    if not _vanishes_at_zero(flat, flat.jaxpr.invars[count:]):
-        raise ModelError(_no_transpose(equation, "it adds something to them"))
-    return flat
+def _is_float(value: Any) -> bool:
+    return bool(jnp.issubdtype(value.dtype, jnp.inexact))
 
 
-def _vanishes_at_zero(closed: jex.ClosedJaxpr, cotangents: Iterable[Var]) -> bool:
-    """Whether a flat function that can be transposed adds nothing that no cotangent is in.
-
-    The transpose would silently leave it out.
-    """
+def _not_linear(closed: jex.ClosedJaxpr, cotangents: Iterable[Var]) -> str | None:
+    """What a flat function does to its cotangents that is not linear, in words."""
     jaxpr, moved = closed.jaxpr, set(cotangents)
     zeros = {v for v, x in zip(jaxpr.constvars, closed.consts, strict=True) if _is_zero(x)}
 
@@ -145,16 +95,27 @@ def _vanishes_at_zero(closed: jex.ClosedJaxpr, cotangents: Iterable[Var]) -> boo
     for equation in jaxpr.eqns:
         row, operands = row_of(equation), equation.invars
         terms = [atom for k, atom in enumerate(operands) if k in row.linear_in]
-        if moved.intersection(variables(operands)):
+        places = {k for k, atom in enumerate(operands) if variables([atom]) and atom in moved}
+        if places:
             moved.update(equation.outvars)
+            if not _keeps_linear(row, places):
+                return f"it takes `{equation.primitive.name}` of them"
             # What is linear in several operands together is a sum.
             if len(equation.outvars) == 1 and not all(map(vanishes, terms)):
-                return False
+                return "it adds something to them"
         elif (row.multilinear and any(map(vanishes, operands))) or (
             terms and all(map(vanishes, terms))
         ):
             zeros.update(equation.outvars)
-    return all(map(vanishes, jaxpr.outvars))
+    return None if all(map(vanishes, jaxpr.outvars)) else "it adds something to them"
+
+
+def _keeps_linear(row: Primitive, places: set[int]) -> bool:
+    if row.multilinear:
+        return len(places) == 1
+    if row.linear_in:
+        return all(k in row.linear_in for k in places)
+    return not row.elementwise
 
 
 def _is_zero(value: Any) -> bool:
@@ -163,13 +124,3 @@ def _is_zero(value: Any) -> bool:
     # Integers have cotangents of dtype float0, which holds no numbers.
     value = np.asarray(value)
     return value.dtype == jax.dtypes.float0 or not np.any(value)
-
-
-def _no_transpose(equation: Equation, why: str) -> str:
-    info = getattr(equation.params["call_jaxpr"].jaxpr, "debug_info", None)
-    name = getattr(info, "func_src_info", "")
-    return (
-        f"the backward pass of the custom_vjp function {name} is not linear in the cotangents "
-        f"({why}).\nkfgn also differentiates forwards, for which it takes the transpose of the "
-        "backward pass; clip gradients, or add to them, in the optimizer or in the loss instead."
-    )

@@ -35,10 +35,11 @@ def is_elementwise(equation: Equation, roles: Roles) -> bool:
     entries = equation.outvars[0].aval.size
     active = [a for a in equation.invars if _role(roles, a) is Role.ACTIVE]
     # A differentiable value that is broadcast has a column, no diagonal.
-    return all(v.aval.size == entries for v in active) and _acts_by_entry(equation)
+    return all(v.aval.size == entries for v in active) and acts_by_entry(equation)
 
 
-def _acts_by_entry(equation: Equation) -> bool:
+def acts_by_entry(equation: Equation) -> bool:
+    """Whether entry i of the one result depends on entry i of each operand alone."""
     if len(equation.outvars) != 1:
         return False
     entries = equation.outvars[0].aval.size
@@ -48,7 +49,7 @@ def _acts_by_entry(equation: Equation) -> bool:
     if row.elementwise or keeps_order(equation):
         return True
     body = equation.params.get(row.body)
-    return body is not None and all(map(_acts_by_entry, getattr(body, "jaxpr", body).eqns))
+    return body is not None and all(map(acts_by_entry, getattr(body, "jaxpr", body).eqns))
 
 
 def joins_freely(equation: Equation, roles: Roles) -> bool:
@@ -107,6 +108,10 @@ def scaling(equation: Equation) -> float | None:
         return None
     if len(row.signs) == len(atoms):
         return row.signs[own[0]]
-    if row.by_number is None or not (row.multilinear or own[0] in row.linear_in):
+    if (
+        row.by_number is None
+        or np.iscomplexobj(numbers)
+        or not (row.multilinear or own[0] in row.linear_in)
+    ):
         return None
     return row.by_number(*numbers)

@@ -27,11 +27,12 @@ def find_layers(
     for name, place in (pair for use in uses for pair in meets(use)):
         covered[name].add(place)
     layers, reasons = [], {}
-    for name in dict.fromkeys(use.kernel.name for use in uses):
-        own = [use for use in uses if use.kernel.name == name]
+    for kernels in dict.fromkeys(use.kernel.names for use in uses):
+        own = [use for use in uses if use.kernel.names == kernels]
         names = dict.fromkeys(n for use in own for n, _ in meets(use))
         lacking = [n for n in names if set(met[n]) - covered[n]]
-        layer = None if lacking else _grouped(name, own)
+        mixed = any(set(u.kernel.names) & {*names} for u in uses if u.kernel.names != kernels)
+        layer = None if lacking or mixed else _grouped(kernels[0], own)
         if layer is not None:
             layers.append(layer)
             continue
@@ -71,11 +72,11 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
     for use in uses:
         if use.bias is None:
             continue
-        name = use.bias.source.name
-        own, others = partners[name], partners[use.kernel.name]
-        alike = len(own) == len(others) and all(a is b for a, b in zip(own, others, strict=True))
-        alone = len(met[name]) == len(own)
-        whole = all(u.bias is not None and u.bias.source.name == name for u in others)
+        names = use.bias.source.names
+        own, others = partners[names[0]], partners[use.kernel.name]
+        alike = all(partners[n] == others for n in (*names, *use.kernel.names))
+        alone = all(len(met[n]) == len(own) for n in names)
+        whole = all(u.bias is not None and u.bias.source.names == names for u in others)
         if not (alike and alone and whole) or _shared_by_slices(own):
             bad.add(use.equations[0].outvars[0])
     return bad
@@ -88,7 +89,7 @@ def _shared_by_slices(uses: list[Use]) -> bool:
     entries: dict[int, set[int]] = {}  # of the bias, by the slice's first entry
     for use in uses:
         assert use.bias is not None
-        entries.setdefault(int(use.labels().min()), set()).update(use.bias.order.ravel().tolist())
+        entries.setdefault(_first_entry(use), set()).update(use.bias.order.ravel().tolist())
     return sum(map(len, entries.values())) > len(set().union(*entries.values()))
 
 
@@ -114,13 +115,18 @@ def _grouped(name: str, uses: list[Use]) -> Layer | None:
     first = [labels[slot[0]] for slot in slots]
     if any(x.shape != first[0].shape for x in first):
         return None
-    used = np.concatenate([x.reshape(-1) for x in first])
+    used = np.concatenate([x[x >= 0] for x in first])
     if np.unique(used).size != used.size or (flipped and len(slots) > 1):
         return None
     if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
         return None
-    order = sorted(slots, key=lambda slot: labels[slot[0]].min())
+    order = sorted(slots, key=lambda slot: _first_entry(uses[slot[0]]))
     return Layer(name, tuple(tuple(uses[k] for k in slot) for slot in order), frozenset(flipped))
+
+
+def _first_entry(use: Use) -> int:
+    labels = use.labels()
+    return int(labels[labels >= 0].min())
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -12,6 +12,7 @@ from kfgn.model.layer_kinds import read_form
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use
 from kfgn.model.primitives import row_of
+from kfgn.model.routed import read_routed
 
 Sources = dict[Var, Source]
 
@@ -23,6 +24,10 @@ def find_uses(model: FlatModel, sources: Sources) -> list[tuple[Use, Use]]:
     """
     pairs = []
     for equation in model.jaxpr.eqns:
+        routed = read_routed(model, equation, sources)
+        if routed is not None and routed.output in model.reached:
+            pairs.append((routed, routed))
+            continue
         found = _read(model, equation, sources)
         if found is None or equation.outvars[0] not in model.reached:
             continue
@@ -41,9 +46,9 @@ def chosen(pairs: list[tuple[Use, Use]], without_bias: set[Var]) -> list[Use]:
 
 def meets(use: Use) -> list[tuple[str, int]]:
     """The parameters that a use covers, each with the equation where it meets data."""
-    found = [(use.kernel.name, id(use.equations[0]))]
+    found = [(name, id(use.equations[0])) for name in use.kernel.names]
     if use.bias is not None:
-        found.append((use.bias.source.name, id(use.equations[-1])))
+        found += [(name, id(use.equations[-1])) for name in use.bias.source.names]
     return found
 
 
@@ -57,20 +62,32 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
     with_data: set[str] = set()
     constants: list[tuple[str, Var]] = []
     looked_up: set[Var] = set()
+    kernels = _kernels(model, sources)
     for equation in model.jaxpr.eqns:
-        if equation.primitive.name == "gather" and equation.invars[0] in sources:
+        looks_up = equation.primitive.name == "gather" and equation.outvars[0] not in kernels
+        if looks_up and equation.invars[0] in sources:
             looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
         if equation.primitive.name != "dot_general" or len(variables(equation.invars)) != 2:
             continue
         for side, v in enumerate(equation.invars):
             other: Any = equation.invars[1 - side]
             if v in sources and model.roles[other] >= Role.PASSIVE:
-                with_data.add(sources[v].name)
+                with_data.update(sources[v].names)
             elif v in sources and model.roles[other] is Role.CONSTANT:
-                constants.append((sources[v].name, other))
+                constants += [(name, other) for name in sources[v].names]
     return {v for name, v in constants if name in with_data} | {
         v for v in looked_up if model.roles[v] is Role.CONSTANT
     }
+
+
+def _kernels(model: FlatModel, sources: Sources) -> set[Var]:
+    """The values that kernels of products are made of, by entries moved."""
+    found: set[Var] = set()
+    for equation in reversed(model.jaxpr.eqns):
+        product = equation.primitive.name in ("dot_general", "conv_general_dilated")
+        if product or found.intersection(equation.outvars):
+            found.update(v for v in variables(equation.invars) if v in sources)
+    return found
 
 
 def _read(model: FlatModel, equation: Equation, sources: Sources) -> tuple[Form, int] | None:
@@ -95,7 +112,7 @@ def _use(equation: Equation, side: int, form: Form, sources: Sources) -> Use:
     source = sources[kernel]
     if form.additive:
         source = _signed(source, equation, side)
-    return Use(form, source, None, data, equation.outvars[0], (equation,), kernel)
+    return Use(form, source, None, data, equation.outvars[0], (equation,))
 
 
 def _signed(source: Source, equation: Equation, side: int) -> Source:
@@ -157,7 +174,7 @@ def _bias(
     other = equation.invars[side]
     source = sources.get(other) if variables([other]) else None
     form, count = use.form, use.form.groups * use.form.d_out
-    if source is None or source.name == use.kernel.name:
+    if source is None or set(source.names) & set(use.kernel.names):
         return None
     if value.aval.shape != equation.outvars[0].aval.shape:
         return None
@@ -170,6 +187,6 @@ def _bias(
     added = np.broadcast_to(source.labels(), value.aval.shape).reshape(-1)
     order = np.zeros(count, np.int64)
     order[units] = added
-    if np.any(order[units] != added) or np.unique(order).size != count:
+    if np.any(order[units] != added) or np.any(order < 0) or np.unique(order).size != count:
         return None
     return Bias(_signed(source, equation, side), order.reshape(form.groups, form.d_out))

@@ -7,7 +7,7 @@ equations. So are effects, such as those of `jax.debug.print`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from kfgn.base.errors import ModelError, ParameterError
 from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import PyTree
 from kfgn.model.auxiliary import Aux
+from kfgn.model.custom_vjp import holds_rule
 from kfgn.model.equations import (
     Equation,
     Role,
@@ -32,6 +33,7 @@ from kfgn.model.equations import (
     variables,
 )
 from kfgn.model.inline import Value, inline
+from kfgn.model.reassociate import reassociated
 from kfgn.model.statistics import Axis, check_collectives, is_alike, trace
 
 
@@ -88,6 +90,15 @@ class FlatModel:
     def readers(self) -> dict[Var, list[Equation | None]]:
         """The equations that read each value; None stands for the model's output."""
         return readers_of(self.jaxpr)
+
+    @functools.cached_property
+    def reverse_only(self) -> bool:
+        """Whether derivatives pass a `custom_vjp` rule, which jax knows backwards only."""
+        return any(
+            any(is_differentiated(self.roles[v]) for v in variables(equation.invars))
+            and holds_rule(equation)
+            for equation in self.jaxpr.eqns
+        )
 
     @functools.cached_property
     def reached(self) -> set[Var]:
@@ -168,7 +179,7 @@ def flatten_model(
     jaxpr = flat.jaxpr.replace(eqns=live_equations(flat.jaxpr, with_effects=True))
     axis_name = axis[0] if axis else None
     roles = _roles(jaxpr, parameters.values(), data, axis_name=axis_name)
-    whole = jaxpr.replace(eqns=_reassociated(jaxpr, roles))
+    whole = reassociated(jaxpr, roles)
     count = len(jax.tree.leaves(out))
     jaxpr = whole.replace(outvars=whole.outvars[:count])
     jaxpr = jaxpr.replace(eqns=live_equations(jaxpr, with_effects=True))
@@ -220,70 +231,6 @@ def _shapes(tree: PyTree) -> str:
     return ", ".join(f"{path_name(path)} {jnp.shape(leaf)}".strip() for path, leaf in leaves)
 
 
-def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> list[Equation]:
-    """The equations with `y * (x * s)` as `(y * x) * s`, for data y and a parameter s.
-
-    Normalizations multiply their scale with the reciprocal deviation x first,
-    data or constant; with the scale last, it is seen to be a scale, and a
-    shift that follows to belong to it. Products that others read, too, stay.
-    """
-    readers, equations = readers_of(jaxpr), []
-    waiting: dict[Var, tuple[Var, Var]] = {}
-    for equation in jaxpr.eqns:
-        operands = variables(equation.invars)
-        if any(v in waiting for v in operands):
-            (product,), (y,) = (
-                [v for v in operands if (v in waiting) == inner] for inner in (True, False)
-            )
-            x, s = waiting[product]
-            equations += _regrouped(y, x, s, equation.outvars[0])
-        elif (pair := _inner_product(equation, readers, roles, waiting)) is not None:
-            waiting[equation.outvars[0]] = pair
-        else:
-            equations.append(equation)
-    return equations
-
-
-def _regrouped(y: Var, x: Var, s: Var, out: Var) -> list[Equation]:
-    """Equations for `out = (y * x) * s`."""
-
-    def product(*operands: Any) -> Any:
-        shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
-        return jax.lax.mul(*(jnp.broadcast_to(operand, shape) for operand in operands))
-
-    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (y, x, s)]
-    traced = jax.make_jaxpr(lambda y, x, s: product(product(y, x), s))(*shapes).jaxpr
-    names = dict(zip([*traced.invars, *traced.outvars], [y, x, s, out], strict=True))
-    return [
-        e.replace(
-            invars=[names.get(v, v) for v in e.invars],
-            outvars=[names.get(v, v) for v in e.outvars],
-        )
-        for e in traced.eqns
-    ]
-
-
-def _inner_product(
-    equation: Equation,
-    readers: dict[Var, list[Equation | None]],
-    roles: Mapping[Var, Role],
-    waiting: dict[Var, Any],
-) -> tuple[Var, Var] | None:
-    """`(x, s)` of a product `x * s` that a product with data alone reads."""
-    operands = variables(equation.invars)
-    pure = [roles[v] is Role.PARAMETER for v in operands]
-    if equation.primitive.name != "mul" or len(operands) != 2 or sum(pure) != 1:
-        return None
-    (out,) = equation.outvars
-    (outer, *others) = readers.get(out, [None])
-    if others or outer is None or outer.primitive.name != "mul":
-        return None
-    rest = [atom for atom in outer.invars if atom is not out]
-    if len(variables(rest)) != 1 or roles[rest[0]] < Role.PASSIVE or rest[0] in waiting:
-        return None
-    return operands[pure.index(False)], operands[pure.index(True)]
-
-
 def _check_parameters(leaves: dict[str, Any]) -> None:
     if not leaves:
         raise ParameterError("params have no leaves: expected a pytree of floating-point arrays")
@@ -331,9 +278,13 @@ def _roles(
     return roles
 
 
+# Their derivative is zero.
+_FLAT = ("stop_gradient", "round", "floor", "ceil", "sign")
+
+
 def _without_derivative(role: Role, equation: Equation, out: Var) -> Role:
     differentiable = jnp.issubdtype(out.aval.dtype, jnp.inexact) and out.aval.size > 0
-    if differentiable and equation.primitive.name != "stop_gradient":
+    if differentiable and equation.primitive.name not in _FLAT:
         return role
     if role is Role.ACTIVE:
         return Role.PASSIVE

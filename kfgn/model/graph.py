@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.devices import refuse_explicit_axes, varying_axes
@@ -17,7 +18,16 @@ from kfgn.base.types import Array, PyTree
 from kfgn.model.auxiliary import batch_axes, per_example_axes
 from kfgn.model.clusters import is_active
 from kfgn.model.differentiability import check_derivatives
-from kfgn.model.equations import Equation, Role, Var, evaluate, read, variables
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    Var,
+    evaluate,
+    live_equations,
+    read,
+    size,
+    variables,
+)
 from kfgn.model.find_layers import find_layers
 from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
@@ -29,6 +39,9 @@ from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import REGISTERED
 from kfgn.model.statistics import check_examples
 from kfgn.objective.objective import Objective
+
+# The rows of the largest block that a parameter in no layer gets of its own.
+OWN_ROWS = 1024
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +59,25 @@ class Graph:
         """The uses of all layers by their names."""
         return {name: use for layer in self.layers.values() for name, use in layer.uses.items()}
 
+    def without_block(self, unassigned: str) -> dict[str, str]:
+        """Parameters in no layer, with the reason; with "block" those alone that cannot have one.
+
+        A block of a parameter's own has as many rows as the parameter has entries.
+        """
+        if unassigned != "block":
+            return self.reasons if unassigned == "raise" else {}
+        found = {}
+        for name, reason in self.reasons.items():
+            variable = self.model.parameters[name]
+            if variable not in self.model.reached:
+                found[name] = reason
+            elif size(variable) > OWN_ROWS:
+                found[name] = (
+                    f"{reason}; a block of its own would have {size(variable):,} rows, and at "
+                    f"most {OWN_ROWS:,} are formed"
+                )
+        return found
+
     @property
     def kept_uses(self) -> dict[str, Use]:
         """The uses of layers whose parameters are not free."""
@@ -53,10 +85,32 @@ class Graph:
 
     def shared_values(self, params: dict[str, Array]) -> dict[Var, Array]:
         """The values that are the same for every example."""
-        env = dict(self.model.constants)
+        # As jax's arrays: a `custom_vjp` rule may index them.
+        env = {
+            v: x if isinstance(x, jax.Array) else jnp.asarray(x)
+            for v, x in self.model.constants.items()
+        }
         env.update({v: params[name] for name, v in self.model.parameters.items()})
         evaluate([e for e in self.model.equations if self._is_shared(e) and e.outvars], env)
         return env
+
+    def slopes(self, params: dict[str, Array]) -> dict[Var, Array]:
+        """For weighted sources of kernels and biases, each entry's slope in its parameter's."""
+        sources = [use.kernel for use in self.uses.values()]
+        sources += [use.bias.source for use in self.uses.values() if use.bias]
+        wanted = list(dict.fromkeys(source.value for source in sources if source.weighted))
+        if not wanted:
+            return {}
+        equations = live_equations(self.model.jaxpr.replace(outvars=wanted))
+
+        def values(params: dict[str, Array]) -> list[Array]:
+            env = dict(self.model.constants)
+            env.update({v: params[name] for name, v in self.model.parameters.items()})
+            evaluate(equations, env)
+            return [env[v] for v in wanted]
+
+        ones = jax.tree.map(jnp.ones_like, params)
+        return dict(zip(wanted, jax.jvp(values, (params,), (ones,))[1], strict=True))
 
     def forward(
         self,
@@ -147,9 +201,10 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
     values, it always reads anew: a model may depend on what changes in Python,
     which a trace would not see either.
 
-    With `exact`, parameters in no layer, and those of tied layers, are *free*:
-    the walk differentiates them like data, so that it ends with their own
-    exact blocks, whatever becomes of them in the model.
+    With `exact`, parameters in no layer, and those of tied layers and of layers
+    whose kernels are functions of them, are *free*: the walk differentiates them
+    like data, so that it ends with their own exact blocks, whatever becomes of
+    them in the model.
     """
     if not isinstance(objective, Objective):
         raise OptionError(
@@ -214,7 +269,9 @@ def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> 
     layers, reasons = find_layers(model, sources)
     free: tuple[str, ...] = ()
     if exact:
-        tied = {n: x for n, x in layers.items() if any(len(slot) > 1 for slot in x.slots)}
+        tied = {
+            n: x for n, x in layers.items() if x.derived or any(len(slot) > 1 for slot in x.slots)
+        }
         free = (*reasons, *(name for layer in tied.values() for name in layer.parameters))
         model = with_roles(model, passive=states, active=[model.parameters[n] for n in free])
     check_derivatives(model)

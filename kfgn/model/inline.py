@@ -1,4 +1,4 @@
-"""Inlining: a jaxpr evaluated anew, without calls, loops over parameters, or `custom_vjp`.
+"""Inlining: a jaxpr evaluated anew, without calls, or loops over parameters.
 
 It runs under a second trace, whose equations are then flat. Every value
 carries along what it depends on: what depends on no parameter is never
@@ -11,9 +11,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
-from kfgn.model.custom_vjp import with_forward_rule
-from kfgn.model.equations import Equation, Role, Var, as_array, bind, is_differentiated, joined
+from kfgn.model.complex_parts import Parts, joined_parts, parts_of, product_with_parts
+from kfgn.model.custom_vjp import check_linear
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    Var,
+    abstract,
+    as_array,
+    bind,
+    is_complex,
+    is_differentiated,
+    joined,
+)
 from kfgn.model.primitives import row_of
 
 
@@ -22,6 +34,7 @@ class Value(NamedTuple):
 
     array: Any
     role: Role
+    parts: Parts | None = None  # real and imaginary, of a complex value made of parameters
 
 
 def inline(body: Any, arguments: Sequence[Value], bind: Callable = bind) -> list[Value]:
@@ -48,24 +61,80 @@ def _evaluate(equation: Equation, operands: list[Value], bind: Callable) -> list
     row = row_of(equation)
     if row.inlined and row.body in equation.params:
         return inline(equation.params[row.body], operands, bind)
-    name, arrays = equation.primitive.name, [v.array for v in operands]
+    name = equation.primitive.name
+    if name == "cond" and _differentiated(operands):
+        return _branches(equation, operands)
     if name == "scan" and _differentiated(operands):
         return _unroll(equation, operands)
     if name == "custom_vjp_call" and _differentiated(operands):
-        function = with_forward_rule(equation, [v.role for v in operands], _evaluate_with_roles)
-        results = function(*arrays)
+        check_linear(equation, [v.role for v in operands], flattened)
+    roles = [v.role for v in operands]
+    if len(equation.outvars) == 1 and is_complex(equation.outvars[0]):
+        parts = _parts(equation, operands)
+        if parts is not None:
+            return [
+                Value(joined_parts(parts, equation.outvars[0].aval.dtype), joined(roles), parts)
+            ]
+    if name == "div" and roles[1] is Role.PARAMETER and roles[0] >= Role.PASSIVE:
+        x, parameter = operands[0].array, operands[1].array
+        results = [jax.lax.mul(x, 1 / parameter)]  # as a product it is a layer
     else:
-        results = bind(equation, arrays)
+        results = bind(equation, [v.array for v in operands])
     role = joined(v.role for v in operands)
     return [Value(array, role) for array in results]
+
+
+def _parts(equation: Equation, operands: list[Value]) -> Parts | None:
+    """Real and imaginary part of what a parameter, or its product with data, is made into."""
+    roles, known = [v.role for v in operands], [v.parts for v in operands]
+    arrays = [
+        v.array if isinstance(v.array, jax.Array) else np.asarray(v.array, atom.aval.dtype)
+        for v, atom in zip(operands, equation.invars, strict=True)
+    ]
+    sums = equation.primitive.name in ("add", "add_any", "sub") and any(known)
+    if joined(roles) is Role.PARAMETER or (sums and Role.PARAMETER in roles):
+        return parts_of(equation, arrays, known)
+    sides = [k for k, v in enumerate(operands) if v.parts and v.role is Role.PARAMETER]
+    if len(sides) != 1 or len(operands) != 2 or roles[1 - sides[0]] < Role.PASSIVE:
+        return None
+    found = known[sides[0]]
+    assert found is not None
+    return product_with_parts(equation, sides[0], arrays[1 - sides[0]], found)
 
 
 def _differentiated(values: Iterable[Value]) -> bool:
     return any(is_differentiated(v.role) for v in values)
 
 
-def _evaluate_with_roles(body: Any, arguments: Sequence[Any], roles: Sequence[Role]) -> list[Any]:
-    return [v.array for v in inline(body, list(map(Value, arguments, roles)))]
+def flattened(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
+    """The same function without calls; its loops and rules stay."""
+
+    def inlined(*args: Any) -> list[Any]:
+        return [v.array for v in inline(closed, [Value(x, Role.CONSTANT) for x in args])]
+
+    return jax.make_jaxpr(inlined)(*(abstract(v.aval, v.aval.shape) for v in closed.jaxpr.invars))
+
+
+def _branches(equation: Equation, operands: list[Value]) -> list[Value]:
+    """A conditional: the branch that is known to be taken, else the choice among all of them.
+
+    The predicate is the same for all examples; `jax.vmap` made one that is not a choice.
+    """
+    index, *arguments = operands
+    branches = equation.params["branches"]
+    if isinstance(index.array, jax.core.Tracer):
+        every = [inline(branch, arguments) for branch in branches]
+        return [_chosen(index, cases, v.aval) for cases, v in
+                zip(zip(*every, strict=True), equation.outvars, strict=True)]  # fmt: skip
+    return inline(branches[min(max(int(index.array), 0), len(branches) - 1)], arguments)
+
+
+def _chosen(index: Value, cases: Sequence[Value], aval: Any) -> Value:
+    arrays = [as_array(case.array, aval) for case in cases]
+    at = jnp.clip(index.array, 0, len(arrays) - 1)
+    at = at.astype(bool) if len(arrays) == 2 else at.astype(jnp.int32)
+    role = joined([index.role, *(case.role for case in cases)])
+    return Value(jax.lax.select_n(at, *arrays), role)
 
 
 # Loops.
@@ -83,7 +152,7 @@ def _unroll(equation: Equation, operands: list[Value]) -> list[Value]:
     carry = _as_data(body.jaxpr, consts, carry, xs)
     steps, ys = range(length), {}
     for step in reversed(steps) if equation.params["reverse"] else steps:
-        at_step = [Value(jax.lax.index_in_dim(x, step, keepdims=False), role) for x, role in xs]
+        at_step = [Value(jax.lax.index_in_dim(x, step, keepdims=False), role) for x, role, _ in xs]
         results = inline(body, [*consts, *carry, *at_step])
         carry, ys[step] = results[:states], results[states:]
     columns = [[ys[step][k] for step in steps] for k in range(sum(stacked))]

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 
 from kfgn.base.errors import LayerError
 from kfgn.base.types import Array
-from kfgn.model.parameter_path import Source
+from kfgn.model.equations import Var
 from kfgn.model.parameter_use import Use
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
     """One block of the curvature: a kernel, its bias if any, and where they act.
+
+    Where factors are kept as blocks on their diagonals, `splits` of them, Q is
+    `[S_i, 1, b_i, b_i]` and G `[1, S_o, b_o, b_o]`, and the parameters' matrix,
+    padded with zeros, is cut into `[S_i, S_o, b_i, b_o]`.
 
     With slots and groups stacked in a leading axis `[S]`, which is left out
     where there is one of each, the block of slot s is `Q[s] ⊗ G[s]`.
@@ -27,6 +31,7 @@ class Layer:
     name: str
     slots: tuple[tuple[Use, ...], ...]
     flipped: frozenset[Use] = frozenset()  # uses that see the kernel transposed
+    splits: tuple[int, int] = (1, 1)  # blocks on the diagonals that stand for Q and G
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -49,12 +54,18 @@ class Layer:
     @property
     def parameters(self) -> tuple[str, ...]:
         """The names of the layer's parameters, kernel first."""
-        return tuple(source.name for source in self.sources)
+        return tuple(self.variables)
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def variables(self) -> dict[str, Var]:
+        """Of the parameters, by name."""
         first = self.first
-        return (first.kernel,) + ((first.bias.source,) if first.bias else ())
+        return first.kernel.parameters | (first.bias.source.parameters if first.bias else {})
+
+    @property
+    def derived(self) -> bool:
+        """Whether a use's matrix is more than entries of parameters, by a number, or chosen."""
+        return any(use.derived for use in self.uses.values())
 
     @property
     def stack(self) -> int:
@@ -83,18 +94,29 @@ class Layer:
     @property
     def activation_shape(self) -> tuple[int, ...]:
         """The shape of the activation factor."""
-        size = self.activation_size
-        return self._stacked((size,) if self.indexed else (size, size))
+        size, (blocks, others) = self.activation_size, self.splits
+        if self.indexed and others == 1:
+            return self._stacked((size,))
+        width = -(-size // blocks)
+        return self._stacked((width, width) if self.splits == (1, 1) else (blocks, 1, width, width))
 
     @property
     def pre_activation_shape(self) -> tuple[int, ...]:
         """The shape of the pre-activation factor."""
-        return self._stacked((self.d_out, self.d_out))
+        width = -(-self.d_out // self.splits[1])
+        lead = () if self.splits == (1, 1) else (1, self.splits[1])
+        return self._stacked((*lead, width, width))
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """The shape of the parameters as a matrix, `[S, d_in (+ 1), d_out]`."""
-        return self._stacked((self.activation_size, self.d_out))
+        if self.splits == (1, 1):
+            return self._stacked((self.activation_size, self.d_out))
+        return self._stacked((*self.splits, *self._block))
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return -(-self.activation_size // self.splits[0]), -(-self.d_out // self.splits[1])
 
     def _stacked(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape if self.stack == 1 else (self.stack, *shape)
@@ -103,7 +125,13 @@ class Layer:
         """The layer's parameters as one matrix `[d_in (+ 1), d_out]`, or a stack of them."""
         parts = [slot[0].matrix(leaves) for slot in self.slots]
         whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        return whole.reshape(self.matrix_shape)
+        if self.splits == (1, 1):
+            return whole.reshape(self.matrix_shape)
+        (rows, columns), (height, width) = self.splits, self._block
+        beyond = rows * height - whole.shape[-2], columns * width - whole.shape[-1]
+        padded = jnp.pad(whole, ((0, 0), (0, beyond[0]), (0, beyond[1])))
+        cut = padded.reshape(-1, rows, height, columns, width)
+        return cut.swapaxes(2, 3).reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Array) -> dict[str, Array]:
         """The inverse of `to_matrix`, in each parameter's own shape and dtype.
@@ -111,9 +139,10 @@ class Layer:
         `to_matrix` moves entries, so its inverse is its transpose; entries that
         no use reads come back as zeros.
         """
-        shapes = {s.name: jax.ShapeDtypeStruct(s.shape, matrix.dtype) for s in self.sources}
+        own = {name: v.aval for name, v in self.variables.items()}
+        shapes = {n: jax.ShapeDtypeStruct(a.shape, matrix.dtype) for n, a in own.items()}
         (leaves,) = jax.linear_transpose(self.to_matrix, shapes)(matrix)
-        return {s.name: leaves[s.name].astype(s.dtype) for s in self.sources}
+        return {name: leaves[name].astype(aval.dtype) for name, aval in own.items()}
 
 
 def require_blocks(reasons: dict[str, str]) -> None:
@@ -122,6 +151,9 @@ def require_blocks(reasons: dict[str, str]) -> None:
         lines = "\n".join(f"  {name!r} {reason}" for name, reason in reasons.items())
         raise LayerError(
             f"{len(reasons)} parameter(s) belong to no layer that kfgn has a block for:\n{lines}\n"
+            "A layer's kernel may be moved, joined, masked, times or plus constants, or a function "
+            "of every entry; entries that are made of several entries of parameters, as those of a "
+            "normalized kernel, have no Kronecker factors.\n"
             'Pass unassigned="diagonal" to precondition them by the exact diagonal of the '
             'Gauss-Newton matrix, unassigned="gradient" to give them plain damped gradient steps, '
             "or keep them out of params and close over them."

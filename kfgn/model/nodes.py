@@ -81,7 +81,7 @@ def _node(model: FlatModel, items: list[Item]) -> Node:
         return any(e is None or _active(model, e.outvars) for e in readers)
 
     outputs = tuple(filter(is_read_outside, _active(model, made)))
-    kind = "use" if use else _kind(model, equations)
+    kind = "use" if use and use.choice is None else _kind(model, equations)
     return Node(
         kind,
         equations,

@@ -1,49 +1,88 @@
-"""Where the values that layers use come from: one parameter, followed on its way.
+"""Where the values that layers use come from: parameters, followed entry by entry.
 
-A parameter may be reshaped, transposed, cast, sliced, broadcast, or scaled by a
-constant before it meets data. All of these move its entries or multiply them by
-one number, so that the way can be followed by an array of labels: which entry
-of the parameter stands where.
+On its way to the data a parameter may be reshaped, cast, sliced, repeated,
+joined with others or with constants, scaled, masked, or changed by a function
+of every entry. Each entry of the result depends on one entry of a parameter, or
+on none: an array of labels says which, and its slope is the derivative.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.types import Array
-from kfgn.model.dependence import keeps_order, moved, moves_entries, scaling
-from kfgn.model.equations import Equation, Var, bind, variables
+from kfgn.base.types import Array, Shape
+from kfgn.model.custom_vjp import holds_rule
+from kfgn.model.dependence import acts_by_entry, keeps_order, moved, moves_entries, scaling
+from kfgn.model.equations import Equation, Role, Var, bind, is_complex, variables
 from kfgn.model.flat_model import FlatModel
-from kfgn.model.primitives import REGISTERED
+from kfgn.model.primitives import REGISTERED, row_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """A parameter, and the steps from it to a value that a layer uses.
+    """A value whose entries are made of entries of parameters; a constant may be added.
 
-    The value is `factor` times the parameter's entries, moved by the steps,
-    plus a constant: what is constant has no curvature.
+    A label counts the entries of all its parameters one after the other. Where
+    slopes are not `weighted` they are all `factor`.
     """
 
-    name: str
-    shape: tuple[int, ...]  # of the parameter
-    dtype: Any
-    steps: tuple[tuple[Equation, int], ...] = ()  # equations, each with its output's number
+    value: Var
+    parameters: dict[str, Any]  # by name, the variable
+    steps: tuple[tuple[Equation, int], ...] = ()  # of one parameter that is only moved
+    joined: np.ndarray | None = None  # else the labels, -1 for a constant
     factor: float = 1.0
-    repeats: bool = False  # whether an entry may stand in several places
-    partial: bool = False  # whether entries may be missing
+    weighted: bool = False  # whether slopes differ, or depend on values
+
+    @property
+    def name(self) -> str:
+        return next(iter(self.parameters))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.parameters)
+
+    @functools.cached_property
+    def derived(self) -> bool:
+        """Whether the value is more than entries of parameters, moved and scaled by a number."""
+        return self.weighted or (self.joined is not None and bool(np.any(self.joined < 0)))
+
+    @property
+    def shape(self) -> Shape:
+        """That of the parameter, or of all of them in one vector."""
+        shapes = [v.aval.shape for v in self.parameters.values()]
+        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
 
     def labels(self) -> np.ndarray:
-        """For every entry of the value, the flat index of the parameter's entry there."""
+        """For every entry of the value, the label of the parameters' entry there."""
+        if self.joined is not None:
+            return self.joined
         labels = np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)
         for equation, output in self.steps:
             labels = moved(equation, labels, output)
         return labels
 
-    def follow(self, value: Array) -> Array:
-        """The parameter's entries in the layout of the value, uncast and unscaled."""
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether an entry stands in several places."""
+        if self.joined is None:
+            pairs = [(e.invars[0], e.outvars[k]) for e, k in self.steps]
+            return any(after.aval.size > before.aval.size for before, after in pairs)
+        found = self.joined[self.joined >= 0]
+        return np.unique(found).size < found.size
+
+    def follow(self, leaves: dict[str, Array]) -> Array:
+        """The parameters' entries in the layout of the value, uncast and unscaled."""
+        if self.joined is not None:
+            flat, at = self.flat(leaves), self.joined
+            found = flat[np.maximum(at, 0)]
+            return found if np.all(at >= 0) else jnp.where(at >= 0, found, 0)
+        value = leaves[self.name]
         for equation, output in self.steps:
             if keeps_order(equation):
                 value = value.reshape(equation.outvars[output].aval.shape)
@@ -54,31 +93,163 @@ class Source:
                 value = bind(equation, [value])[output]
         return value
 
+    def flat(self, leaves: dict[str, Array]) -> Array:
+        """The parameters in the order of the labels."""
+        parts = [leaves[name].reshape(-1) for name in self.parameters]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
-def find_sources(model: FlatModel) -> dict[Var, Source]:
-    """The values that are made of exactly one parameter in such a way."""
-    sources = {v: Source(name, v.aval.shape, v.aval.dtype) for name, v in model.parameters.items()}
+
+Sources = dict[Var, Source]
+# The value of an operand as far as it is known when the model is read, else None.
+Known = Callable[[Any], np.ndarray | None]
+
+
+def find_sources(model: FlatModel) -> Sources:
+    """The values that are made of parameters entry by entry."""
+    sources = {v: Source(v, {name: v}) for name, v in model.parameters.items()}
+    known = _known_values(model)
     for equation in model.jaxpr.eqns:
         operands = variables(equation.invars)
-        if len(operands) != 1 or operands[0] not in sources:
+        own = [v for v in dict.fromkeys(operands) if v in sources]
+        others = [v for v in operands if v not in own]
+        if not own or any(model.roles[v] is not Role.CONSTANT for v in others):
             continue
-        source = sources[operands[0]]
+        if any(model.roles[v] is not Role.PARAMETER or is_complex(v) for v in equation.outvars):
+            continue  # it has no derivative, or none that is real
         if moves_entries(equation):
-            for k, out in enumerate(equation.outvars):
-                sources[out] = _step(source, equation, k)
+            found = [_moved(sources[own[0]], equation, k) for k in range(len(equation.outvars))]
         elif (factor := scaling(equation)) is not None:
-            scaled = dataclasses.replace(source, factor=source.factor * factor)
-            sources[equation.outvars[0]] = scaled
+            found = [_scaled(sources[own[0]], equation.outvars[0], factor)]
+        else:
+            result = _joined(equation, sources, known) or _by_entry(equation, sources, known)
+            found = [] if result is None else [result]
+        sources.update({source.value: source for source in found})
     return sources
 
 
-def _step(source: Source, equation: Equation, output: int) -> Source:
+def _moved(source: Source, equation: Equation, output: int) -> Source:
+    out = equation.outvars[output]
     if equation.primitive.name in REGISTERED:
         moved(equation, np.zeros(equation.invars[0].aval.shape), output)  # checks it
-    before, after = equation.invars[0].aval.size, equation.outvars[output].aval.size
-    return dataclasses.replace(
-        source,
-        steps=(*source.steps, (equation, output)),
-        repeats=source.repeats or after > before,
-        partial=source.partial or after < before,
+    if source.joined is not None:
+        labels = moved(equation, source.joined, output)
+        return dataclasses.replace(source, value=out, joined=labels)
+    return dataclasses.replace(source, value=out, steps=(*source.steps, (equation, output)))
+
+
+def _scaled(source: Source, out: Var, factor: float) -> Source:
+    factor = 1.0 if source.weighted else source.factor * factor
+    return dataclasses.replace(source, value=out, factor=factor)
+
+
+def _by_entry(equation: Equation, sources: Sources, known: Known) -> Source | None:
+    """What an operation on every entry makes of a source, and of constants beside it."""
+    row = row_of(equation)
+    if not (row.elementwise or acts_by_entry(equation)) or holds_rule(equation):
+        return None
+    (out,) = equation.outvars
+    own = [k for k, v in enumerate(equation.invars) if variables([v]) and v in sources]
+    source, *others = [_spread(sources[equation.invars[k]], out) for k in own]
+    if not all(_alike(source, x) for x in others):
+        return None
+    if not others and len(row.signs) == 2:
+        return _scaled(source, out, row.signs[own[0]])
+    if not others and row.by_number and (row.multilinear or own[0] in row.linear_in):
+        number = known(equation.invars[1 - own[0]])
+        if number is not None and row.multilinear and not np.all(number):
+            labels = np.where(np.broadcast_to(number != 0, out.aval.shape), source.labels(), -1)
+            source, number = dataclasses.replace(source, joined=labels), number[number != 0]
+        if number is not None and number.size and np.all(number == number.flat[0]):
+            return _scaled(source, out, row.by_number(number.flat[0]))
+    return dataclasses.replace(source, value=out, factor=1.0, weighted=True)
+
+
+def _spread(source: Source, out: Var) -> Source:
+    """The source as an operand that is repeated along axes of one entry."""
+    if source.value.aval.shape == out.aval.shape:
+        return source
+    return dataclasses.replace(source, joined=np.broadcast_to(source.labels(), out.aval.shape))
+
+
+def _alike(a: Source, b: Source) -> bool:
+    """Whether the same entries stand in the same places."""
+    return a is b or (a.names == b.names and np.array_equal(a.labels(), b.labels()))
+
+
+# Those that put entries of several operands into one value, by known numbers.
+_JOINING = {"concatenate", "pad", "select_n", "gather", "scatter", "scatter-add"}
+_JOINING |= {"dynamic_slice", "dynamic_update_slice"}
+
+
+def _joined(equation: Equation, sources: Sources, known: Known) -> Source | None:
+    """The entries of sources and constants in one value, found by joining their labels."""
+    if equation.primitive.name not in _JOINING:
+        return None
+    starts: dict[str, int] = {}
+    parameters: dict[str, Any] = {}
+    own, values = [], []
+    for atom in equation.invars:
+        if variables([atom]) and atom in sources:
+            source = sources[atom]
+            for name, v in source.parameters.items():
+                starts.setdefault(name, sum(p.aval.size for p in parameters.values()))
+                parameters[name] = v
+            own.append(source)
+            values.append(_relabeled(source, starts))
+        elif jnp.issubdtype(atom.aval.dtype, jnp.inexact):
+            values.append(np.full(atom.aval.shape, -1, np.int32))
+        elif (number := known(atom)) is not None:
+            values.append(number)
+        else:
+            return None
+    if equation.primitive.name == "scatter-add":  # something constant is added
+        labels = values[0] if len(own) == 1 and np.all(values[2] < 0) else None
+    elif equation.primitive.name == "concatenate":
+        labels = np.concatenate(values, equation.params["dimension"])
+    else:
+        with jax.ensure_compile_time_eval():
+            arrays = [jnp.asarray(x) for x in values]
+            labels = np.asarray(equation.primitive.bind(*arrays, **equation.params))
+    if labels is None:
+        return None
+    weighted = any(s.weighted for s in own) or len({s.factor for s in own}) > 1
+    return Source(
+        equation.outvars[0],
+        parameters,
+        joined=np.where(labels < 0, -1, labels),
+        factor=1.0 if weighted else own[0].factor,
+        weighted=weighted,
     )
+
+
+def _relabeled(source: Source, starts: dict[str, int]) -> np.ndarray:
+    """A source's labels where each of its parameters starts at the given number."""
+    sizes = [v.aval.size for v in source.parameters.values()]
+    new = [starts[n] + np.arange(k) for n, k in zip(source.parameters, sizes, strict=True)]
+    labels = source.labels()
+    return np.where(labels < 0, -1, np.concatenate(new)[labels]).astype(np.int32)
+
+
+def _known_values(model: FlatModel) -> Known:
+    """Constants by what is known of their values when the model is read."""
+    makers = {v: e for e in model.jaxpr.eqns for v in e.outvars}
+
+    @functools.cache
+    def value(v: Any) -> Any:
+        if v in model.constants:
+            constant = model.constants[v]
+            return None if isinstance(constant, jax.core.Tracer) else constant
+        if v not in makers or model.roles[v] is not Role.CONSTANT:
+            return None
+        atoms: list[Any] = list(makers[v].invars)
+        operands = [value(a) if variables([a]) else a.val for a in atoms]
+        if any(x is None for x in operands):
+            return None
+        with jax.ensure_compile_time_eval():
+            return bind(makers[v], operands)[makers[v].outvars.index(v)]
+
+    def known(atom: Any) -> np.ndarray | None:
+        found = value(atom) if variables([atom]) else atom.val
+        return None if found is None else np.asarray(found)
+
+    return known

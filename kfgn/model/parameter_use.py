@@ -9,6 +9,7 @@ the units of a scale), positions t that share the kernel, inputs i and outputs o
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -117,10 +118,23 @@ class Bias:
     order: np.ndarray  # flat indices into the parameter
 
     def matrix(self, value: Any) -> Any:
-        """`[s, 1, o]`."""
+        """`[s, 1, o]`, of the parameters' entries in one vector."""
         if np.array_equal(self.order.reshape(-1), np.arange(value.size)):
             return value.reshape(self.order.shape)[:, None, :]  # no gather, no scatter back
-        return value.reshape(-1)[self.order][:, None, :]
+        return value[self.order][:, None, :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """By which data a use chooses its kernel, a group of its form, at each position."""
+
+    index: Var
+    places: np.ndarray  # `[t]`: where in the index each position's choice stands
+
+    def one_hot(self, index: Array, groups: int, dtype: Any) -> Array:
+        """`[N, s, t]` from `[N, ...]`: ones where position t is routed to group s."""
+        chosen = index.reshape(index.shape[0], -1)[:, self.places]
+        return jax.nn.one_hot(jnp.clip(chosen, 0, groups - 1), groups, axis=1, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,9 +147,25 @@ class Use:
     input: Var | None  # the data operand; None where there is none to differentiate
     output: Var  # the pre-activation: the equation's result, or the sum with the bias
     equations: tuple[Equation, ...]
-    kernel_value: Var  # the kernel as the equation sees it
     order: np.ndarray | None = None  # where in `output` each entry of the product stands
     sign: float = 1.0  # with which the result enters the sum with the bias
+    choice: Choice | None = None  # of the kernel, where data chooses it
+
+    @property
+    def kernel_value(self) -> Var:
+        """The kernel as the equation sees it."""
+        return self.kernel.value
+
+    @property
+    def weighted(self) -> bool:
+        """Whether entries of the parameters enter with slopes of their own."""
+        return self.kernel.weighted or (self.bias is not None and self.bias.source.weighted)
+
+    @property
+    def derived(self) -> bool:
+        """Whether it is more than a product with entries of parameters, scaled by a number."""
+        sources = [self.kernel] + ([self.bias.source] if self.bias else [])
+        return self.choice is not None or any(source.derived for source in sources)
 
     def signed(self, derivative: Array) -> Array:
         """A derivative of the product as one of `output`."""
@@ -148,7 +178,8 @@ class Use:
 
     def pre_activations(self, values: Any) -> Any:
         """Values like `output`, `[..., *shape]`, as `[..., s, t, o]`."""
-        raw = self.equations[0].outvars[0].aval.shape
+        product = self.equations[0] if self.choice is None else self.equations[-1]
+        raw = product.outvars[0].aval.shape
         lead = values.ndim - self.output.aval.ndim
         flat = values.reshape(*values.shape[:lead], size(self.output))
         if self.order is not None:
@@ -171,11 +202,28 @@ class Use:
 
     def matrix(self, leaves: dict[str, Any]) -> Any:
         """The parameters' entries as `[s, i (+ 1), o]`."""
-        kernel = self.form.kernel(self.kernel.follow(leaves[self.kernel.name]))
+        kernel = self.form.kernel(self.kernel.follow(leaves))
         if self.bias is None:
             return kernel
-        bias = self.bias.matrix(leaves[self.bias.source.name])
+        bias = self.bias.matrix(self.bias.source.flat(leaves))
         return jnp.concatenate([kernel, bias.astype(kernel.dtype)], axis=-2)
+
+    def slopes(self, of: dict[Var, Array]) -> Array:
+        """`[s, i (+ 1), o]`: what the entries are multiplied by, from the sources' slopes.
+
+        The factors of sources, which `activations` knows, are not among them.
+        """
+        kernel = jnp.ones(self.form.kernel(self.kernel.labels()).shape)
+        if self.kernel.weighted:
+            kernel = self.form.kernel(of[self.kernel.value])
+        if self.bias is None:
+            return kernel
+        source, bias = self.bias.source, jnp.ones_like(kernel[:, :1])
+        if source.weighted:
+            flat = jnp.zeros(math.prod(source.shape), kernel.dtype)
+            values = of[source.value].astype(kernel.dtype)
+            bias = self.bias.matrix(flat.at[source.labels()].set(values))
+        return jnp.concatenate([kernel, bias], axis=1)
 
     def labels(self) -> np.ndarray:
         """The flat index of the kernel's entry at every place of `[s, i, o]`."""

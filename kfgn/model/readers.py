@@ -150,23 +150,21 @@ def embedding(equation: Equation, side: int, source: Source) -> Form | None:
     """`gather` along one axis of a table: a is one-hot, and i the index that is looked up."""
     if side != 0 or source.repeats:
         return None
+    found = looked_up_axis(equation)
+    if found is None:
+        return None
+    axis, column = found
     table, indices = equation.invars
-    numbers, slices = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    (axis,) = numbers.start_index_map
     others = _others(table.aval.ndim, (axis,))
-    whole = all(slices[k] == table.aval.shape[k] for k in others)
-    if numbers.collapsed_slice_dims != (axis,) or not whole:
-        return None
+    numbers = equation.params["dimension_numbers"]
     d_in, d_out = table.aval.shape[axis], _entries(table, others)
-    positions = indices.aval.size
+    positions = indices.aval.size // len(numbers.start_index_map)
     result = equation.outvars[0].aval
     looked_up = _others(result.ndim, numbers.offset_dims)
 
     def activations(values: Any) -> Any:
-        found = values.reshape(-1, 1, positions)
-        return jnp.clip(found, 0, d_in - 1)
+        found = values.reshape(-1, 1, positions, len(numbers.start_index_map))
+        return jnp.clip(found[..., column], 0, d_in - 1)
 
     def read_kernel(value: Any) -> Any:
         return value.transpose((axis, *others)).reshape(1, d_in, d_out)
@@ -179,6 +177,21 @@ def embedding(equation: Equation, side: int, source: Source) -> Form | None:
     return Form(
         "embedding", 1, positions, d_in, d_out, activations, read_kernel, outputs, indexed=True
     )
+
+
+def looked_up_axis(gather: Equation) -> tuple[int, int] | None:
+    """The axis along which whole rows are looked up, and its place in each index."""
+    table, numbers = gather.invars[0].aval, gather.params["dimension_numbers"]
+    slices = gather.params["slice_sizes"]
+    cut = [k for k, n in enumerate(table.shape) if slices[k] != n]
+    if not cut and len(numbers.collapsed_slice_dims) == 1:
+        cut = list(numbers.collapsed_slice_dims)
+    if len(cut) != 1 or numbers.operand_batching_dims or cut[0] not in numbers.start_index_map:
+        return None
+    (axis,) = cut
+    if slices[axis] != 1 or any(k != axis for k in numbers.collapsed_slice_dims):
+        return None
+    return axis, numbers.start_index_map.index(axis)
 
 
 def scale(equation: Equation, side: int, source: Source) -> Form | None:
@@ -277,8 +290,8 @@ def _places(labels: np.ndarray) -> np.ndarray | None:
 
 def _entries_in_order(source: Source, value: Any) -> Any:
     """The entries of the parameter that are used, in its own order, each once."""
-    first = np.unique(source.labels().reshape(-1), return_index=True)[1]
-    return value.reshape(-1)[first]
+    found, first = np.unique(source.labels().reshape(-1), return_index=True)
+    return value.reshape(-1)[first[found >= 0]]
 
 
 def _flat(values: Any, equation: Equation) -> Any:

@@ -36,7 +36,9 @@ def optimizer(
     inverse: str = "factored",
     momentum: bool = True,
     average_decay: Number | None = None,
-    unassigned: str = "raise",
+    unassigned: str = "block",
+    large_factors: str = "raise",
+    factor_limit: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The full recipe of eqs. (33)-(45).
 
@@ -66,9 +68,13 @@ def optimizer(
         taken only where the batch's objective falls, else `refused`.
       average_decay: β of the average of the parameters, eq. (44), kept in the
         state as `average`; None keeps none.
-      unassigned: "raise"; "diagonal" to precondition parameters in no layer by
-        the exact diagonal of the Gauss-Newton matrix; "gradient" to give them
-        damped gradient steps. Say the same to `value_grad_and_curvature`.
+      unassigned: "block" to precondition parameters in no layer by their own exact
+        blocks of the Gauss-Newton matrix, of up to 1024 entries; "diagonal", by its
+        diagonal; "gradient" to give them damped gradient steps; "raise" for an error.
+      large_factors: "raise" where a factor has more rows than `factor_limit`; "split",
+        to keep blocks on its diagonal; or "diagonal".
+      factor_limit: None stands for the rows of a factor that takes 2 GiB. Say the same
+        three to `value_grad_and_curvature`.
 
     The paper's own settings are `**kfgn.transforms.PRESETS["paper"]`.
 
@@ -92,7 +98,12 @@ def optimizer(
     True
     """
     recipe = scale_by_curvature(
-        find_blocks(objective, params, batch, unassigned=unassigned),
+        find_blocks(
+            *(objective, params, batch),
+            unassigned=unassigned,
+            large_factors=large_factors,
+            factor_limit=factor_limit,
+        ),
         factor_damping=factor_damping,
         step_damping=step_damping,
         decay=decay,

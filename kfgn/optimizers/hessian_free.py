@@ -12,15 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative, check_positive, in_order, is_zero
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves
-from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
+from kfgn.base.types import Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
-from kfgn.curvature.forward_pass import curved_product
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
 from kfgn.objective.objective import Objective, require_objective
 from kfgn.optimizers.conjugate_gradient import Solution, check_stopping, conjugate_gradient, wide
@@ -223,11 +221,9 @@ def diagonal_solve(damping: Scalar, weights: Named, power: Number) -> Callable[[
 
 def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
     """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
-
-    def curve(pushed: Float[Array, "N K"]) -> Float[Array, "N K"]:
-        return jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
-
-    return curved_product(curvature.linearized, vector, curve)
+    pushed, pull = jax.vjp(curvature.linearized, vector)
+    curved = jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
+    return pull(curved.astype(pushed.dtype))[0]
 
 
 def _adapted(

@@ -8,7 +8,8 @@ from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.batch import Curvature, check_unassigned
-from kfgn.curvature.blocks import Block, LoneParameter
+from kfgn.curvature.blocks import Block, LoneParameter, OwnBlock
+from kfgn.model.factor_size import check_factor_size, limited
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
 from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
@@ -70,8 +71,12 @@ class LayerBlocks:
     @property
     def every(self) -> dict[str, Block]:
         """The blocks that a curvature must have factors or a diagonal of."""
-        lone = self.unassigned if self.treatment == "diagonal" else ()
-        return {**self.layers, **{n: LoneParameter(n, self.shapes[n]) for n in lone}}
+        alone: dict[str, Block] = {}
+        if self.treatment == "diagonal":
+            alone = {n: LoneParameter(n, self.shapes[n]) for n in self.unassigned}
+        elif self.treatment == "block":
+            alone = {n: OwnBlock(n, self.shapes[n]) for n in self.unassigned}
+        return self.layers | alone
 
     def check_seen(self, leaves: Named, initialized: Named) -> None:
         """Raises ParameterError where an update does not match what init saw."""
@@ -86,7 +91,13 @@ NO_BLOCKS = LayerBlocks({})
 
 
 def find_blocks(
-    objective: Objective, params: PyTree, batch: Batch, *, unassigned: str = "raise"
+    objective: Objective,
+    params: PyTree,
+    batch: Batch,
+    *,
+    unassigned: str = "block",
+    large_factors: str = "raise",
+    factor_limit: int | None = None,
 ) -> LayerBlocks:
     """Finds the objective's layers from shapes alone, without computing anything.
 
@@ -94,15 +105,16 @@ def find_blocks(
       objective: the objective.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: `(inputs, targets)`, likewise; values are checked where there are any.
-      unassigned: "raise" if a parameter belongs to no layer; "diagonal" to
-        precondition it by the exact diagonal of the Gauss-Newton matrix;
-        "gradient" to give it damped gradient steps.
+      unassigned: "block" to precondition a parameter in no layer by its own exact block of
+        the Gauss-Newton matrix; "diagonal", by the diagonal of it; "gradient" to give it
+        damped gradient steps; "raise" for an error.
+      large_factors, factor_limit: as in `kfgn.value_grad_and_curvature`.
 
     Returns:
       The blocks, for `kfgn.transforms`.
 
     Raises:
-      LayerError: a parameter belongs to no layer.
+      LayerError: a parameter belongs to no layer, or a factor is too large.
       BatchError, ModelError, LossError, ParameterError: the input does not fit.
 
     >>> import jax.numpy as jnp, kfgn
@@ -112,13 +124,14 @@ def find_blocks(
     [('',)]
     """
     check_unassigned(unassigned)
+    check_factor_size(large_factors, factor_limit)
     require_objective(objective)
     graph = build_graph(objective, params, read_batch(objective, batch)[0])
-    if unassigned == "raise":
-        require_blocks(graph.reasons)
+    require_blocks(graph.without_block(unassigned))
     require_batch(objective, params, batch)
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    return LayerBlocks(graph.layers, tuple(graph.reasons), shapes, unassigned, objective.l2)
+    layers = limited(graph.layers, large_factors, factor_limit)
+    return LayerBlocks(layers, tuple(graph.reasons), shapes, unassigned, objective.l2)
 
 
 def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: Named) -> Curvature:
@@ -143,9 +156,9 @@ def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: 
     bare = [n for n in missing if n in blocks.unassigned]
     if bare:
         raise ParameterError(
-            f"the curvature has no diagonals for parameter(s) {', '.join(map(repr, bare))}, which "
-            'are in no layer: the optimizer was made with unassigned="diagonal"; pass the same to '
-            "kfgn.value_grad_and_curvature."
+            f"the curvature has nothing for parameter(s) {', '.join(map(repr, bare))}, which "
+            f'are in no layer: the optimizer was made with unassigned="{blocks.treatment}"; pass '
+            "the same to kfgn.value_grad_and_curvature."
         )
     if missing:
         raise ParameterError(

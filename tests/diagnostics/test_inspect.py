@@ -175,7 +175,7 @@ def test_unassigned():
     )
     assert "14 parameters, 8 in no block" in str(found)
     with pytest.raises(kfgn.errors.LayerError, match="'g' "):
-        kfgn.layers.find_blocks(objective, params, batch)
+        kfgn.layers.find_blocks(objective, params, batch, unassigned="raise")
 
 
 def test_totals():

@@ -55,6 +55,12 @@ def weight_normalized(params, x):
     return affine(params["out"], jnp.tanh(h))
 
 
+def widely_normalized(params, x):
+    h = jnp.mean(x, axis=1) @ (params["v"] / jnp.linalg.norm(params["v"], axis=0))
+    return affine(params["out"], jnp.tanh(h[:, :FEATURES] + h[:, FEATURES : 2 * FEATURES]))
+
+
+WIDELY_NORMALIZED = {"v": array(4, FEATURES, 600), "out": OUT}
 WEIGHT_NORMALIZED = {"g": jnp.ones(FEATURES), "v": array(3, FEATURES, FEATURES), "out": OUT}
 
 
@@ -195,18 +201,27 @@ CASES = {
     ),
     # Layers.
     "weight normalization": Bad(
-        {"model": weight_normalized, "params": WEIGHT_NORMALIZED},
+        {"model": weight_normalized, "params": WEIGHT_NORMALIZED, "unassigned": "raise"},
         LayerError,
         r"2 parameter\(s\) belong to no layer[\s\S]*"
         r"'g' \(shape \(2,\)\) meets data in `dot_general` together with 'v'[\s\S]*"
         r"'v' \(shape \(2, 2\)\) meets data in `dot_general` together with 'g'[\s\S]*"
         r"unassigned=\"diagonal\" [\s\S]*unassigned=\"gradient\" [\s\S]*close over them",
     ),
+    "normalized kernel too large for a block of its own": Bad(
+        {"model": widely_normalized, "params": WIDELY_NORMALIZED},
+        LayerError,
+        r"1 parameter\(s\) [\s\S]*'v' \(shape \(2, 600\)\) meets data in `dot_general`, in a way "
+        r"that is no layer; a block of its own would have 1,200 rows, and at most 1,024 are formed"
+        r"[\s\S]*"
+        r"entries that are made of several entries of parameters, as those of a normalized kernel"
+        r"[\s\S]*unassigned=\"diagonal\"",
+    ),
     # Options.
     "unknown unassigned": Bad(
         {"unassigned": "skip"},
         OptionError,
-        "unassigned must be one of raise, diagonal, gradient, found 'skip'",
+        "unassigned must be one of block, raise, diagonal, gradient, found 'skip'",
     ),
     "unassigned as a flag": Bad({"unassigned": True}, OptionError, "unassigned .* found True"),
 }
@@ -258,8 +273,8 @@ def test_mask_that_splits_a_layer(layer, inside, outside):
 
 
 @pytest.mark.parametrize("method", ["kfra", "kflr"])
-@pytest.mark.parametrize("unassigned", ["diagonal", "gradient"])
-def test_weight_normalization_trains_if_asked_to(unassigned, method):
+@pytest.mark.parametrize("unassigned", ["block", "diagonal", "gradient"])
+def test_weight_normalization_trains(unassigned, method):
     objective = kfgn.Objective(weight_normalized, LABELS)
     tx = getattr(kfgn, method)(objective, WEIGHT_NORMALIZED, BATCH, unassigned=unassigned)
     curvature_fn = kfgn.value_grad_and_curvature(objective, method, unassigned=unassigned)
@@ -279,6 +294,13 @@ def test_weight_normalization_trains_if_asked_to(unassigned, method):
     assert int(optax.tree_utils.tree_get(state, "skipped")) == 0
     assert jnp.any(params["g"] != WEIGHT_NORMALIZED["g"])
     assert jnp.any(params["v"] != WEIGHT_NORMALIZED["v"])
+
+
+def test_a_block_too_large_has_a_diagonal():
+    options = {"model": widely_normalized, "params": WIDELY_NORMALIZED, "unassigned": "diagonal"}
+    _, found = curvature(**options)
+    assert found.factors["v"].diagonal.shape == (FEATURES, 600)
+    assert jax.tree.leaves(optimizer(**options).init(WIDELY_NORMALIZED))
 
 
 def test_curvature_lacks_the_diagonals_of_the_optimizer():

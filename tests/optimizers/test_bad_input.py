@@ -436,7 +436,7 @@ CASES = {
     "curvature of another treatment": Bad(
         lambda: update(kfra(unassigned="gradient")),
         OptionError,
-        "made with unassigned='gradient', the curvature with unassigned='raise'",
+        "made with unassigned='gradient', the curvature with unassigned='block'",
     ),
     "curvature of another l2, conjugate gradients": Bad(
         lambda: update(kfgn.transforms.scale_by_conjugate_gradient(objective(l2=0.5))),

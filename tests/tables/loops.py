@@ -180,6 +180,11 @@ _RNN = {"input": {"w": (1, 2), "b": (2,)}, "hidden": (2, 2), "out": OUT}
 _RNN_BLOCKS = affine_blocks("input", "out") | alone("hidden")
 _LINEN_GRU = _cell("ir", "iz", "in", "hn") | _cell("hr", "hz", bias=False)
 _LINEN_LSTM = _cell("hi", "hf", "hg", "ho") | _cell("ii", "if", "ig", "io", bias=False)
+_LINEN_JOINED = {  # kernels of all gates in one product
+    f"params/cell/{side}i": tuple(f"params/cell/{side}{gate}/{leaf}" for leaf in leaves
+                                  for gate in "ifgo")
+    for side, leaves in (("i", ["kernel"]), ("h", ["kernel", "bias"]))
+}  # fmt: skip
 _LINEN_OUT = dense_blocks("params/out")
 
 RECURRENT = {
@@ -206,6 +211,12 @@ RECURRENT = {
         normal(2, 1),
         _LINEN_GRU | _LINEN_OUT,
         output="sequence",
+    ),
+    "linen_optimized_lstm": Row(
+        linen(_LinenRecurrent(nn.OptimizedLSTMCell)),
+        normal(3, 1),
+        _LINEN_JOINED | _LINEN_OUT,
+        output="pooled",
     ),
     "linen_lstm": Row(
         linen(_LinenRecurrent(nn.LSTMCell)),

@@ -51,8 +51,10 @@ class Truth(NamedTuple):
     jacobian: np.ndarray  # of the outputs, `[N, K, P]`
     probed: dict[str, np.ndarray]  # the same in the pre-activation of a use, `[N, K, ...]`
     operands: dict[str, np.ndarray]  # the inputs of a use, `[N, s, t, i]`
-    places: dict[str, np.ndarray]  # a layer's matrix, of places in the vector of parameters
+    places: dict[str, np.ndarray]  # a layer's matrix, of places among all parameters, from 1
     back: dict[str, dict[str, np.ndarray]]  # a layer's matrix back as parameters
+    slopes: dict[str, np.ndarray]  # of its entries in those of the parameters, `[s, i, o]`
+    routes: dict[str, np.ndarray]  # `[N, s, t]`: ones where data chooses the kernel s
 
     @property
     def gauss_newton(self) -> np.ndarray:
@@ -80,6 +82,8 @@ def truth(name: str) -> Truth:
     flat, unravel = ravel_pytree(case.params)
     layers = [(n, u) for layer in graph.layers.values() for n, u in layer.uses.items()]
     read = [use.input for _, use in layers]
+    chosen = [(n, use) for n, use in layers if use.choice is not None]
+    read += [use.choice.index for _, use in chosen]
 
     def outputs_of(flat, x):
         outputs = case.model(unravel(flat), jax.tree.map(lambda a: a[None], x))
@@ -118,15 +122,21 @@ def truth(name: str) -> Truth:
         probed_jacobians, values = jax.vmap(in_probes, (None, 0))(probes, inputs)
         places, leaves = (named_leaves(unravel(vector)) for vector in (places, flat))
         matrices = {n: layer.to_matrix(leaves) for n, layer in graph.layers.items()}
+        slopes = graph.slopes(leaves)
         return {
             "outputs": case.model(unravel(flat), inputs),
             "jacobian": jax.vmap(jacobian, (None, 0))(flat, inputs),
             "probed": probed_jacobians,
             "operands": {
-                n: u.activations(x, flat.dtype) for (n, u), x in zip(layers, values, strict=True)
+                n: u.activations(x, flat.dtype) for (n, u), x in zip(layers, values, strict=False)
             },
             "places": {n: layer.to_matrix(places) for n, layer in graph.layers.items()},
             "back": {n: layer.from_matrix(matrices[n]) for n, layer in graph.layers.items()},
+            "slopes": {n: u.slopes(slopes) for n, u in layers},
+            "routes": {
+                n: u.choice.one_hot(x, u.form.groups, flat.dtype)
+                for (n, u), x in zip(chosen, values[len(layers) :], strict=True)
+            },
         }
 
     @jax.jit
@@ -134,7 +144,7 @@ def truth(name: str) -> Truth:
         shared = {} if loss else of_model(flat, inputs, places)
         return of_loss(flat, inputs, targets) | shared
 
-    found = everything(flat, inputs, targets, np.arange(flat.size, dtype=flat.dtype))
+    found = everything(flat, inputs, targets, 1 + np.arange(flat.size, dtype=flat.dtype))
     found = jax.tree.map(np.asarray, found)
     return truth(base)._replace(**found) if loss else Truth(**found)
 
@@ -173,7 +183,7 @@ def results(name: str) -> dict[str, Any]:
 
 @functools.cache
 def entries(name: str) -> dict[str, np.ndarray]:
-    """By block, its entries among all parameters, `[slots, n]`."""
+    """By block, its entries among all parameters, `[slots, n]`; -1 where there is a constant."""
     case, _, _, graph = setting(name)
     found, start = {}, 0
     for parameter, leaf in named_leaves(case.params).items():
@@ -181,12 +191,14 @@ def entries(name: str) -> dict[str, np.ndarray]:
             found[parameter] = np.arange(start, start + leaf.size).reshape(1, -1)
         start += leaf.size
     for block, layer in graph.layers.items():
-        found[block] = truth(name).places[block].astype(int).reshape(len(layer.slots), -1)
+        places = truth(name).places[block].astype(int).reshape(len(layer.slots), -1)
+        found[block] = places - 1
     return found
 
 
 def submatrices(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The blocks at `[slots, n]` entries, `[slots, ..., n, n]`."""
+    """The blocks at `[slots, n]` entries, `[slots, ..., n, n]`, with zeros for constants."""
+    matrix = np.pad(matrix, [(0, 0)] * (matrix.ndim - 2) + [(0, 1)] * 2)
     return np.stack([matrix[..., r[:, None], r[None, :]] for r in rows])
 
 
@@ -198,6 +210,8 @@ class Parts(NamedTuple):
 
     inputs: list[np.ndarray]
     jacobians: list[np.ndarray]
+    slopes: list[np.ndarray]
+    places: list[Any]  # how many there are; of kernels that data chooses `[N, s, 1, 1]`
 
 
 def slots(name: str, block: str, flipped: bool = False) -> Iterator[Parts]:
@@ -207,10 +221,34 @@ def slots(name: str, block: str, flipped: bool = False) -> Iterator[Parts]:
     for slot in layer.slots:
         own = [(next(names), use) for use in slot]
         own = [(n, use) for n, use in own if (use in layer.flipped) == flipped]
-        yield Parts(
-            [found.operands[n] for n, _ in own],
-            [use.pre_activations(found.probed[n]) for n, use in own],
-        )
+        parts = Parts([], [], [], [])
+        for key, use in own:
+            inputs, jacobians = found.operands[key], use.pre_activations(found.probed[key])
+            places: Any = use.form.positions
+            if key in found.routes:
+                route = found.routes[key][..., None]
+                inputs, jacobians = inputs * route, jacobians * route[:, None]
+                places = route.sum(axis=2, keepdims=True)
+            for field, value in zip(parts, (inputs, jacobians, found.slopes[key], places),
+                                    strict=True):  # fmt: skip
+                field.append(value)
+        yield parts
+
+
+def rank_one(slopes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows `[s, 1, i]` and columns `[s, 1, o]` whose product stands for positive slopes.
+
+    Means of squares, of those that are not zero.
+    """
+    slopes = np.abs(slopes) if slopes[0].size == 1 else slopes
+    assert np.all(slopes >= 0)
+    squares, there = slopes**2, slopes != 0
+
+    def mean(*axes):
+        return squares.sum(axes) / np.maximum(there.sum(axes), 1)
+
+    root = mean(1, 2)[:, None] ** 0.25
+    return (mean(2) ** 0.5 / root)[:, None], (mean(1) ** 0.5 / root)[:, None]
 
 
 def is_one_row(layer: Layer) -> bool:
@@ -223,11 +261,15 @@ def factors(name: str, block: str, sharing: str, count: int | None = None) -> tu
     layer, hessian = setting(name).graph.layers[block], truth(name).output_hessian[:count]
     if layer.indexed:
         sharing = "reduce" if is_one_row(layer) else "expand"
+    if truth(name).routes.keys() & layer.uses.keys():
+        sharing = "expand"
 
     def of(parts: Parts) -> tuple[np.ndarray, np.ndarray]:
-        inputs = [a[:count] for a in parts.inputs]
-        jacobians = [j[:count] for j in parts.jacobians]
-        places = sum(a.shape[2] for a in inputs)
+        weights = [rank_one(d) for d in parts.slopes]
+        inputs = [a[:count] * r for a, (r, _) in zip(parts.inputs, weights, strict=True)]
+        jacobians = [j[:count] * c for j, (_, c) in zip(parts.jacobians, weights, strict=True)]
+        places = sum(p if isinstance(p, int) else p[:count].mean(axis=0) for p in parts.places)
+        places = np.where(places == 0, 1, places)  # nothing is routed there
         if sharing == "reduce":
             inputs = [sum(np.sum(a, axis=2, keepdims=True) for a in inputs) / places]
             jacobians = [sum(np.sum(j, axis=3, keepdims=True) for j in jacobians)]

@@ -22,6 +22,8 @@ from tests.tables.rows import (
     net,
     normal,
     plain,
+    several,
+    tokens,
 )
 
 OUT: dict[str, Any] = {"w": (2, 2), "b": (2,)}
@@ -222,6 +224,43 @@ def _low_rank(p, x):
     return affine(p["out"], jnp.tanh(x @ (p["left"] @ p["right"])))
 
 
+def _merged(p, x):
+    """A low-rank update that is added to a kernel which stays."""
+    frozen = jnp.cos(jnp.arange(6.0, dtype=x.dtype)).reshape(3, 2)
+    kernel = frozen + 0.5 / jnp.sqrt(jnp.asarray(3.0, x.dtype)) * (p["left"] @ p["right"].T)
+    return affine(p["out"], jnp.tanh(x @ kernel + p["b"]))
+
+
+def _masked_and_scaled(p, x):
+    """A mask, constants by row and by column, functions of every entry, and a temperature."""
+    h = jnp.tanh(x @ jnp.tril(p["masked"]["w"]) + p["masked"]["b"])
+    one = jnp.ones((), x.dtype)
+    scale = jnp.arange(1.0, 3.0, dtype=x.dtype)
+    h = jnp.tanh(h @ (p["scaled"] * scale / jnp.sqrt(2 * one) * jnp.sqrt(scale)[:, None]))
+    return affine(p["out"], h) / jnp.exp(p["t"])
+
+
+def _joined(p, x):
+    kernel = jnp.concatenate([p["left"]["w"], p["right"]["w"]], axis=1)
+    h = x @ kernel + jnp.concatenate([p["left"]["b"], p["right"]["b"]])
+    return affine(p["out"], jnp.tanh(jnp.tanh(h) @ jnp.pad(p["padded"], ((1, 0), (0, 0)))))
+
+
+def _complex(p, x):
+    """A complex kernel, and a filter of a Fourier transform between layers."""
+    h = jnp.fft.fft(x) @ (p["re"] + 1j * p["im"])
+    gains = jax.lax.complex(p["gain"][0], p["gain"][1])
+    h = jnp.fft.ifft(jnp.fft.fft(jnp.abs(h)) * gains)
+    return affine(p["out"], jnp.real(h) + jnp.imag(h))
+
+
+def _experts(p, inputs):
+    """Two kernels for each example, chosen by data and weighed by data."""
+    h = jnp.tanh(affine(p["first"], inputs["x"]))
+    routed = jnp.einsum("nkio,nki->nko", p["experts"][inputs["index"]], h)
+    return affine(p["out"], jnp.sum(jnp.tanh(routed) * inputs["weight"][..., None], axis=1))
+
+
 DERIVED = {
     "weight_norm": Row(
         plain(_weight_norm, {"g": (2,), "v": (3, 2), "out": OUT}),
@@ -252,10 +291,39 @@ DERIVED = {
     "product_of_kernels": Row(
         plain(_low_rank, {"left": (3, 1), "right": (1, 2), "out": OUT}),
         normal(3),
-        affine_blocks("out"),
-        unassigned=("left", "right"),
+        alone("left", "right") | affine_blocks("out"),
     ),
-}
+    "merged_low_rank": Row(
+        plain(_merged, {"left": (3, 1), "right": (2, 1), "b": (2,), "out": OUT}),
+        normal(3),
+        alone("left", "right", "b") | affine_blocks("out"),
+    ),
+    "masked_and_scaled": Row(
+        plain(_masked_and_scaled, {"masked": TWO["first"], "scaled": (2, 2), "t": (), "out": OUT}),
+        normal(3),
+        affine_blocks("masked", "out") | alone("scaled", "t"),
+        loss="softmax_cross_entropy",
+    ),
+    "joined_kernels": Row(
+        plain(_joined, {"left": {"w": (3, 1), "b": (1,)}, "right": {"w": (3, 1), "b": (1,)},
+                        "padded": (1, 2), "out": OUT}),
+        normal(3),
+        {"left": ("left/w", "right/w", "left/b", "right/b"), "padded": ("padded",)}
+        | affine_blocks("out"),
+    ),
+    "complex_kernel": Row(
+        plain(_complex, {"re": (3, 2), "im": (3, 2), "gain": (2, 2), "out": OUT}),
+        normal(3),
+        alone("re", "im", "gain") | affine_blocks("out"),
+        tags=frozenset({"loose"}),
+    ),
+    "experts": Row(
+        plain(_experts, {"first": {"w": (3, 3), "b": (3,)}, "experts": (3, 3, 2), "out": OUT}),
+        several(x=normal(2, 3), index=tokens(3, 2), weight=normal(2)),
+        affine_blocks("first", "out") | alone("experts"),
+        output="pooled",
+    ),
+}  # fmt: skip
 
 # Parameters used more than once.
 

@@ -19,8 +19,11 @@ class KFRA(Method):
 
     def moments(self, request: Request) -> dict[str, Moments]:
         sums = _recursion(request)
-        layers = request.model.graph.layers
-        return {n: walked_moments(layer, sums, request.sharing) for n, layer in layers.items()}
+        model, sharing = request.model, request.sharing
+        return {
+            name: walked_moments(layer, sums, sharing, model.weights)
+            for name, layer in model.graph.layers.items()
+        }
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.congruence
@@ -38,7 +41,16 @@ def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:
     shared = graph.shared_values(model.params)
     walk = Walk(graph, shared, model.values, request.axis_name, request.importance)
     if request.spatial == "homogeneous":
-        return walk_channels(walk, hessian)
+        sums = walk_channels(walk, hessian)
+        often = {
+            n: model.weights[n].positions / u.form.positions
+            for n, u in graph.uses.items()
+            if u.choice is not None
+        }
+        return {n: s * often[n] if n in often else s for n, s in sums.items()}
     layer_of = {name: layer for layer in graph.layers.values() for name in layer.uses}
     matrices = walk_back(walk, hessian).uses
-    return {n: over_positions(layer_of[n], u, matrices[n], sharing) for n, u in graph.uses.items()}
+    return {
+        n: over_positions(layer_of[n], u, matrices[n], sharing, model.weights.get(n))
+        for n, u in graph.uses.items()
+    }

@@ -27,7 +27,11 @@ class Request(NamedTuple):
         _, cotangents = self.model.pull(column)
         return {
             name: gradient_moments(
-                layer, {n: cotangents[n] for n in layer.uses}, self.sharing, self.model.dtype
+                layer,
+                {n: cotangents[n] for n in layer.uses},
+                self.sharing,
+                self.model.dtype,
+                self.model.weights,
             )
             for name, layer in self.model.graph.layers.items()
         }
