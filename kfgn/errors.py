@@ -8,6 +8,7 @@ from kfgn.base.errors import (
     ModelError,
     OptionError,
     ParameterError,
+    SkippedUpdatesWarning,
     UnknownPrimitiveWarning,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "ModelError",
     "OptionError",
     "ParameterError",
+    "SkippedUpdatesWarning",
     "UnknownPrimitiveWarning",
 ]

@@ -29,5 +29,9 @@ class UnknownPrimitiveWarning(UserWarning):
     """A primitive that kfgn does not know is treated example by example."""
 
 
+class SkippedUpdatesWarning(UserWarning):
+    """Updates were skipped one after another, for numbers that are not finite."""
+
+
 class OptionError(KfgnError):
     """An option has a value outside its range, or a needed argument is missing."""

@@ -80,6 +80,24 @@ def factored_inverses(
     }
 
 
+def damped_extremes(q: Left, g: Float[Array, "*S b b"], damping: Scalar) -> tuple[Scalar, Scalar]:
+    """Bounds from above, by Frobenius norms, of two numbers whose exact values would cost.
+
+    They are the largest eigenvalue of `q ⊗ g`, and the condition of the damped
+    factors of eq. (36), `(q + ω√k I) ⊗ (g + √k/ω I)`, whose eigenvalues are above k.
+    """
+    root = jnp.sqrt(damping).astype(q.dtype)
+    balance = factor_balance(q, g)
+    left = jnp.max(jnp.abs(q), axis=-1) if is_diagonal(q, g) else _norm(q)
+    right = _norm(g)
+    condition = (left + balance * root) * (right + root / balance) / damping.astype(q.dtype)
+    return jnp.max(left * right), jnp.max(condition)
+
+
+def _norm(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
+    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
+
+
 class Eigen(NamedTuple):
     """Eigendecompositions of both factors; a diagonal one is its own."""
 

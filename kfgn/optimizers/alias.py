@@ -39,6 +39,7 @@ def optimizer(
     unassigned: str = "block",
     large_factors: str = "raise",
     factor_limit: int | None = None,
+    warn_after_skipped: Any = 10,
 ) -> optax.GradientTransformationExtraArgs:
     """The full recipe of eqs. (33)-(45).
 
@@ -76,6 +77,10 @@ def optimizer(
       factor_limit: None stands for the rows of a factor that takes 2 GiB. Say the same
         three to `value_grad_and_curvature`.
 
+      warn_after_skipped: so many updates skipped in a row, as numbers were not
+        finite, raise a `kfgn.errors.SkippedUpdatesWarning`, in jitted loops, too; None
+        for never. One call of `kfgn.diagnostics.record(state)` says the rest.
+
     The paper's own settings are `**kfgn.transforms.PRESETS["paper"]`.
 
     Returns:
@@ -110,6 +115,7 @@ def optimizer(
         refresh_inverse_every=refresh_inverse_every,
         inverse=inverse,
         momentum=momentum,
+        warn_after_skipped=warn_after_skipped,
         method=method,
     )
     parts = [recipe, optax.scale_by_learning_rate(learning_rate)]

@@ -26,6 +26,7 @@ from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS
+from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import Count, Flag, counter, is_usable, keep_if, number, stay, zeros_like
 from kfgn.optimizers.wrappers import by_curvature, whole_params
 
@@ -37,6 +38,7 @@ class ScaleByConjugateGradientState(NamedTuple):
 
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
+    streak: SkippedStreak  # of those, in a row up to now
     damping: Scalar  # λ
     reduction_ratio: Scalar  # ρ, as last measured
     iterations: Count  # of the last solution
@@ -130,6 +132,7 @@ def scale_by_conjugate_gradient(
         return ScaleByConjugateGradientState(
             count=counter(),
             skipped=counter(),
+            streak=no_streak(),
             damping=number(rule.initial),
             reduction_ratio=number(1),
             iterations=counter(),

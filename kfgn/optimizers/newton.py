@@ -23,6 +23,7 @@ from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar, Shape
 from kfgn.curvature.operators import hessian
 from kfgn.objective.objective import Objective, require_objective
 from kfgn.optimizers.layer_blocks import find_blocks
+from kfgn.optimizers.skipped import SkippedStreak, count_streak, no_streak
 from kfgn.optimizers.state import Count, all_finite, check_state, counter, guarded, number
 from kfgn.optimizers.wrappers import has_masked, whole_params
 
@@ -143,6 +144,7 @@ class ScaleByNewtonState(NamedTuple):
 
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
+    streak: SkippedStreak  # of those, in a row up to now
     smallest: Scalar  # the Hessian's smallest eigenvalue, as last seen
     negative: Count  # how many of its eigenvalues were negative
 
@@ -182,7 +184,7 @@ def scale_by_newton(
 
     def init(params: PyTree) -> ScaleByNewtonState:
         del params
-        return ScaleByNewtonState(counter(), counter(), number(), counter())
+        return ScaleByNewtonState(counter(), counter(), no_streak(), number(), counter())
 
     def update(
         updates: PyTree,
@@ -206,7 +208,8 @@ def scale_by_newton(
             negative=solved.negative.astype(jnp.int32),
         )
         good = all_finite((updates, solved.direction, solved.smallest))
-        return guarded(good, solved.direction, moved, state)
+        step, moved = guarded(good, solved.direction, moved, state)
+        return step, count_streak(state, moved)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

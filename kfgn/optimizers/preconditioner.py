@@ -13,6 +13,7 @@ from kfgn.base.kronecker import (
     Eigen,
     FactoredInverse,
     apply_eigen,
+    damped_extremes,
     eigen,
     factored_inverses,
     kronecker_matvec,
@@ -23,7 +24,7 @@ from kfgn.curvature.batch import Curvature
 from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.state import Count, Flag, zeros_like
+from kfgn.optimizers.state import Count, Flag, number, zeros_like
 
 INVERSES = ("factored", "eigen")
 
@@ -106,6 +107,23 @@ class Preconditioner:
         diagonals = {n: Diagonal(1 / (d + damping.astype(d.dtype))) for n, d in lone.items()}
         return factored_inverses(kronecker, damping) | diagonals
 
+    def extremes(self, decomposed: Named, damping: Scalar) -> tuple[Scalar, Scalar]:
+        """The factors' largest eigenvalue, and the greatest condition of a damped block.
+
+        Exact for "eigen" and for diagonals, else the bounds of `damped_extremes`.
+        """
+        largest, conditions = [number()], [number(1)]
+        for part in decomposed.values():
+            if isinstance(part, Factors):
+                top, condition = damped_extremes(*part, damping)
+            else:
+                low, top = _range(part)
+                k = damping.astype(top.dtype)
+                condition = jnp.max((top + k) / (low + k))
+            largest.append(jnp.max(top).astype(jnp.float32))
+            conditions.append(condition.astype(jnp.float32))
+        return jnp.max(jnp.stack(largest)), jnp.max(jnp.stack(conditions))
+
     def apply(self, inverses: Named, damping: Scalar, gradient: Named) -> Named:
         """The direction `C^-1 g` for every leaf; those without curvature get `g / damping`."""
         direction = {n: leaf / damping.astype(leaf.dtype) for n, leaf in gradient.items()}
@@ -132,3 +150,12 @@ class Preconditioner:
         parts = self._parts({n: curvature.factors[n] for n in self.blocks.present(leaves)})
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
+
+
+def _range(part: Eigen | Diagonal) -> tuple[Array, Array]:
+    """The smallest and the largest eigenvalue, of each of several blocks."""
+    if isinstance(part, Diagonal):
+        return jnp.min(part.diagonal), jnp.max(part.diagonal)
+    both = part.left_values, part.right_values
+    low, top = ([f(x, axis=-1) for x in both] for f in (jnp.min, jnp.max))
+    return low[0] * low[1], top[0] * top[1]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from kfgn.base.linalg import inner
+from kfgn.base.linalg import inner, total
 from kfgn.base.types import Array, Named, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.state import Flag
@@ -38,6 +38,7 @@ class Step(NamedTuple):
 
     coefficients: Float[Array, " directions"]  # c
     predicted: Scalar  # the model's change at the minimum, at most 0
+    norm: Scalar  # of the step
 
     @property
     def step_size(self) -> Scalar:
@@ -63,17 +64,21 @@ def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar
     the coefficient 0; where the gradient is zero, all do, and nothing is predicted.
     """
     gradient = curvature.gradient
-    slopes, grams = [], {}
+    slopes, grams, products = [], {}, {}
     for i, u in enumerate(directions):
         slopes.append(inner(u.leaves, {name: gradient[name] for name in u.leaves}))
         for j, v in enumerate(directions[: i + 1]):
             flat = curvature.output_product(u.outputs, v.outputs)
-            grams[j, i] = flat + damping.astype(flat.dtype) * inner(u.leaves, v.leaves)
+            products[j, i] = inner(u.leaves, v.leaves)
+            grams[j, i] = flat + damping.astype(flat.dtype) * products[j, i]
     if len(directions) == 1:
         coefficients = jnp.stack([_over(slopes[0], grams[0, 0])])
     else:
         coefficients = _solve_two(slopes, grams)
-    return Step(coefficients, -0.5 * jnp.dot(jnp.stack(slopes), coefficients))
+    c = coefficients
+    squared = total((1 + (i != j)) * c[i] * c[j] * x for (i, j), x in products.items())
+    predicted = -0.5 * jnp.dot(jnp.stack(slopes), c)
+    return Step(c, predicted, jnp.sqrt(jnp.maximum(squared, 0)))
 
 
 def _solve_two(b: list[Scalar], a: dict[tuple[int, int], Scalar]) -> Float[Array, " directions"]:

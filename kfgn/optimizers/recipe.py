@@ -14,6 +14,7 @@ import optax
 
 from kfgn.base.checks import check_decay, check_flag, check_whole
 from kfgn.base.errors import OptionError
+from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.damping import (
@@ -27,17 +28,28 @@ from kfgn.optimizers.damping import (
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
+from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import (
     Count,
     Flag,
+    Metrics,
     all_finite,
     counter,
     is_usable,
     keep_if,
+    no_metrics,
     number,
     zeros_like,
 )
 from kfgn.optimizers.wrappers import by_curvature
+
+
+class Periods(NamedTuple):
+    """Updates between inversions of the factors, and between adaptions of both dampings."""
+
+    refresh_inverse_every: Count
+    step_damping_period: Count
+    factor_damping_period: Count
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -45,6 +57,7 @@ class ScaleByCurvatureState(NamedTuple):
 
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
+    streak: SkippedStreak  # of those, in a row up to now
     refused: Count  # steps not taken, as they extrapolate and the objective would rise
     still: Count  # updates with no gradient, or no weights, that move no parameters or dampings
     factors: Named  # their moving averages, Q and G
@@ -53,7 +66,11 @@ class ScaleByCurvatureState(NamedTuple):
     step_damping: Scalar  # τ
     step_size: Scalar  # α
     momentum: Scalar  # the coefficient of the previous step
-    reduction_ratio: Scalar  # ρ, as last measured
+    reduction_ratio: Scalar  # ρ = actual / predicted change of the objective, as last measured
+    predicted_change: Scalar  # by the quadratic model, for the whole step that was measured
+    actual_change: Scalar  # of the objective, by that step
+    metrics: Metrics
+    periods: Periods
     previous: Named  # the previous step, or nothing without momentum
 
 
@@ -66,14 +83,15 @@ def scale_by_curvature(
     refresh_inverse_every: int | Array = 5,
     inverse: str = "factored",
     momentum: bool = True,
+    warn_after_skipped: int | Array | None = 10,
     method: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions, picks the step size by the quadratic model, adapts both dampings.
 
     Args:
       blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
-      factor_damping, step_damping, decay, refresh_inverse_every, inverse, momentum: as for
-        `kfgn.kfra`.
+      factor_damping, step_damping, decay, refresh_inverse_every, inverse, momentum,
+        warn_after_skipped: as for `kfgn.kfra`.
       method: refuse curvatures of another method; None takes any.
 
     Raises:
@@ -103,14 +121,17 @@ def scale_by_curvature(
     check_flag("momentum", momentum)
     preconditioner = Preconditioner(blocks, inverse)
     recipe = _Recipe(preconditioner, gamma, tau, decay, refresh_inverse_every, momentum)
-    settings = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
+    settings: dict[str, Any] = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
+    settings["warn_after_skipped"] = warn_after_skipped
     return by_curvature(ScaleByCurvatureState, blocks, recipe.init, recipe.advance, **settings)
 
 
 #: `(inverses, γ) -> (directions, step)`, and how far the loop over candidates for γ has come:
-#: its turn, the least value of the model so far, the γ of that, the last inverses.
+#: its turn, the least value of the model so far, the γ of that, the last inverses. The largest
+#: eigenvalue and the condition of the factors, as `Preconditioner.extremes` finds them.
+Extremes: TypeAlias = tuple[Scalar, Scalar]
 BestAlong: TypeAlias = Callable[[Named, Scalar], tuple[list[Direction], Step]]
-Turn: TypeAlias = tuple[Count, Scalar, Scalar, Named]
+Turn: TypeAlias = tuple[Count, Scalar, Scalar, Named, Extremes]
 
 
 class _Verdict(NamedTuple):
@@ -118,6 +139,8 @@ class _Verdict(NamedTuple):
 
     ratio: Scalar  # ρ, eq. (42)
     damping: Scalar  # τ for the next update
+    predicted: Scalar
+    actual: Scalar
     finite: Flag  # false where the objective after the step was found not to be
     refused: Flag  # the step extrapolates, and the objective would rise
 
@@ -140,6 +163,7 @@ class _Recipe:
         return ScaleByCurvatureState(
             count=counter(),
             skipped=counter(),
+            streak=no_streak(),
             refused=counter(),
             still=counter(),
             factors=factors,
@@ -149,8 +173,17 @@ class _Recipe:
             step_size=number(),
             momentum=number(),
             reduction_ratio=number(1),
+            predicted_change=number(),
+            actual_change=number(),
+            metrics=no_metrics(),
+            periods=self._periods(),
             previous=zeros_like(leaves) if self.momentum else {},
         )
+
+    def _periods(self) -> Periods:
+        rules = self.step_damping, self.factor_damping
+        every = self.refresh_inverse_every, *(rule.period for rule in rules)
+        return Periods(*(jnp.array(n, jnp.int32) for n in every))
 
     def advance(
         self, state: ScaleByCurvatureState, gradient: Named, curvature: Curvature, **_: Any
@@ -175,7 +208,7 @@ class _Recipe:
             directions = [push(curvature, direction), *before]
             return directions, best_step(curvature, directions, state.step_damping + self.l2)
 
-        gamma, inverses = self._invert(state, factors, best_along, usable)
+        gamma, inverses, extremes = self._invert(state, factors, best_along, usable)
         directions, best = best_along(inverses, gamma)
         step = combine(directions, best.coefficients)
         # The reduction ratio, where it is due or in doubt, and with it τ.
@@ -183,6 +216,8 @@ class _Recipe:
         good = usable & verdict.finite & all_finite((best, step))
         taken = good & ~verdict.refused
         step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
+        norms = jnp.sqrt(inner(gradient, gradient)), jnp.where(taken, best.norm, 0)
+        seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
         numbers = state._replace(factors={}, inverses={}, previous={})
         advanced = numbers._replace(
             count=count,
@@ -193,6 +228,10 @@ class _Recipe:
             step_size=best.step_size,
             momentum=best.momentum,
             reduction_ratio=verdict.ratio,
+            predicted_change=verdict.predicted,
+            actual_change=verdict.actual,
+            metrics=Metrics(*seen),
+            periods=self._periods(),
         )
         empty = (curvature.examples == 0).astype(jnp.int32)
         skipped = numbers._replace(skipped=state.skipped + 1 - empty, still=state.still + empty)
@@ -203,8 +242,8 @@ class _Recipe:
 
     def _invert(
         self, state: ScaleByCurvatureState, factors: Named, best_along: BestAlong, usable: Flag
-    ) -> tuple[Scalar, Named]:
-        """γ, and the inverses at it, refreshed where that is due.
+    ) -> tuple[Scalar, Named, Extremes]:
+        """γ, the inverses at it, refreshed where that is due, and the factors' extremes then.
 
         A loop of no turn, one, or k + 1: where γ is due its k candidates are tried,
         then the best is inverted for good. So inversions compile once.
@@ -219,15 +258,18 @@ class _Recipe:
         parts = self.preconditioner.decompose(factors, state.inverses, due)
         first = jnp.where(due, candidates[0], state.factor_damping)
 
-        def inverses_at(gamma: Scalar) -> Named:
-            return self.preconditioner.invert(parts, gamma + self.l2)
+        def inverses_at(gamma: Scalar) -> tuple[Named, Extremes]:
+            found = self.preconditioner.invert(parts, gamma + self.l2)
+            return found, self.preconditioner.extremes(parts, gamma + self.l2)
+
+        known = state.inverses, (state.metrics.largest_eigenvalue, state.metrics.condition)
 
         if k == 1:  # a loop of its own, with less in it to compile
 
-            def once(_: PyTree) -> tuple[Flag, Named]:
-                return jnp.array(False), inverses_at(first)
+            def once(_: PyTree) -> tuple[Flag, Named, Extremes]:
+                return jnp.array(False), *inverses_at(first)
 
-            return first, jax.lax.while_loop(lambda c: c[0], once, (due, state.inverses))[1]
+            return first, *jax.lax.while_loop(lambda c: c[0], once, (due, *known))[1:]
         turns = jnp.where(search, k + 1, jnp.where(refresh, 1, 0))
         infinite = jnp.asarray(jnp.inf, jnp.float32)
 
@@ -236,18 +278,17 @@ class _Recipe:
             return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
         def turn(carry: Turn) -> Turn:
-            i, least, gamma, _ = carry
+            i, least, gamma, *_ = carry
             last = i == turns - 1
             tried = jnp.where(last, gamma, candidates[jnp.minimum(i, k - 1)])
-            inverses = inverses_at(tried)
+            inverses, extremes = inverses_at(tried)
             value = jax.lax.cond(last, lambda *_: infinite, model_value, inverses, tried)
             better = value < least
             gamma = jnp.where(better, tried, gamma)
-            return i + 1, jnp.where(better, value, least), gamma, inverses
+            return i + 1, jnp.where(better, value, least), gamma, inverses, extremes
 
-        start = (jnp.zeros((), jnp.int32), infinite, first, state.inverses)
-        *_, gamma, inverses = jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)
-        return gamma, inverses
+        start = (jnp.zeros((), jnp.int32), infinite, first, *known)
+        return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)[2:]
 
     def _judge(
         self, state: ScaleByCurvatureState, curvature: Curvature, best: Step, step: Named,
@@ -275,10 +316,12 @@ class _Recipe:
             judged = jnp.where(refused, -jnp.inf, ratio)  # the worst of ratios
             adapted = self.step_damping.adapted(tau, judged)
             adapted = jnp.where(due | refused, adapted, tau)
-            return _Verdict(ratio, adapted, jnp.isfinite(rise), refused)
+            predicted, actual = (x.astype(jnp.float32) for x in (best.predicted, rise))
+            return _Verdict(ratio, adapted, predicted, actual, jnp.isfinite(rise), refused)
 
         def keep() -> _Verdict:
-            return _Verdict(state.reduction_ratio, tau, jnp.array(True), jnp.array(False))
+            known = state.reduction_ratio, tau, state.predicted_change, state.actual_change
+            return _Verdict(*known, jnp.array(True), jnp.array(False))
 
         return jax.lax.cond(usable & (due | doubtful), measure, keep)
 

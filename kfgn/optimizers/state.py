@@ -4,7 +4,7 @@ A state is a NamedTuple of arrays, each of its own: a Python number would be
 static to some containers, and a buffer that two share could not be donated.
 """
 
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,19 @@ Count: TypeAlias = Int[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]
 
 
+class Metrics(NamedTuple):
+    """What the last update that was made saw and did; nothing else reads it.
+
+    Beside it stand what updates read as well; `kfgn.diagnostics.record` has all of it.
+    """
+
+    loss: Scalar  # the objective on the batch, l2 included
+    gradient_norm: Scalar  # of the gradient that came in
+    update_norm: Scalar  # of the step that went out, before a learning rate
+    largest_eigenvalue: Scalar  # of the factors, at the last inversion: see `damped_extremes`
+    condition: Scalar  # of the damped factors, then
+
+
 def number(value: Number = 0.0) -> Scalar:
     """A number of a state."""
     return jnp.array(value, jnp.float32)
@@ -26,6 +39,11 @@ def number(value: Number = 0.0) -> Scalar:
 def counter() -> Count:
     """A count that starts at 0."""
     return jnp.zeros((), jnp.int32)
+
+
+def no_metrics() -> Metrics:
+    """Before the first update."""
+    return Metrics(*(number() for _ in Metrics._fields))
 
 
 def zeros_like(tree: PyTree) -> PyTree:

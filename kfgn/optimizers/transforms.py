@@ -20,17 +20,21 @@ from kfgn.base.checks import (
     check_whole,
 )
 from kfgn.base.errors import OptionError
+from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import best_step, combine, push
+from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import (
     Count,
+    Metrics,
     all_finite,
     counter,
     guarded,
     is_usable,
+    no_metrics,
     number,
     stay,
     zeros_like,
@@ -43,6 +47,8 @@ class ScaleByKroneckerState(NamedTuple):
 
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
+    streak: SkippedStreak  # of those, in a row up to now
+    metrics: Metrics
     factors: Named
     inverses: Named
 
@@ -54,13 +60,14 @@ def scale_by_kronecker(
     decay: Number | None = 0.9,
     refresh_inverse_every: int | Array = 1,
     inverse: str = "factored",
+    warn_after_skipped: int | Array | None = 10,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by `(Q ⊗ G + damping I)^-1` in every layer, eqs. (34)-(36).
 
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      decay, refresh_inverse_every: as for `kfgn.kfra`.
+      decay, refresh_inverse_every, warn_after_skipped: as for `kfgn.kfra`.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
 
@@ -82,7 +89,8 @@ def scale_by_kronecker(
     preconditioner = Preconditioner(blocks, inverse)
 
     def init(leaves: Named) -> ScaleByKroneckerState:
-        return ScaleByKroneckerState(counter(), counter(), *preconditioner.init(leaves))
+        start = counter(), counter(), no_streak(), no_metrics()
+        return ScaleByKroneckerState(*start, *preconditioner.init(leaves))
 
     def advance(
         state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
@@ -96,25 +104,37 @@ def scale_by_kronecker(
             total = jnp.asarray(damping)
             due = refresh_due(state.count, refresh_inverse_every)
             parts = preconditioner.decompose(factors, state.inverses, due)
-            inverses = jax.lax.cond(
-                due, lambda: preconditioner.invert(parts, total), lambda: state.inverses
+            known = state.metrics.largest_eigenvalue, state.metrics.condition
+            inverses, extremes = jax.lax.cond(
+                due,
+                lambda: (
+                    preconditioner.invert(parts, total),
+                    preconditioner.extremes(parts, total),
+                ),
+                lambda: (state.inverses, known),
             )
             direction = preconditioner.apply(inverses, total, gradient)
-            moved = ScaleByKroneckerState(count, state.skipped, factors, inverses)
+            norms = (jnp.sqrt(inner(x, x)) for x in (gradient, direction))
+            seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
+            moved = state._replace(
+                count=count, metrics=Metrics(*seen), factors=factors, inverses=inverses
+            )
             return guarded(all_finite(direction), direction, moved, state)
 
         usable = is_usable(curvature, (gradient, new))
         return jax.lax.cond(usable, move, lambda: stay(gradient, state))
 
-    return by_curvature(ScaleByKroneckerState, blocks, init, advance)
+    return by_curvature(ScaleByKroneckerState, blocks, init, advance, warn_after_skipped)
 
 
 class ScaleByQuadraticModelState(NamedTuple):
     """State of `scale_by_quadratic_model`."""
 
     skipped: Count  # updates skipped
+    streak: SkippedStreak  # of those, in a row up to now
     step_size: Scalar  # α
     momentum: Scalar  # the coefficient of the previous step
+    predicted_change: Scalar  # of the objective, by the model
     previous: Named  # the previous step, or nothing without momentum
 
 
@@ -148,7 +168,9 @@ def scale_by_quadratic_model(
 
     def init(leaves: Named) -> ScaleByQuadraticModelState:
         previous = zeros_like(leaves) if momentum else {}
-        return ScaleByQuadraticModelState(counter(), number(1), number(), previous)
+        return ScaleByQuadraticModelState(
+            counter(), no_streak(), number(1), number(), number(), previous
+        )
 
     def advance(
         state: ScaleByQuadraticModelState, gradient: Named, curvature: Curvature, **_: Any
@@ -158,8 +180,11 @@ def scale_by_quadratic_model(
             directions.append(push(curvature, state.previous))
         best = best_step(curvature, directions, jnp.asarray(damping))
         step = combine(directions, best.coefficients)
-        moved = ScaleByQuadraticModelState(
-            state.skipped, best.step_size, best.momentum, step if momentum else {}
+        moved = state._replace(
+            step_size=best.step_size,
+            momentum=best.momentum,
+            predicted_change=best.predicted.astype(jnp.float32),
+            previous=step if momentum else {},
         )
         return guarded(is_usable(curvature, (best, step)), step, moved, state)
 

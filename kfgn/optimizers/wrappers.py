@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import optax
 
+from kfgn.base.checks import check_whole
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.base.types import Batch, Named, PyTree
+from kfgn.base.types import Array, Batch, Named, PyTree
 from kfgn.curvature.batch import Curvature
 from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature, require_settings
+from kfgn.optimizers.skipped import count_streak
 from kfgn.optimizers.state import check_state
 
 
@@ -19,6 +21,7 @@ def by_curvature(
     blocks: LayerBlocks,
     init: Callable[[Named], Any],
     advance: Callable[..., tuple[Named, Any]],
+    warn_after_skipped: int | Array | None = 10,
     **settings: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The transformation of updates that need the curvature of a batch.
@@ -29,8 +32,11 @@ def by_curvature(
       init: `leaves -> state`, of leaves by their names.
       advance: `(state, gradient, curvature, params=, **others) -> (step, state)`, likewise,
         `others` being what else is given to the update by keyword.
+      warn_after_skipped: how many skipped updates in a row are said; None for never.
       settings: that the curvature must have been made with.
     """
+    if warn_after_skipped is not None:
+        check_whole("warn_after_skipped", warn_after_skipped, 1, traced=True)
 
     def update(
         updates: PyTree,
@@ -44,8 +50,8 @@ def by_curvature(
         gradient = named_leaves(updates)
         curvature = require_curvature(curvature, blocks, gradient)
         require_settings(curvature, **settings)
-        step, state = advance(state, gradient, curvature, params=params, **others)
-        return with_leaves(updates, step), state
+        step, moved = advance(state, gradient, curvature, params=params, **others)
+        return with_leaves(updates, step), count_streak(state, moved, warn_after_skipped)
 
     return optax.GradientTransformationExtraArgs(lambda params: init(named_leaves(params)), update)
 

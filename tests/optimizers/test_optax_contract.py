@@ -41,6 +41,7 @@ ADAPTS = 5  # an update at which both dampings adapt
 
 # Shapes are all that a factory needs.
 SHAPES = (shapes(make_params()), shapes(make_batch()))
+CONCRETE = (make_params(), make_batch())
 BLOCKS = kfgn.layers.find_blocks(OBJECTIVE, *SHAPES)
 
 
@@ -131,7 +132,14 @@ CASES = {
         )
     ),
     "inject learning rate": Case(
-        lambda: inject(lambda learning_rate: recipe(learning_rate=learning_rate))(0.5)
+        lambda: inject(
+            lambda learning_rate: kfgn.kfra(OBJECTIVE, *CONCRETE, learning_rate=learning_rate)
+        )(0.5)
+    ),
+    "inject into the alias": Case(
+        lambda: inject(kfgn.kfra, static_args="objective")(
+            OBJECTIVE, *CONCRETE, learning_rate=0.5, step_damping=1.0
+        )
     ),
     "apply_if_finite": Case(lambda: optax.apply_if_finite(recipe(), 3)),
     "MultiSteps": Case(lambda: optax.MultiSteps(recipe(), 2), strict=False),
@@ -170,6 +178,17 @@ def test_state_is_named_tuples_of_arrays(name):
 @each_case
 def test_jit_equals_no_jit(name):
     check_jit_equals_no_jit(trained(name), (1, ADAPTS, UPDATES))
+
+
+@each_case
+def test_record_is_flat(name):
+    state = trained(name).calls[-1][1][1]
+    numbers = kfgn.diagnostics.record(state)
+    assert all(isinstance(x, (bool, int, float)) for x in numbers.values())
+    injected = getattr(state, "hyperparams", {})
+    assert numbers | {n: pytest.approx(float(x)) for n, x in injected.items()} == numbers
+    if "scale_by_curvature" in name or "kf" in name:
+        assert numbers["count"] == UPDATES and numbers["loss"] > 0
 
 
 def test_plain_calls_need_no_jit():

@@ -409,7 +409,8 @@ def test_broken_batch_changes_nothing_but_its_count(name, broken):
 
 
 def without_skipped(tree: Any) -> Any:
-    return optax.tree_utils.tree_set(tree, skipped=jnp.zeros((), jnp.int32))
+    nothing = jnp.zeros((), jnp.int32)
+    return optax.tree_utils.tree_set(tree, skipped=nothing, skipped_in_a_row=nothing)
 
 
 @pytest.mark.parametrize(
