@@ -193,7 +193,6 @@ class _Recipe:
         The large arrays never pass through a conditional, which would copy
         them: selections fuse into the operations that make the arrays.
         """
-        self.preconditioner.blocks.check_seen(gradient, state.factors)
         count = state.count + 1
         new = {name: curvature.factors[name] for name in state.factors}
         usable = is_usable(curvature, (gradient, curvature.value, new))

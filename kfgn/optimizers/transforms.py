@@ -95,7 +95,6 @@ def scale_by_kronecker(
     def advance(
         state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
     ) -> tuple[Named, ScaleByKroneckerState]:
-        blocks.check_seen(gradient, state.factors)
         new = {name: curvature.factors[name] for name in state.factors}
 
         def move() -> tuple[Named, ScaleByKroneckerState]:

@@ -50,6 +50,14 @@ def by_curvature(
         gradient = named_leaves(updates)
         curvature = require_curvature(curvature, blocks, gradient)
         require_settings(curvature, **settings)
+        if hasattr(state, "factors"):
+            blocks.check_seen(gradient, state.factors)
+        if jax.tree.structure(state) != jax.tree.structure(jax.eval_shape(init, gradient)):
+            raise OptionError(
+                f"the {kind.__name__} was made with other options, such as momentum or inverse, or "
+                "for other parameters: to change them in mid-run begin with a new state, "
+                "optimizer.init(params)"
+            )
         step, moved = advance(state, gradient, curvature, params=params, **others)
         return with_leaves(updates, step), count_streak(state, moved, warn_after_skipped)
 

@@ -232,6 +232,16 @@ CASES = {
         OptionError,
         "state must be a ScaleByKroneckerState, found a ScaleByAdamState: pass the one",
     ),
+    "momentum turned on in mid-run": Bad(
+        lambda: update(kfra(), state=kfra(momentum=False).init(PARAMS)),
+        OptionError,
+        "ScaleByCurvatureState was made with other options, such as momentum .* new state",
+    ),
+    "inverse changed in mid-run": Bad(
+        lambda: update(kfra(), state=kfra(inverse="eigen").init(PARAMS)),
+        OptionError,
+        "made with other options, such as momentum or inverse",
+    ),
     "state of another optimizer in a chain": Bad(
         lambda: update(kfra(), state=optax.adam(0.1).init(PARAMS)),
         OptionError,
