@@ -52,7 +52,8 @@ def by_curvature(
         require_settings(curvature, **settings)
         if hasattr(state, "factors"):
             blocks.check_seen(gradient, state.factors)
-        if jax.tree.structure(state) != jax.tree.structure(jax.eval_shape(init, gradient)):
+        expected: Any = jax.tree.structure(jax.eval_shape(init, gradient))
+        if jax.tree.structure(state) != expected:
             raise OptionError(
                 f"the {kind.__name__} was made with other options, such as momentum or inverse, or "
                 "for other parameters: to change them in mid-run begin with a new state, "
