@@ -76,7 +76,6 @@ def optimizer(
         to keep blocks on its diagonal; or "diagonal".
       factor_limit: None stands for the rows of a factor that takes 2 GiB. Say the same
         three to `value_grad_and_curvature`.
-
       warn_after_skipped: so many updates skipped in a row, as numbers were not
         finite, raise a `kfgn.errors.SkippedUpdatesWarning`, in jitted loops, too; None
         for never. One call of `kfgn.diagnostics.record(state)` says the rest.
