@@ -6,7 +6,7 @@ result does. So all that kfgn differentiates in varies as the batch does, and
 what a device computes is of its own examples until `mean_over_devices`.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeAlias, TypeVar
 
 import jax
@@ -73,19 +73,55 @@ def part_of_device(count: int | None, axis_name: AxisName | None) -> int | None:
     return -(-count // jax.lax.axis_size(axis_name))
 
 
-def refuse_explicit_axes(params: PyTree, inputs: PyTree) -> None:
+def in_auto_axes(function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """A function of arrays that runs under automatic axes, and gives replicated arrays.
+
+    On a mesh with explicit axes JAX asks for the sharding of every value, which kfgn does not know.
+    """
+
+    def run(*args: PyTree) -> Tree:
+        mesh, axes = _explicit_axes(args)
+        if not axes:
+            return function(*args)
+        with jax.sharding.use_abstract_mesh(mesh):
+            return jax.sharding.auto_axes(
+                function, axes=axes, out_sharding=jax.sharding.PartitionSpec()
+            )(*args)
+
+    return run
+
+
+def refuse_explicit_axes(*args: PyTree) -> None:
     """Raises BatchError where JAX asks for the sharding of every value, and kfgn knows it not."""
-    for what, tree in (("params", params), ("inputs", inputs)):
-        leaves = [x for x in jax.tree.leaves(tree) if not isinstance(x, jax.ShapeDtypeStruct)]
-        specs = [getattr(jax.typeof(x).sharding, "spec", ()) for x in leaves]
-        axes = dict.fromkeys(str(axis) for spec in specs for axis in spec if axis is not None)
-        if axes:
-            raise BatchError(
-                f"{what} are sharded over the explicit axis {', '.join(axes)} of a mesh; expected "
-                "automatic axes: make the mesh with axis_types=(jax.sharding.AxisType.Auto,), or "
-                "wrap the whole step, jax.jit(jax.sharding.auto_axes(step, "
-                "out_sharding=jax.sharding.PartitionSpec()))."
-            )
+    _, axes = _explicit_axes(args)
+    if axes:
+        raise BatchError(
+            f"the mesh has the explicit axis {', '.join(map(str, axes))}, under which this cannot "
+            "run; make the mesh with axis_types=(jax.sharding.AxisType.Auto,), or wrap what is "
+            "called, jax.jit(jax.sharding.auto_axes(step, "
+            "out_sharding=jax.sharding.PartitionSpec()))."
+        )
+
+
+def refuse_named_vmap(tree: PyTree, axis_name: Hashable) -> None:
+    """Raises BatchError where JAX has no collectives of a named `vmap`."""
+    if varying_axes(tree):
+        raise BatchError(
+            f"Objective(axis_name={axis_name!r}) inside jax.shard_map needs check_vma=False: with "
+            "check_vma=True JAX has no collectives over the axis of a jax.vmap."
+        )
+
+
+def _explicit_axes(tree: PyTree) -> tuple[Any, tuple[Any, ...]]:
+    """The mesh with explicit axes on which a leaf lies, and these axes; none without."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            mesh = getattr(jax.typeof(leaf).sharding, "mesh", None)
+            pairs = zip(mesh.axis_names, mesh.axis_types, strict=True) if mesh else ()
+            axes = [axis for axis, kind in pairs if kind is jax.sharding.AxisType.Explicit]
+            if axes:
+                return mesh, tuple(axes)
+    return None, ()
 
 
 def _varying(leaf: Any) -> frozenset[Any]:

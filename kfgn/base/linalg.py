@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.devices import vary_shapes, varying_axes
 from kfgn.base.trees import first_of
 from kfgn.base.types import Array, PyTree, Scalar
 
@@ -103,7 +104,9 @@ def sum_over_examples(
     head = jax.tree.map(lambda a: a[: whole * chunk].reshape(whole, chunk, *a.shape[1:]), arguments)
     function = jax.jit(function)  # traced once, for its shapes and in the loop
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((chunk, *a.shape[1:]), a.dtype), arguments)
-    shapes = jax.eval_shape(function, one)  # known for no examples, too
+    shapes = jax.eval_shape(
+        function, vary_shapes(one, varying_axes(arguments))
+    )  # known for no examples, too
     start = jax.tree.map(jnp.zeros_like, shapes)  # varying over devices as the sums do
 
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:

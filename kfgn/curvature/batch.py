@@ -14,6 +14,7 @@ from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.devices import (
     AxisName,
     count_over_devices,
+    in_auto_axes,
     mean_over_devices,
     part_of_device,
     vary_like,
@@ -32,6 +33,7 @@ from kfgn.curvature.factors import (
 from kfgn.curvature.forward_pass import Linearized, linearize
 from kfgn.curvature.methods import METHODS, Request, method_of
 from kfgn.curvature.own_factors import own_factors
+from kfgn.model.carried import carry
 from kfgn.model.factor_size import check_factor_size, limited
 from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
@@ -201,13 +203,20 @@ def value_grad_and_curvature(
         params: PyTree, batch: Batch, *, key: Array | None = None
     ) -> tuple[tuple[Any, PyTree], Curvature]:
         chosen.check_key(key)
+        return in_auto_axes(of_batch)(params, batch, key)
+
+    def of_batch(
+        params: PyTree, batch: Batch, key: Array | None
+    ) -> tuple[tuple[Any, PyTree], Curvature]:
         inputs, targets = read_batch(objective, batch, axis_name)
-        graph = build_graph(objective, params, inputs)
+        read, data = carry(objective, params, inputs)
+        graph = build_graph(read, params, data)
         require_blocks(graph.without_block(unassigned))
         layers = limited(graph.layers, large_factors, factor_limit)
         graph = dataclasses.replace(graph, layers=layers)
-        params, inputs, targets = vary_like((params, inputs, targets), (params, batch))
-        model = linearize(graph, objective, params, inputs, targets, chosen.probes)
+        known = vary_like((params, inputs, targets, data), (params, batch))
+        params, inputs, targets, data = known
+        model = linearize(graph, read, params, data, targets, chosen.probes)
         weights = importance(targets, axis_name)
         request = Request(model, samples, sharing, spatial, key, axis_name, weights)
         moments = chosen.moments(request)
@@ -281,8 +290,11 @@ class _OutputProduct:
     def __call__(
         self, outputs: PyTree, targets: PyTree, u: Float[Array, "n K"], v: Float[Array, "n K"]
     ) -> Scalar:
-        product = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
-        return mean_over_devices(inner(u, product) / u.shape[0], self.axis_name)
+        def product(outputs: PyTree, targets: PyTree, u: Array, v: Array) -> Scalar:
+            curved = jax.vmap(self.loss.gauss_newton_product)(outputs, targets, v)
+            return mean_over_devices(inner(u, curved) / u.shape[0], self.axis_name)
+
+        return in_auto_axes(product)(outputs, targets, u, v)
 
 
 @dataclasses.dataclass(frozen=True)

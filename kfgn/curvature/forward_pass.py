@@ -9,17 +9,18 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from kfgn.base.devices import vary, vary_like, varying_axes
+from kfgn.base.devices import in_auto_axes, vary, vary_like, varying_axes
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.linear_pass import backward_pass
 from kfgn.curvature.recursion import needed_values
 from kfgn.curvature.weights import Weights, weights_of
+from kfgn.model.carried import carry
 from kfgn.model.equations import variables
 from kfgn.model.graph import Graph, build_graph
 from kfgn.objective.loss import Loss, flatten_batch
-from kfgn.objective.objective import Objective, check_outputs, require_batch
+from kfgn.objective.objective import Objective, check_outputs, read_batch, require_batch
 from kfgn.objective.weights import loss_of, spread
 
 
@@ -131,7 +132,9 @@ def hold_statistics(objective: Objective, params: PyTree, batch: Batch) -> tuple
     both stay what they are.
     """
     if objective.axis_name is None:
-        return objective, batch
+        inputs, targets = read_batch(objective, batch)
+        carried, inputs = carry(objective, params, inputs)
+        return carried, batch if carried is objective else (inputs, targets)
     inputs, targets, _ = require_batch(objective, params, batch)
     graph = build_graph(objective, params, inputs)
     _, statistics = graph.forward(named_leaves(params), inputs, keep=graph.model.statistics)
@@ -182,4 +185,5 @@ class _LinearPass:
             for name, shape, dtype in self.shapes
         }
         still = {name: jnp.zeros(shape, dtype) for name, shape, dtype in self.probes}
-        return flatten_batch(push(*vary((full, still), self.axes)))
+        pushed = in_auto_axes(lambda push, *tangents: flatten_batch(push(*tangents)))
+        return pushed(push, *vary((full, still), self.axes))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from kfgn.base import linalg
 from kfgn.base.checks import check_choice, check_chunk_size, check_flag, check_size
+from kfgn.base.devices import in_auto_axes, vary_like
 from kfgn.base.trees import batch_of, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.blocks import Block, blocks_of, split_block, split_matvec
@@ -42,14 +43,20 @@ Verb = TypeVar("Verb", bound=Callable)
 def verb(method: Verb) -> Verb:
     """A verb, of an operator whose objective has its statistics of the batch as data."""
 
+    gives_arrays = method.__name__ != "block_matvecs"
+
     @functools.wraps(method)
     def of_examples(
         self: "Operator", params: PyTree, batch: Batch, *args: Any, **options: Any
     ) -> Any:
-        objective, batch = hold_statistics(self.objective, params, batch)
-        if objective is not self.objective:
-            self = dataclasses.replace(self, objective=objective)
-        return method(self, params, batch, *args, **options)
+        def run(params: PyTree, batch: Batch, *args: Any) -> Any:
+            params, args = vary_like((params, args), (params, batch))
+            held, own = hold_statistics(self.objective, params, batch)
+            same = held is self.objective
+            operator = self if same else dataclasses.replace(self, objective=held)
+            return method(operator, params, own, *args, **options)
+
+        return (in_auto_axes(run) if gives_arrays else run)(params, batch, *args)
 
     return cast(Verb, of_examples)
 
@@ -212,6 +219,7 @@ class Operator:
         check_chunk_size(chunk_size)
         return mean_diagonals(self._prepare(params, batch, diagonal=True), params, chunk_size)
 
+    @verb
     def diagonal_by_parameter(self, params: PyTree, batch: Batch) -> PyTree:
         """The same as a pytree like params, in at least float32."""
         inputs, _ = read_batch(self.objective, batch)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from kfgn.base.devices import vary_like
 from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
 from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
@@ -96,7 +97,7 @@ def prepare(
         _, example, _, target = batch_of(arguments)
         target, sign = rooted(target)
         sign = jnp.asarray(sign, dtype)
-        uses, free = gradients(example, target, own, graph.probes(1))
+        uses, free = gradients(example, target, own, vary_like(graph.probes(1), example))
         return Walked(
             {name: sign * g[:, None] * g for name, g in uses.items()},
             {(p, q): sign * free[p][:, None] * free[q] for p in free for q in free},
@@ -105,7 +106,7 @@ def prepare(
     def differentiated(arguments: Any) -> Walked:
         """As jax differentiates the backward pass, which a `custom_vjp` rule may be part of."""
         _, example, _, target = batch_of(arguments)
-        probes, uses = graph.probes(1), {}
+        probes, uses = vary_like(graph.probes(1), example), {}
 
         def of(own: dict[str, Array], probes: dict[str, Array]) -> Any:
             return gradients(example, target, own, probes)

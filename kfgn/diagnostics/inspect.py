@@ -13,10 +13,11 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS, UseCost
+from kfgn.model.carried import graph_of
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
 from kfgn.model.factor_size import most_rows, too_large
-from kfgn.model.graph import Graph, Node, build_graph
+from kfgn.model.graph import Graph, Node
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
 from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
@@ -127,7 +128,7 @@ def inspect(
     ((3, 3), 104)
     """
     require_objective(objective)
-    graph = build_graph(objective, params, read_batch(objective, batch)[0])
+    graph = graph_of(objective, params, read_batch(objective, batch)[0])
     inputs, targets, outputs = require_batch(objective, params, batch)
     columns = loss_of(objective.loss, targets).sqrt_columns
     root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)

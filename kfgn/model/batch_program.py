@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from kfgn.base.trees import path_name
 from kfgn.base.types import PyTree
+from kfgn.model.bounded import bounded, has_while
 from kfgn.model.equations import abstract, as_function, live_equations
 from kfgn.model.inline import flattened
 
@@ -31,6 +32,8 @@ def compile_model(model: Callable, params: PyTree, example: PyTree, count: int) 
     closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
     if closed.effects:
         closed = _without_effects(closed)
+    if has_while(closed.jaxpr):
+        closed = bounded(closed)
     jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
     kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, count)]
     function = as_function(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.devices import refuse_explicit_axes, varying_axes
+from kfgn.base.devices import refuse_explicit_axes, refuse_named_vmap, varying_axes
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import count_of
 from kfgn.base.trees import named_leaves
@@ -133,6 +133,7 @@ class Graph:
         the order of `model.statistics`. They have a derivative if `exact`: effects have
         then run before.
         """
+        refuse_explicit_axes(params, inputs)
         model = self.model
         shared = self.shared_values(params)
         use_of = {use.output: name for name, use in self.uses.items()}
@@ -169,6 +170,7 @@ class Graph:
             data, statistics = inputs
             return self.forward(named_leaves(params), data, statistics=statistics)[0]
 
+        model.independent = True  # type: ignore[attr-defined]  # as its outputs at fixed statistics are
         return model
 
     def probes(self, count: int) -> dict[str, Array]:
@@ -211,7 +213,6 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss)."
         )
-    refuse_explicit_axes(params, inputs)
     kept = _kept.setdefault(objective, {})
     count = count_of(inputs) if objective.axis_name is not None else None
     signature = count, *_signature(params, inputs, exact)
@@ -252,6 +253,7 @@ _SETTINGS = (
 def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> Graph:
     axis, axes = None, None
     if objective.axis_name is not None:
+        refuse_named_vmap((params, inputs), objective.axis_name)
         axis = objective.axis_name, count_of(inputs)
     if objective.has_aux:
         axes = batch_axes(functools.partial(call_model, objective.run), axis, params, inputs)

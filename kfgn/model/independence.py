@@ -25,28 +25,26 @@ from kfgn.base.types import PyTree
 from kfgn.model.batch_noise import coarsest, draws_for_batch
 from kfgn.model.batch_program import Program, compile_model
 from kfgn.model.equations import abstract
-
-Shape = jax.ShapeDtypeStruct
-Draw = Callable[[np.ndarray], np.ndarray]
+from kfgn.model.made_up import (
+    COUNT,
+    DRAWS,
+    Draw,
+    Shape,
+    Values,
+    examples,
+    made_up,
+    on_made_up_values,
+    real_values,
+    shaken_value,
+)
 
 # Three examples, and three more that they are changed into. Changing the one in
 # the middle is seen where examples meet in pairs or on average, changing those
 # around it where all look at the first or at the last.
-_COUNT = 3
 _FIRST = [0, 1, 2]
 _CHANGES = ([0, 4, 2], [3, 1, 5])
 # Those that are left in smaller batches.
 _SMALLER = ([0], [1], [2], [1, 2])
-
-_POOL = np.random.default_rng(0).normal(size=10007)  # a prime: rows of a matrix differ
-
-# Signed values; positive ones, where those leave units dead or are outside of
-# a function's domain; small ones, where others overflow.
-_DRAWS: tuple[Draw, ...] = (
-    lambda x: 0.5 * x,
-    lambda x: 0.5 * np.abs(x),
-    lambda x: 0.05 * np.abs(x) + 0.01,
-)
 
 # Models by identity, with the signatures that they passed with.
 _passed: dict[int, tuple[weakref.ref, set[Any]]] = {}
@@ -67,9 +65,8 @@ def check_independent(
 
     Args:
       model: `(params, inputs) -> outputs`.
-      params: its parameters; only their shapes matter (arrays, tracers or
-        `jax.ShapeDtypeStruct`).
-      inputs: a batch of inputs; only shapes matter, and not the batch's size.
+      params: its parameters (arrays, tracers or `jax.ShapeDtypeStruct`).
+      inputs: a batch of inputs. Where all have values, these are tried as well.
       function: what of the model is run; None for all of it.
       axis_name: the axis of examples, whose collectives are constants in `function`.
     """
@@ -80,16 +77,11 @@ def check_independent(
     signature = (tree, tuple((s.shape, s.dtype) for s in leaves), axis_name, function is None)
     if signature in known:
         return
-    # Made-up values may leave a function's domain, which is no bug to search for, and
-    # that they are put on a device is no transfer of the user's. Batches of different
-    # sizes are compared to roundoff.
-    with (
-        jax.debug_nans(False),
-        jax.debug_infs(False),
-        jax.transfer_guard("allow"),
-        jax.default_matmul_precision("highest"),
-    ):
-        found = _dependence(function or model, shapes, example, _STATISTICS[axis_name is None])
+    with on_made_up_values():
+        with jax.ensure_compile_time_eval():  # also where they are constants of a trace
+            real = real_values(params, inputs)
+        remedy = _STATISTICS[axis_name is None]
+        found = _dependence(function or model, shapes, example, remedy, real)
     if found is not None:
         raise ModelError(found)
     known.add(signature)
@@ -108,16 +100,19 @@ def _signatures(model: Any) -> set[Any]:
     return signatures
 
 
-def _dependence(model: Callable, params: PyTree, example: PyTree, remedy: str) -> str | None:
+def _dependence(
+    model: Callable, params: PyTree, example: PyTree, remedy: str, real: Values | None
+) -> str | None:
     """What an example's outputs depend on beside it, in words."""
     try:
-        programs = {_COUNT: compile_model(model, params, example, _COUNT)}
+        programs = {COUNT: compile_model(model, params, example, COUNT)}
         for count in (1, 2):
             with contextlib.suppress(Exception):  # the trace on one example tells what is wrong
                 programs[count] = compile_model(model, params, example, count)
         # The values are no part of a trace that this may be called in.
         with jax.ensure_compile_time_eval():
-            trials = list(_trials(programs, jax.tree.leaves(params), jax.tree.leaves(example)))
+            shapes = jax.tree.leaves(params), jax.tree.leaves(example)
+            trials = list(_trials(programs, *shapes, real))
     except Exception:  # likewise: what fails on made-up values is let pass
         return None
     for trial in trials:
@@ -133,7 +128,7 @@ def _dependence(model: Callable, params: PyTree, example: PyTree, remedy: str) -
     if len(seen) < min(2, len(trials)) or not seen:
         return None
     trial, found = seen[0]
-    return found + _remedy(trial, tolerance, programs[_COUNT])
+    return found + _remedy(trial, tolerance, programs[COUNT])
 
 
 # What to do about statistics of the batch: with an axis of examples, and without.
@@ -151,6 +146,7 @@ Outputs = dict[str, np.ndarray]
 class _Trial(NamedTuple):
     """Outputs for one draw of made-up values."""
 
+    values: str  # which
     together: Outputs  # of examples 0, 1, 2
     changed: list[tuple[list[int], Outputs]]  # with the rows of each change
     repeated: Outputs  # of example 0, three times
@@ -163,10 +159,10 @@ def _influence(trial: _Trial) -> str | None:
     for rows, after in trial.changed:
         for name, a in trial.together.items():
             for k in set(rows).intersection(_FIRST):
-                change, scale = _change(a[k], after[name][k])
+                change, scale = change_of(a[k], after[name][k])
                 if change > _tolerance(a.dtype) * scale:
                     return (
-                        f"with made-up values, {_output(name)} of example {k} "
+                        f"with {trial.values}, {_output(name)} of example {k} "
                         f"{_moved(change, scale)} when the input of {_named(rows)} alone was "
                         "changed"
                     )
@@ -180,13 +176,13 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
             if name not in trial.together or not jnp.issubdtype(b.dtype, jnp.inexact):
                 continue
             for place, k in enumerate(rows):
-                change, scale = _change(trial.together[name][k], b[place])
+                change, scale = change_of(trial.together[name][k], b[place])
                 # Whether a singular matrix has an inverse is roundoff's, too.
                 if math.inf > change > (tolerance + _roundoff(trial, name)) * (scale or 1):
                     return (
                         "the model on a batch is not the model on each of its examples alone: "
-                        f"with made-up values, {_output(name)} of example {k} "
-                        f"{_moved(change, scale)} when of {_COUNT} examples {len(rows)} "
+                        f"with {trial.values}, {_output(name)} of example {k} "
+                        f"{_moved(change, scale)} when of {COUNT} examples {len(rows)} "
                         "remained. "
                     )
     return None
@@ -196,7 +192,8 @@ def _roundoff(trial: _Trial, name: str) -> float:
     """What roundoff may change in an output, relatively and generously; an inverse magnifies it."""
     pairs = zip(trial.together[name], trial.shaken[name], strict=True)
     found = max(
-        (change / (scale or 1) for change, scale in itertools.starmap(_change, pairs)), default=0.0
+        (change / (scale or 1) for change, scale in itertools.starmap(change_of, pairs)),
+        default=0.0,
     )
     return 30 * found if 30 * found < 1 else math.inf
 
@@ -204,7 +201,7 @@ def _roundoff(trial: _Trial, name: str) -> float:
 def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:
     """Why outputs differ between sizes of the batch, as far as can be seen, and what helps."""
     rows = [(x[0], x[k]) for x in trial.repeated.values() for k in (1, 2)]
-    if all(change <= tolerance * scale for change, scale in itertools.starmap(_change, rows)):
+    if all(change <= tolerance * scale for change, scale in itertools.starmap(change_of, rows)):
         return (
             "The model depends on the size of the batch, as in `x / x.shape[0]`: take sums and "
             "means over the batch in the loss, which is averaged over examples, not in the model."
@@ -237,83 +234,52 @@ def _named(rows: list[int]) -> str:
 
 
 def _trials(
-    programs: dict[int, Program], params: list[Shape], example: list[Shape]
+    programs: dict[int, Program], params: list[Shape], example: list[Shape], real: Values | None
 ) -> Iterator[_Trial]:
-    """A trial for each draw; two draws are enough for which outputs of changed examples move."""
+    """A trial for each draw; two are enough for which outputs of changed examples move."""
     alive = 0
-    for draw in _DRAWS:
-        leaves = jax.device_put([_made_up(x, draw, k) for k, x in enumerate(params)])
-        inputs = [_examples(s, draw, k) for k, s in enumerate(example)]
-        fixed = {n: [*_made_up_known(p, draw, len(params)), *leaves] for n, p in programs.items()}
-
-        def of(rows: list[int], fixed: Any = fixed, inputs: Any = inputs) -> Outputs:
-            program = programs[len(rows)]
-            values = program.run(*fixed[len(rows)], *(x[np.array(rows)] for x in inputs))
-            return dict(zip(program.names, map(np.asarray, values), strict=True))
-
-        shaken = {_COUNT: list(map(_shaken, fixed[_COUNT]))}, list(map(_shaken, inputs))
-
-        together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]
-        smaller = [(rows, of(rows)) for rows in _SMALLER if len(rows) in programs]
-        yield _Trial(together, changed, of([0, 0, 0]), of(_FIRST, *shaken), smaller)
-        after = changed[0][1]
-        moved = [_change(a[1], after[name][1])[0] for name, a in together.items()]
+    if real is not None:
+        with contextlib.suppress(Exception):  # they may be where the programs cannot run
+            yield _trial(programs, "the values given", DRAWS[0], *real)
+    for draw in DRAWS:
+        leaves = [made_up(x, draw, k) for k, x in enumerate(params)]
+        data = [examples(s, draw, k) for k, s in enumerate(example)]
+        trial = _trial(programs, "made-up values", draw, leaves, data)
+        yield trial
+        after = trial.changed[0][1]
+        moved = [change_of(a[1], after[name][1])[0] for name, a in trial.together.items()]
         alive += any(0 < change < math.inf for change in moved)
         if alive == 2:
             return
 
 
-def _shaken(value: Any) -> Any:
-    """Floats with an error of some roundoff, other values as they are."""
-    if not jnp.issubdtype(value.dtype, jnp.inexact):
-        return value
-    signs = np.sign(_numbers(value.shape, value.dtype, lambda x: x, 7))
-    return (value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)).astype(value.dtype)
+def _trial(
+    programs: dict[int, Program], values: str, draw: Draw, leaves: list[Any], inputs: list[Any]
+) -> _Trial:
+    """The outputs of some examples, and of what becomes of them; the draw is of what is traced."""
+    leaves = jax.device_put(leaves)
+    fixed = {n: [*_made_up_known(p, draw, len(leaves)), *leaves] for n, p in programs.items()}
+
+    def of(rows: list[int], fixed: Any = fixed, inputs: Any = inputs) -> Outputs:
+        program = programs[len(rows)]
+        found = program.run(*fixed[len(rows)], *(x[np.array(rows)] for x in inputs))
+        return dict(zip(program.names, map(np.asarray, found), strict=True))
+
+    shaken = {COUNT: list(map(shaken_value, fixed[COUNT]))}, list(map(shaken_value, inputs))
+    together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]
+    smaller = [(rows, of(rows)) for rows in _SMALLER if len(rows) in programs]
+    return _Trial(values, together, changed, of([0, 0, 0]), of(_FIRST, *shaken), smaller)
 
 
 def _made_up_known(program: Program, draw: Draw, start: int) -> list[Any]:
     """What a program closes over; what is traced is made up, alike for all sizes of the batch."""
     place = itertools.count(start)
     return jax.device_put(
-        [_made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
+        [made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
     )
 
 
-def _made_up(value: Any, draw: Draw, place: int) -> Any:
-    """Made-up numbers for a shape, smaller the more of them are summed; other values stay."""
-    if not isinstance(value, Shape):
-        return value
-    numbers = _numbers(value.shape, value.dtype, draw, place)
-    if jnp.issubdtype(value.dtype, jnp.inexact) and len(value.shape) > 1:
-        numbers = numbers * min(1.0, 2 / math.sqrt(max(1, math.prod(value.shape[:-1]))))
-    return _as_dtype(numbers, value.dtype)
-
-
-def _examples(shape: Shape, draw: Draw, place: int) -> Any:
-    """The examples of a batch, and what they are changed into."""
-    numbers = _numbers((2 * _COUNT, *shape.shape), shape.dtype, draw, -1 - place)
-    if numbers.dtype == bool:
-        numbers[_COUNT:] = ~numbers[:_COUNT]
-    else:
-        numbers[_COUNT:] *= 3.0  # a maximum moves, too
-    return _as_dtype(numbers, shape.dtype)
-
-
-def _numbers(shape: tuple[int, ...], dtype: Any, draw: Draw, place: int) -> np.ndarray:
-    """Floats from the draw; for integers and others zeros and ones, as booleans."""
-    numbers = np.resize(np.roll(_POOL, 211 * place), shape)
-    return draw(numbers) if jnp.issubdtype(dtype, jnp.inexact) else numbers > 0
-
-
-def _as_dtype(numbers: np.ndarray, dtype: Any) -> Any:
-    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return numbers.astype(dtype)
-    seeds = numbers.astype(np.uint32).reshape(-1)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jnp.zeros((), dtype), seeds)
-    return keys.reshape(numbers.shape)
-
-
-def _change(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+def change_of(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     """By how much values moved, and how large they are."""
     kind = np.complex128 if np.iscomplexobj(before) else np.float64
     a, b = before.astype(kind), after.astype(kind)

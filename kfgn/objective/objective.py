@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_flag, check_not_negative
-from kfgn.base.devices import AxisName
+from kfgn.base.devices import AxisName, in_auto_axes
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
@@ -82,7 +82,11 @@ class Objective:
                 "searches take it from update(..., batch=batch), and optax.inject_hyperparams, "
                 'which calls all that is callable, needs static_args="objective"'
             )
-        return self.mean_loss(params, batch) + self.penalty(params)
+
+        def value(params: PyTree, batch: Batch) -> Scalar:
+            return self.mean_loss(params, batch) + self.penalty(params)
+
+        return in_auto_axes(value)(params, batch)
 
     def mean_loss(self, params: PyTree, batch: Batch) -> Scalar:
         """The mean per-example loss over the batch, without the penalty."""

@@ -18,7 +18,7 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.operators import gauss_newton
-from kfgn.model.graph import build_graph
+from kfgn.model.carried import graph_of
 from kfgn.objective.objective import Objective, read_batch
 from kfgn.optimizers.state import Count, Flag
 
@@ -197,7 +197,7 @@ def block_gauss_newton_direction(
     0.9
     """
     check_not_negative("damping", damping)
-    blocks = blocks_of(build_graph(objective, params, read_batch(objective, batch)[0]))
+    blocks = blocks_of(graph_of(objective, params, read_batch(objective, batch)[0]))
     leaves = named_leaves(gradient)
     found: Named = {}
     residuals: dict[str, Scalar] = {}

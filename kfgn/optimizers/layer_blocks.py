@@ -9,8 +9,8 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.batch import Curvature, check_unassigned
 from kfgn.curvature.blocks import Block, LoneParameter, OwnBlock
+from kfgn.model.carried import graph_of
 from kfgn.model.factor_size import check_factor_size, limited
-from kfgn.model.graph import build_graph
 from kfgn.model.layer import Layer, require_blocks
 from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
 
@@ -126,7 +126,7 @@ def find_blocks(
     check_unassigned(unassigned)
     check_factor_size(large_factors, factor_limit)
     require_objective(objective)
-    graph = build_graph(objective, params, read_batch(objective, batch)[0])
+    graph = graph_of(objective, params, read_batch(objective, batch)[0])
     require_blocks(graph.without_block(unassigned))
     require_batch(objective, params, batch)
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 BEFORE = """
+import io
 import itertools
 import re
 import sys
@@ -42,6 +43,11 @@ def curvature_of(method, axis_name=None, **options):
     function = kfgn.value_grad_and_curvature(objective, method, axis_name=axis_name, **options)
     key = {"key": jax.random.key(0)} if method == "kfac" else {}
     return lambda params, batch: function(params, batch, **key)
+
+
+def over_axis(function, check_vma):
+    specs = {"in_specs": (P(), P("batch")), "out_specs": P(), "check_vma": check_vma}
+    return jax.jit(jax.shard_map(function, mesh=mesh, **specs))
 """
 
 SHARDED = """
@@ -104,11 +110,6 @@ def measured(method, axis_name, **options):
     return of
 
 
-def over_axis(function, check_vma):
-    specs = {"in_specs": (P(), P("batch")), "out_specs": P(), "check_vma": check_vma}
-    return jax.jit(jax.shard_map(function, mesh=mesh, **specs))
-
-
 RUNS = [(method, {}) for method in METHODS]
 RUNS += [("kfra", {"spatial": "homogeneous"}), ("kflr", {"unassigned": "diagonal"})]
 RUNS += [("kfac", {"model_examples": 4, "samples": 2, "sharing": "reduce"})]
@@ -145,29 +146,141 @@ for method, check_vma in itertools.product(METHODS, (True, False)):
 """
 
 
+STATISTICS = """
+# Of a device's examples, or of all of them: as the model names the axes.
+def model_with(axis):
+    def model(p, x):
+        h = x @ p["a"]
+        mean, square = (jax.lax.pmean(jax.numpy.mean(s, 0), axis) for s in (h, h**2))
+        return jax.numpy.tanh((h - mean) * jax.lax.rsqrt(square - mean**2 + 1e-3)) @ p["b"], mean
+
+    return model
+
+
+keys = jax.random.split(jax.random.key(0), 4)
+shapes = (4, 5), (5, 3), (8, 4), (8, 3)
+a, b, *batch = [jax.random.normal(k, s) for k, s in zip(keys, shapes)]
+params, batch = {"a": a, "b": b}, tuple(batch)
+loss = kfgn.losses.half_squared_error
+split = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), batch)
+
+
+def of(axis, method, axis_name):
+    objective = kfgn.Objective(model_with(axis), loss, axis_name="examples", has_aux=True)
+    function = kfgn.value_grad_and_curvature(objective, method, axis_name=axis_name)
+
+    def found(params, batch):
+        key = {"key": jax.random.key(0)} if method == "kfac" else {}
+        ((value, mean), grads), curvature = function(params, batch, **key)
+        moved = curvature.linearized(curvature.gradient)
+        product = curvature.output_product(moved, moved)
+        displaced = curvature.displaced(curvature.gradient)
+        return value, grads, curvature.factors, product, displaced, mean
+
+    return found
+
+
+both = ("examples", "batch")
+for method in METHODS:
+    one = jax.jit(of("examples", method, None))(params, batch)
+    close(one, over_axis(of(both, method, "batch"), False)(params, batch), f"all {method}")
+# A device's own: the mean over devices of what each has alone.
+alone = jax.jit(of("examples", "kflr", None))
+parts = [alone(params, jax.tree.map(lambda a: a[d], split)) for d in range(4)]
+mean = jax.tree.map(lambda *x: sum(x) / 4, *parts)
+step = over_axis(lambda *x: of("examples", "kflr", "batch")(*x)[:3], False)
+close(mean[:3], step(params, batch), "own")
+try:  # JAX has no named vmap there
+    over_axis(of("examples", "kflr", "batch"), True)(params, batch)
+except kfgn.errors.BatchError as error:
+    assert "needs check_vma=False" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+
+PRODUCTS = """
+# Exact matrices inside shard_map are of a device's own examples; their mean is the batch's.
+def exact(params, batch):
+    found = []
+    for operator in (kfgn.hessian, kfgn.gauss_newton, kfgn.empirical_fisher):
+        of = operator(objective)
+        found.append(of.matvec(params, batch, params))
+        found.append(of.diagonal(params, batch))
+        found.append(of.pre_activation(params, batch, reduce="mean"))
+    return found
+
+
+def mean(params, batch):
+    return jax.lax.pmean(exact(params, batch), "batch")
+
+
+one = jax.jit(exact)(case.params, batch)
+for check_vma in (True, False):
+    close(one, over_axis(mean, check_vma)(case.params, batch), f"exact {check_vma}")
+
+# Hessian-free, with an axis named.
+blocks = kfgn.layers.find_blocks(objective, case.params, batch)
+solver = kfgn.transforms.scale_by_conjugate_gradient(
+    objective, preconditioner="kronecker", blocks=blocks, max_iterations=5
+)
+
+
+def steps(axis_name):
+    def of(params, batch):
+        state, found = solver.init(params), []
+        for _ in range(2):
+            (value, grads), curvature = curvature_of("kflr", axis_name)(params, batch)
+            updates, state = solver.update(grads, state, params, curvature=curvature)
+            params = jax.tree.map(lambda p, u: p - u, params, updates)
+            found.append((value, params))
+        return found
+
+    return of
+
+
+one = jax.jit(steps(None))(case.params, batch)
+for check_vma in (True, False):
+    close(one, over_axis(steps("batch"), check_vma)(case.params, batch), f"free {check_vma}")
+"""
+
 EXPLICIT = """
-# What jax.make_mesh makes by default: an error that says what to do, which works.
+# What jax.make_mesh makes by default: nothing is to be done, with or without jit and set_mesh.
 mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
-one = [curvature_of(method)(case.params, batch)[0] for method in METHODS]
+optimizer = kfgn.kfra(objective, case.params, batch)
 
 
-def step(params, batch):
-    return [curvature_of(method)(params, batch)[0] for method in METHODS]
+def step(params, state, batch):
+    found = []
+    for method in METHODS:
+        (value, grads), curvature = curvature_of(method)(params, batch)
+        found.append((value, grads, curvature.factors, curvature.displaced(curvature.gradient)))
+        if method == "kfra":
+            updates, state = optimizer.update(grads, state, params, curvature=curvature)
+    hessian = kfgn.hessian(objective)
+    exact = hessian.matvec(params, batch, params), hessian.diagonal(params, batch)
+    return found, exact, optax.apply_updates(params, updates), state
 
 
+def two(step, params, batch):
+    state, results = optimizer.init(params), []
+    for _ in range(2):
+        *found, params, state = step(params, state, batch)
+        results.append((found, params))
+    return results
+
+
+one = two(jax.jit(step), case.params, batch)
+spread = jax.device_put(batch, NamedSharding(mesh, P("batch")))
+params = jax.device_put(case.params, NamedSharding(mesh, P()))
+assert jax.typeof(spread[0]).sharding.spec[0] == "batch"
+close(one, two(jax.jit(step), params, spread), "explicit")
 with jax.set_mesh(mesh):
-    spread = jax.device_put(batch, NamedSharding(mesh, P("batch")))
-    params = jax.device_put(case.params, NamedSharding(mesh, P()))
-    for refused in (step, jax.jit(step)):
-        try:
-            refused(params, spread)
-        except kfgn.errors.BatchError as error:
-            assert "inputs are sharded over the explicit axis batch" in str(error), error
-            assert "jax.jit(jax.sharding.auto_axes(step, out_sharding=" in str(error), error
-        else:
-            raise AssertionError("not refused")
-    many = jax.jit(jax.sharding.auto_axes(step, out_sharding=P()))
-    close(one, many(params, spread), "explicit")
+    assert kfgn.kfra(objective, params, spread)
+    kfgn.inspect(objective, params, spread, file=io.StringIO())
+    close(one, two(jax.jit(step), params, spread), "explicit mesh")
+    close(objective(params, spread), objective(case.params, batch), "objective")
+    first, _ = curvature_of("kflr")(params, spread)
+    close(first, curvature_of("kflr")(case.params, batch)[0], "without jit")
 """
 
 
@@ -202,6 +315,16 @@ def test_without_a_name_each_device_has_its_own():
     on_four_devices(OWN, "residual")
 
 
+def test_exact_products_and_hessian_free():
+    """Operators inside shard_map, and a solver under a named axis."""
+    on_four_devices(PRODUCTS, "residual")
+
+
+def test_batch_statistics():
+    """Statistics over the examples of a device, or over those of all, with exact gradients."""
+    on_four_devices(STATISTICS, "residual")
+
+
 def test_explicit_axes():
-    """A named error, and its remedy gives the values of one device."""
+    """The curvature, steps and products of one device, as users write them."""
     on_four_devices(EXPLICIT, "residual")

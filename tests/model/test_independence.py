@@ -205,6 +205,18 @@ def test_shapes_and_tracers():
             transform(lambda p, x: checked(DEPENDENT_MODEL, p, x))(*stacked)
 
 
+def test_values_that_are_given():
+    """What depends on other examples for large values only is seen where they are given."""
+
+    def model(p, x):
+        h = x @ p
+        return jnp.where(jnp.max(jnp.abs(x)) > 50, h - jnp.mean(h, axis=0), h)
+
+    inputs = jnp.arange(8.0).reshape(2, 4)
+    check_independent(model, KERNEL, shapes(inputs))
+    refused(lambda p, x: model(p, x), KERNEL, 100 * inputs, words="with the values given")
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, bool])
 def test_tokens(dtype):
     """Integers index, booleans choose: both get values that do so."""

@@ -1,0 +1,154 @@
+"""Noise, masks and positions that a model makes for its whole batch: jax.grad is the truth."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kfgn
+from kfgn.base.errors import ModelError
+from kfgn.model.carried import carry
+
+pytestmark = [pytest.mark.loose_dtypes, pytest.mark.usefixtures("x64")]
+
+loss = kfgn.losses.half_squared_error
+COUNT = 5
+
+
+def setting():
+    x, y, a, mean, spread, b = (
+        jax.random.normal(key, shape, jnp.float64)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 6),
+            ((COUNT, 4), (COUNT, 3), (4, 6), (6, 2), (6, 2), (2, 3)),
+            strict=True,
+        )
+    )
+    return {"a": a, "mean": mean, "spread": 0.1 * spread, "b": b}, (x, y)
+
+
+def autoencoder(key):
+    """The textbook's: one key for all noise of the batch."""
+
+    def model(p, x):
+        h = jnp.tanh(x @ p["a"])
+        mean, spread = h @ p["mean"], h @ p["spread"]
+        z = mean + jnp.exp(spread) * jax.random.normal(key, mean.shape)
+        return z @ p["b"]
+
+    return model
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.Dropout(0.5, deterministic=False)(nn.tanh(x))
+            x = nn.Dense(4, param_dtype=jnp.float64)(x)
+        return nn.Dense(3, param_dtype=jnp.float64)(x)
+
+
+def dropout(key):
+    return lambda p, x: Net().apply(p, x, rngs={"dropout": key})
+
+
+def with_aux(key):
+    def model(p, x):
+        mask = jax.random.bernoulli(key, 0.5, (2, len(x), 6))  # the batch is its axis 1
+        h = jnp.tanh(x @ p["a"]) * mask[0] + mask[1]
+        return h @ p["mean"] @ p["b"], {"hidden": h, "mean": jnp.mean(h)}
+
+    return model
+
+
+def positions(key):
+    def model(p, x):
+        share = jnp.arange(len(x), dtype=x.dtype) / jnp.sum(jnp.ones(len(x)))
+        return jnp.tanh(x @ p["a"] + share[:, None]) @ p["mean"] @ p["b"]
+
+    return model
+
+
+MODELS = {"autoencoder": autoencoder, "dropout": dropout, "aux": with_aux, "positions": positions}
+
+
+def close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)  # sums in another order
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_of_the_users_function(name):
+    """Value, gradient, quadratic model and exact products, with a key that is traced."""
+    params, (x, y) = setting()
+    if name == "dropout":
+        params = Net().init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
+    has_aux = name == "aux"
+
+    @jax.jit
+    def both(params, key):
+        model = MODELS[name](key)
+        objective = kfgn.Objective(model, loss, has_aux=has_aux)
+        curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr", model_examples=None)
+        first, curvature = curvature_fn(params, (x, y))
+        linear = curvature.linearized(curvature.gradient)
+        product = kfgn.gauss_newton(objective).matvec(params, (x, y), first[1])
+
+        def truth(params):
+            outputs = model(params, x)
+            outputs, aux = outputs if has_aux else (outputs, ())
+            value = jnp.mean(0.5 * jnp.sum((outputs - y) ** 2, 1))
+            return (value, aux) if has_aux else value
+
+        def outputs(params):
+            found = model(params, x)
+            return found[0] if has_aux else found
+
+        expected = jax.value_and_grad(truth, has_aux=has_aux)(params)
+        moved, pull = jax.vjp(lambda v: jax.jvp(outputs, (params,), (v,))[1], expected[1])
+        wanted = expected, moved, jax.tree.map(lambda g: g / COUNT, pull(moved)[0])
+        return (first, linear, product), wanted
+
+    close(*both(params, jax.random.key(7)))
+
+
+def test_creation_and_factors():
+    """Whether its key is traced or not, and with shapes alone, a model is read alike."""
+    params, batch = setting()
+    objective = kfgn.Objective(autoencoder(jax.random.key(7)), loss)
+    blocks = kfgn.layers.find_blocks(objective, params, jax.eval_shape(lambda: batch))
+    assert list(blocks.layers) == ["a", "b", "mean", "spread"]
+    eager = kfgn.value_grad_and_curvature(objective, "kfra")(params, batch)[1]
+
+    @jax.jit
+    def jitted(key):
+        objective = kfgn.Objective(autoencoder(key), loss)
+        return kfgn.value_grad_and_curvature(objective, "kfra")(params, batch)[1].factors
+
+    close(jitted(jax.random.key(7)), eager.factors)
+
+
+def in_a_loop(p, x):
+    def layer(h, key):
+        return h + jax.random.normal(key, h.shape), None
+
+    return jax.lax.scan(layer, x @ p["a"], jax.random.split(jax.random.key(0), 2))[0]
+
+
+REFUSED = {
+    "size": lambda p, x: x @ p["a"] / x.shape[0],
+    "loop": in_a_loop,
+    "coupled": lambda p, x: positions(None)(p, x - jnp.mean(x, 0)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_carried(name):
+    """It stays an error."""
+    params, (x, _) = setting()
+    with pytest.raises(ModelError, match=r"independent|alone"):
+        carry(kfgn.Objective(REFUSED[name], loss), params, x)
