@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float
 
+from kfgn.base.devices import AxisName
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import total
 from kfgn.base.types import Array, Scalar
@@ -50,12 +52,15 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     known = [(c.factors, c.value, c.gradient) for c in curvatures]
     factors, value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
     rows = tuple(jax.eval_shape(c.linearized, c.gradient).shape[0] for c in curvatures)
+    products = [c.output_product for c in curvatures]
+    of_first: Any = products[0].func
+    axis = of_first.axis_name
     return Curvature(
         factors=factors,
         value=value,
         gradient=gradient,
         linearized=Partial(_concatenated, [c.linearized for c in curvatures]),
-        output_product=Partial(_MeanProduct(rows), weights, [c.output_product for c in curvatures]),
+        output_product=Partial(_MeanProduct(rows, axis), weights, products),
         displaced=Partial(_mean_value, weights, [c.displaced for c in curvatures]),
         examples=examples,
         settings=first,
@@ -70,6 +75,7 @@ def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Ar
 @dataclasses.dataclass(frozen=True)
 class _MeanProduct:
     rows: tuple[int, ...]  # of each micro-batch
+    axis_name: AxisName | None  # of devices
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from kfgn.base.checks import check_choice, check_not_negative, check_positive, in_order, is_zero
+from kfgn.base.devices import mean_over_devices, varying_axes
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves
@@ -226,7 +227,11 @@ def gauss_newton_product(curvature: Curvature, vector: Named) -> Named:
     """`J'HJ v` of a curvature's batch, without l2, for a direction by parameter name."""
     pushed, pull = jax.vjp(curvature.linearized, vector)
     curved = jax.grad(lambda u: curvature.output_product(u, pushed))(jnp.zeros_like(pushed))
-    return pull(curved.astype(pushed.dtype))[0]
+    product = pull(curved.astype(pushed.dtype))[0]
+    if varying_axes(curvature.linearized):  # JAX has summed over the devices
+        return product
+    quadratic: Any = curvature.output_product.func
+    return mean_over_devices(product, quadratic.axis_name)
 
 
 def _adapted(
