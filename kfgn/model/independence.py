@@ -67,14 +67,14 @@ def check_independent(
       model: `(params, inputs) -> outputs`.
       params: its parameters (arrays, tracers or `jax.ShapeDtypeStruct`).
       inputs: a batch of inputs. Where all have values, these are tried as well.
-      function: what of the model is run; None for all of it.
+      function: what of the model is run, known by its name; None for all of it.
       axis_name: the axis of examples, whose collectives are constants in `function`.
     """
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
     example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
     leaves, tree = jax.tree.flatten((shapes, example))
-    known = _signatures(model)
-    signature = (tree, tuple((s.shape, s.dtype) for s in leaves), axis_name, function is None)
+    known, name = _signatures(model), getattr(function, "__qualname__", None)
+    signature = (tree, tuple((s.shape, s.dtype) for s in leaves), axis_name, name)
     if signature in known:
         return
     with on_made_up_values():
