@@ -438,11 +438,15 @@ def test_refusals():
     refused(r"no jax\.vmap of that name", mapped, axis_name="batch")
     refused(r"must return a pair \(outputs, aux\)", outputs(own), has_aux=True)
 
-    def branch(p, x):
-        h = x @ p["Dense_0"]["kernel"]
-        return jax.lax.cond(h[0, 0] > 0, lambda h: jax.lax.pmean(h, "batch"), lambda h: h, h)
+    @jax.custom_jvp
+    def hidden(h):
+        return h - jax.lax.pmean(h, "batch")
 
-    refused("inside of a 'cond'", branch, axis_name="batch")
+    hidden.defjvps(lambda g, _, h: g)
+    kernel = params["Dense_0"]["kernel"]
+    with pytest.raises(ModelError, match="inside of a 'custom_jvp_call'"):
+        objective = kfgn.Objective(lambda p, x: hidden(x @ p), loss, axis_name="batch")
+        kfgn.value_grad_and_curvature(objective)(kernel, (x, labels))
     graphdef, params, rest = nnx.split(Nnx("batch", nnx.Rngs(0)), nnx.Param, ...)
 
     def stale(p, x):
