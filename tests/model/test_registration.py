@@ -239,12 +239,12 @@ def test_registered_layer_has_the_right_factors(method):
         [params["blocks"]["kernel"], params["blocks"]["bias"].reshape(2, 1, 2)], axis=1
     )
     h = jnp.einsum("nsi,sio->nso", a, weights).reshape(len(inputs), 4)
-    whole = jax.vmap(gauss_newton)(h, batch[1]).mean(axis=0)
+    whole = jax.jit(jax.vmap(gauss_newton))(h, batch[1]).mean(axis=0)
     g = jnp.stack([whole[:2, :2], whole[2:, 2:]])
     np.testing.assert_allclose(factors.pre_activation, g, atol=1e-12)
     assert jax.tree.structure(gradient) == jax.tree.structure(params)
     # What differentiates through the layer agrees with the formula.
-    pulled = jax.vmap(jax.grad(after))(h, batch[1]).reshape(len(inputs), 2, 2)
+    pulled = jax.jit(jax.vmap(jax.grad(after)))(h, batch[1]).reshape(len(inputs), 2, 2)
     np.testing.assert_allclose(
         gradient["blocks"]["kernel"],
         jnp.einsum("nsi,nso->sio", a[..., :3], pulled) / len(inputs),
@@ -331,7 +331,8 @@ def test_closed_forms_of_a_registered_layer(spatial):
         )
         model, params, _ = tied_network(define(name, scaled_product))
         function = kfgn.value_grad_and_curvature(objective_of(model), "kfra", spatial=spatial)
-        found.append((jax.make_jaxpr(function)(params, batch), function(params, batch)[1].factors))
+        traced = jax.jit(function).trace(params, batch)
+        found.append((traced.jaxpr, traced.lower().compile()(params, batch)[1].factors))
     (differentiated, expected), (direct, factors) = found
     # Pulled back row by row, a random sign for each position, but for closed forms.
     assert len(direct.jaxpr.eqns) < len(differentiated.jaxpr.eqns)
