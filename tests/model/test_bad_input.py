@@ -125,10 +125,10 @@ CASES = {
     "no tuple": Bad(
         {"batch": {"image": INPUT, "label": BATCH[1]}},
         BatchError,
-        r"expected batch = \(inputs, targets\), found a dict; for an autoencoder pass",
+        r"expected batch = \(inputs, targets\) or \(inputs, targets, weights\), found a dict; for an",
     ),
-    "three members": Bad(
-        {"batch": (INPUT, INPUT, BATCH[1])}, BatchError, "found a tuple of length 3"
+    "four members": Bad(
+        {"batch": (INPUT, INPUT, BATCH[1], BATCH[1])}, BatchError, "found a tuple of length 4"
     ),
     # Parameters.
     "no parameters": Bad(
