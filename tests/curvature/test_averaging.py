@@ -107,7 +107,7 @@ def test_settings_are_static():
     """They have no leaves and survive what pytrees go through; an array's l2 is not known."""
     objective, params, x, y = _problem()
     function = kfgn.value_grad_and_curvature(objective, "kflr", sharing="reduce")
-    expected = kfgn.curvature.CurvatureSettings("kflr", 1, "reduce", "joint", 256, "raise", 1e-2)
+    expected = kfgn.curvature.CurvatureSettings("kflr", 1, "reduce", "joint", 256, "block", 1e-2)
     curvature = jax.jit(function)(params, (x, y))[1]
     assert curvature.settings == expected
     assert jax.tree.leaves(curvature.settings) == []

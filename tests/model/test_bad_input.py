@@ -125,7 +125,7 @@ CASES = {
     "no tuple": Bad(
         {"batch": {"image": INPUT, "label": BATCH[1]}},
         BatchError,
-        r"expected batch = \(inputs, targets\) or \(inputs, targets, weights\), found a dict; for an",
+        r"expected batch = \(inputs, targets\) or \(inputs, targets, weights\), found a dict; for",
     ),
     "four members": Bad(
         {"batch": (INPUT, INPUT, BATCH[1], BATCH[1])}, BatchError, "found a tuple of length 4"
