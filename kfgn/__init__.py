@@ -11,7 +11,7 @@ from kfgn.curvature import (
 )
 from kfgn.diagnostics import inspect
 from kfgn.objective.objective import Objective
-from kfgn.optimizers import kfac, kflr, kfra
+from kfgn.optimizers import kfac, kflr, kfra, make
 
 __all__ = [
     "Curvature",
@@ -28,6 +28,7 @@ __all__ = [
     "kfra",
     "layers",
     "losses",
+    "make",
     "solvers",
     "transforms",
     "value_grad_and_curvature",

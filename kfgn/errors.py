@@ -2,6 +2,7 @@
 
 from kfgn.base.errors import (
     BatchError,
+    CostWarning,
     KfgnError,
     LayerError,
     LossError,
@@ -14,6 +15,7 @@ from kfgn.base.errors import (
 
 __all__ = [
     "BatchError",
+    "CostWarning",
     "KfgnError",
     "LayerError",
     "LossError",

@@ -29,6 +29,10 @@ class UnknownPrimitiveWarning(UserWarning):
     """A primitive that kfgn does not know is treated example by example."""
 
 
+class CostWarning(UserWarning):
+    """An update is predicted to cost many gradients."""
+
+
 class SkippedUpdatesWarning(UserWarning):
     """Updates were skipped one after another, for numbers that are not finite."""
 

@@ -50,6 +50,8 @@ class Totals(NamedTuple):
     between: dict[str, int]  # FLOPs by method between the layers, which are no block's
     flops: dict[str, int]  # with those
     inversion: int
+    gradient: int  # FLOPs of the batch's gradient, three times the forward pass
+    update: dict[str, float]  # by method, what an update takes, predicted in gradients
     columns: int  # of the output Hessian's root: backward passes that "kflr" makes
     largest: int  # entries per example of the largest value that "kfra" goes through
     matrix_bytes: int  # of the matrix over that value's entries
@@ -127,6 +129,13 @@ def inspect(
     >>> found.rows[0].activation, found.rows[0].flops["kfac"]
     ((3, 3), 104)
     """
+    found = inspection_of(objective, params, batch)
+    print(found, file=file)
+    return found
+
+
+def inspection_of(objective: Objective, params: PyTree, batch: Any) -> Inspection:
+    """What `inspect` prints."""
     require_objective(objective)
     graph = graph_of(objective, params, read_batch(objective, batch)[0])
     inputs, targets, outputs = require_batch(objective, params, batch)
@@ -137,9 +146,7 @@ def inspect(
     setting = _Setting(graph, count_of(inputs), root.shape[0], dtype.itemsize)
     rows = tuple(_row(setting, layer) for layer in graph.layers.values())
     sizes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    found = Inspection(rows, dict(graph.reasons), sizes, _totals(setting, rows, sizes))
-    print(found, file=file)
-    return found
+    return Inspection(rows, dict(graph.reasons), sizes, _totals(setting, rows, sizes))
 
 
 class _Setting(NamedTuple):
@@ -175,12 +182,19 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
     largest = max((size(v) for n in at.graph.nodes for v in (*n.outputs, *n.inputs)), default=0)
     walk = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
     between = {name: method.flops_between(walk) for name, method in METHODS.items()}
+    flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
+    inversion = sum(row.inversion for row in rows)
+    gradient = 3 * at.examples * sum(map(_forward_cost, at.graph.nodes))
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
         bytes=sum(row.bytes for row in rows),
         between=between,
-        flops={name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS},
-        inversion=sum(row.inversion for row in rows),
+        flops=flops,
+        inversion=inversion,
+        gradient=gradient,
+        # A gradient, half of one for the solve and the quadratic model each, the factors,
+        # and a fifth of the inversion.
+        update={n: 2 + (f + inversion / 5) / max(gradient, 1) for n, f in flops.items()},
         columns=at.columns,
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
@@ -210,6 +224,16 @@ def _use_cost(at: _Setting, layer: Layer, use: Use) -> UseCost:
         congruence=product * sum(size(v) for v in (use.input, use.output) if v is not None),
         columns=at.columns,
     )
+
+
+def _forward_cost(node: Node) -> int:
+    """Of one example, in a forward pass."""
+    if node.use is None:
+        return sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
+    form = node.use.form
+    if form.indexed:
+        return size(node.use.output)
+    return 2 * form.groups * form.positions * form.d_in * form.d_out
 
 
 def _node_cost(node: Node, count: int) -> int:
@@ -282,6 +306,7 @@ def _total_lines(found: Inspection) -> list[str]:
         f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
         f"({_bytes(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
         f"the limit of {_bytes(recursion.MATRIX_BYTES)}",
+        "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
         *total.too_large,
     ]
 

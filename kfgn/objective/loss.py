@@ -137,6 +137,11 @@ class Loss:
         gradient = jax.grad(lambda o: self(unravel(o), target))
         return flat, lambda v: jax.jvp(gradient, (flat,), (v,))[1]
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether there is a distribution to sample targets from."""
+        return self._sample is not None
+
     def sample(self, key: Array, outputs: Outputs) -> Any:
         """A target of one example drawn from the model's predictive distribution.
 

@@ -9,5 +9,6 @@ general minimizers. `kfgn.transforms` and `kfgn.solvers` export what is public.
 
 from kfgn.optimizers.alias import kfac, kflr, kfra
 from kfgn.optimizers.layer_blocks import LayerBlocks, find_blocks
+from kfgn.optimizers.make import make
 
-__all__ = ["LayerBlocks", "find_blocks", "kfac", "kflr", "kfra"]
+__all__ = ["LayerBlocks", "find_blocks", "kfac", "kflr", "kfra", "make"]

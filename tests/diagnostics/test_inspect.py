@@ -188,6 +188,7 @@ def test_totals():
         assert total.flops[method] == first.flops[method] + out.flops[method] + between
     assert total.bytes == (16 + 9 + 16 + 4) * 4
     assert total.inversion == first.inversion + out.inversion == 64 + 27 + 64 + 8
+    assert total.gradient == 3 * 5 * (2 * 4 * 3 + 2 * 3 * 2)
     assert (total.parameters, total.columns) == (12 + 6 + 2, 2)
     assert (total.largest, total.matrix_bytes, total.feasible) == (3, 9 * 4, True)
 
@@ -206,6 +207,7 @@ def test_text(monkeypatch):
         "20 parameters, 0 in no block; costs in FLOPs per batch",
         "kflr: 2 column(s) of the output Hessian's root, a backward pass for each",
         "kfra: matrices of up to 3 x 3 (36 B), within the limit of 4 GiB",
+        "an update, in gradients: kfra 2.9, kflr 3.3, kfac 2.9, empirical 2.9",
     ]
     header, first, out, between, total = lines[:5]
     assert len({len(line) for line in (header, first, out, total)}) == 1

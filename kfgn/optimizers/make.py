@@ -1,0 +1,133 @@
+"""An optimizer and its curvature in one call, with the method that is cheap enough."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from kfgn.base.checks import check_choice
+from kfgn.base.errors import CostWarning, ModelError, OptionError
+from kfgn.base.types import Batch, PyTree
+from kfgn.curvature.batch import value_grad_and_curvature
+from kfgn.curvature.methods import METHODS, method_of
+from kfgn.diagnostics.inspect import Totals, inspection_of
+from kfgn.objective.objective import Objective
+from kfgn.optimizers.alias import kfac, kflr, kfra
+
+_ALIASES = {"kflr": kflr, "kfra": kfra, "kfac": kfac}  # the more exact first
+_DEAR = 10.0  # gradients, above which an update is warned of
+_ALIKE = 1.5  # times the least cost, up to which the more exact method is taken
+
+
+class Made(NamedTuple):
+    """What `make` returns: unpack it, `optimizer, curvature_fn = kfgn.make(...)`."""
+
+    optimizer: optax.GradientTransformationExtraArgs
+    curvature_fn: Callable[..., Any]
+
+
+def make(
+    objective: Objective, params: PyTree, batch: Batch, *, method: str = "auto", **options: Any
+) -> Made:
+    """The optimizer and the function of the curvature that it needs, told everything once.
+
+        optimizer, curvature_fn = kfgn.make(objective, params, batch)
+        (value, grads), curvature = curvature_fn(params, batch, key=key)
+        updates, state = optimizer.update(grads, state, params, curvature=curvature)
+
+    Args:
+      objective, params, batch: as for `kfgn.kfra`; only shapes matter.
+      method: "kfra", "kflr", "kfac", or "auto": the most exact of "kflr", "kfra" and
+        "kfac", in that order, among those whose update is predicted to take at most
+        1.5 times the cheapest one's, by the costs that `kfgn.inspect` shows.
+      options: of `kfgn.kfra` and of `kfgn.value_grad_and_curvature`; those that both
+        have go to both.
+
+    Returns:
+      `(optimizer, curvature_fn)`. The latter takes a `key=` whatever the method is, and
+      leaves it aside where nothing is drawn: pass a new one for each batch.
+
+    Raises:
+      OptionError: an unknown method or option.
+      ModelError: "kfra" would form a matrix above the limit.
+      LayerError, BatchError, LossError, ParameterError: the input does not fit.
+
+    Warns:
+      CostWarning: an update is predicted to take more than ten gradients.
+
+    >>> import jax, jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((3, 2)), (jnp.eye(3), jnp.zeros((3, 2)))
+    >>> optimizer, curvature_fn = kfgn.make(objective, w, batch, step_damping=1e-6)
+    >>> (value, grads), curvature = curvature_fn(w, batch, key=jax.random.key(0))
+    >>> updates, state = optimizer.update(grads, optimizer.init(w), w, curvature=curvature)
+    >>> bool(objective(w + updates, batch) < 0.1 * value), curvature.settings.method
+    (True, 'kflr')
+    """
+    check_choice("method", method, ("auto", *_ALIASES))
+    ours = _split(options)
+    totals = inspection_of(objective, params, batch).totals
+    able = _able(objective, totals, options)
+    if method == "auto":
+        least = min(totals.update[n] for n in able)
+        method = next(n for n in able if totals.update[n] <= _ALIKE * least)
+    elif method == "kfra" and "kfra" not in able:
+        raise ModelError(
+            f'method "kfra" would form a matrix of {totals.largest:,} x {totals.largest:,} '
+            f"entries, above the limit; expected a smaller one: pass "
+            f'spatial="homogeneous", or a method among {", ".join(able)}'
+        )
+    _warn_of_cost(method, able, totals)
+    optimizer = _ALIASES[method](objective, params, batch, **ours[0])
+    measured = value_grad_and_curvature(objective, method, **ours[1])
+    draws = method_of(method).draws
+
+    def curvature_fn(params: PyTree, batch: Batch, *, key: jax.Array | None = None) -> Any:
+        return measured(params, batch, key=key if draws else None)
+
+    return Made(optimizer, curvature_fn)
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the optimizer, and of its curvature."""
+    known = [
+        [n for n, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        for f in (kfra, value_grad_and_curvature)
+    ]
+    if unknown := [n for n in options if n not in {*known[0], *known[1]}]:
+        raise OptionError(
+            f"unknown option(s) {', '.join(map(repr, unknown))}: expected some of "
+            f"{', '.join(sorted({*known[0], *known[1]}))}"
+        )
+    optimizer, curvature = ({n: options[n] for n in names if n in options} for names in known)
+    return optimizer, curvature
+
+
+def _able(objective: Objective, totals: Totals, options: dict[str, Any]) -> list[str]:
+    """The methods that can be taken, the more exact first."""
+    spatial = options.get("spatial", "joint")
+    able = [n for n in _ALIASES if spatial in METHODS[n].spatial]
+    if spatial == "joint" and not totals.feasible:
+        able.remove("kfra")
+    if not objective.loss.can_sample and "kfac" in able:
+        able.remove("kfac")
+    return able
+
+
+def _warn_of_cost(method: str, able: list[str], totals: Totals) -> None:
+    cost = totals.update[method]
+    best = min(able, key=lambda n: totals.update[n])
+    if cost <= _DEAR:
+        return
+    remedy = "no method is cheaper: take a larger batch, whose gradient costs more"
+    if best != method:
+        remedy = f"method {best!r} is predicted to take {totals.update[best]:.1f}"
+    warnings.warn(
+        f"an update by method {method!r} is predicted to take {cost:.0f} times a gradient; "
+        f"{remedy}. kfgn.inspect(objective, params, batch) shows where it goes.",
+        CostWarning,
+        stacklevel=3,
+    )
