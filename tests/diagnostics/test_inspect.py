@@ -188,7 +188,7 @@ def test_totals():
         assert total.flops[method] == first.flops[method] + out.flops[method] + between
     assert total.bytes == (16 + 9 + 16 + 4) * 4
     assert total.inversion == first.inversion + out.inversion == 64 + 27 + 64 + 8
-    assert total.gradient == 3 * 5 * (2 * 4 * 3 + 2 * 3 * 2)
+    assert total.gradient == 3 * 5 * (2 * 4 * 3 + 3 + 2 * 3 * 2)
     assert (total.parameters, total.columns) == (12 + 6 + 2, 2)
     assert (total.largest, total.matrix_bytes, total.feasible) == (3, 9 * 4, True)
 
