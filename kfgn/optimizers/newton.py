@@ -115,7 +115,9 @@ def _whole(objective: Objective, params: PyTree, batch: Batch, gradient: Named) 
 def _by_layer(
     objective: Objective, params: PyTree, batch: Batch, gradient: Named
 ) -> Iterator[_Part]:
-    present = find_blocks(objective, params, batch, unassigned="diagonal").present(gradient)
+    # Its blocks are exact ones: what factors would take is no matter.
+    found = find_blocks(objective, params, batch, unassigned="diagonal", factor_limit=2**62)
+    present = found.present(gradient)
     blocks = hessian(objective).blocks(params, batch)
     for name, part in present.items():
         own = part.to_matrix(gradient)
