@@ -80,8 +80,7 @@ def check_independent(
     with on_made_up_values():
         with jax.ensure_compile_time_eval():  # also where they are constants of a trace
             real = real_values(params, inputs)
-        remedy = _STATISTICS[axis_name is None]
-        found = _dependence(function or model, shapes, example, remedy, real)
+        found = _dependence(function or model, shapes, example, axis_name is not None, real)
     if found is not None:
         raise ModelError(found)
     known.add(signature)
@@ -101,7 +100,7 @@ def _signatures(model: Any) -> set[Any]:
 
 
 def _dependence(
-    model: Callable, params: PyTree, example: PyTree, remedy: str, real: Values | None
+    model: Callable, params: PyTree, example: PyTree, named: bool, real: Values | None
 ) -> str | None:
     """What an example's outputs depend on beside it, in words."""
     try:
@@ -112,16 +111,19 @@ def _dependence(
         # The values are no part of a trace that this may be called in.
         with jax.ensure_compile_time_eval():
             shapes = jax.tree.leaves(params), jax.tree.leaves(example)
-            trials = list(_trials(programs, *shapes, real))
+            trials = list(_trials(programs, *shapes, named, real))
     except Exception:  # likewise: what fails on made-up values is let pass
         return None
     for trial in trials:
         if (found := _influence(trial)) is not None:
             return (
                 f"the examples of a batch are not independent: {found}. kfgn needs a model that "
-                f"acts on each example alone: {remedy}, and make other operations act within an "
-                "example."
+                f"acts on each example alone: {_STATISTICS[named]}, and make other operations act "
+                "within an example."
             )
+    whole = programs[COUNT].jaxpr
+    if named and not draws_for_batch(whole, whole.invars):
+        return None  # it is run on batches of one
     tolerance = coarsest(p.jaxpr for p in programs.values()) ** 0.5
     seen = [(trial, words) for trial in trials if (words := _difference(trial, tolerance))]
     # What depends on the size shows with any values; roundoff of saturated units with some.
@@ -131,13 +133,13 @@ def _dependence(
     return found + _remedy(trial, tolerance, programs[COUNT])
 
 
-# What to do about statistics of the batch: with an axis of examples, and without.
+# What to do about statistics of the batch: without an axis of examples, and with one.
 _STATISTICS = (
-    "under Objective(axis_name=...) every normalization needs that axis_name, and the model no "
-    "jax.vmap of that name, for kfgn runs it under one, a batch of one example at a time",
     'give batch normalization an axis, kfgn.Objective(model, loss, axis_name="batch") with '
     'BatchNorm(..., axis_name="batch") in the model, or frozen statistics '
     "(use_running_average=True, or eval() in nnx)",
+    "under Objective(axis_name=...) every normalization needs that axis_name, and the model no "
+    "jax.vmap of that name, for kfgn runs it under one, a batch of one example at a time",
 )
 
 Outputs = dict[str, np.ndarray]
@@ -234,16 +236,26 @@ def _named(rows: list[int]) -> str:
 
 
 def _trials(
-    programs: dict[int, Program], params: list[Shape], example: list[Shape], real: Values | None
+    programs: dict[int, Program],
+    params: list[Shape],
+    example: list[Shape],
+    named: bool,
+    real: Values | None,
 ) -> Iterator[_Trial]:
     """A trial for each draw; two are enough for which outputs of changed examples move."""
+
+    def with_key(data: list[Any]) -> list[Any]:
+        """Under a named axis, where a model takes the key of its one example, all have one key."""
+        keys = [jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and named for x in data]
+        return [x[np.zeros(2 * COUNT, int)] if k else x for x, k in zip(data, keys, strict=True)]
+
     alive = 0
     if real is not None:
         with contextlib.suppress(Exception):  # they may be where the programs cannot run
-            yield _trial(programs, "the values given", DRAWS[0], *real)
+            yield _trial(programs, "the values given", DRAWS[0], real[0], with_key(real[1]))
     for draw in DRAWS:
         leaves = [made_up(x, draw, k) for k, x in enumerate(params)]
-        data = [examples(s, draw, k) for k, s in enumerate(example)]
+        data = with_key([examples(s, draw, k) for k, s in enumerate(example)])
         trial = _trial(programs, "made-up values", draw, leaves, data)
         yield trial
         after = trial.changed[0][1]

@@ -455,6 +455,39 @@ def test_refusals():
     refused(r"TraceContextError(.|\n)*copy=True", stale, axis_name="batch")
 
 
+class Dropped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        norm = nn.BatchNorm(use_running_average=False, axis_name="batch", **KINDS)
+        h = nn.Dropout(0.5, deterministic=False)(nn.tanh(norm(nn.Dense(5, **KINDS)(x))))
+        return nn.Dense(3, **KINDS)(h)
+
+
+def test_dropout_beside_batch_norm():
+    """Under the axis every example has a key of its own; one for all is refused."""
+    (x, labels), keys = data(), jax.random.split(jax.random.key(3), COUNT)
+    state = Dropped().init({"params": jax.random.key(1), "dropout": keys[0]}, x)
+
+    def model(p, inputs):
+        variables = {"params": p, "batch_stats": state["batch_stats"]}
+        x, key = inputs
+        rngs = {"dropout": key[0]}
+        return Dropped().apply(variables, x, mutable=["batch_stats"], rngs=rngs)[0]
+
+    def truth(p):
+        one = jax.vmap(lambda *example: model(p, [a[None] for a in example])[0], axis_name="batch")
+        return mean_loss(one(x, keys), labels)
+
+    objective = kfgn.Objective(model, loss, axis_name="batch")
+    first, _ = kfgn.value_grad_and_curvature(objective, "kflr")(
+        state["params"], ((x, keys), labels)
+    )
+    close(first, jax.value_and_grad(truth)(state["params"]))
+    closed = kfgn.Objective(lambda p, x: model(p, (x, keys)), loss, axis_name="batch")
+    with pytest.raises(ModelError, match="one key that it closes over"):
+        kfgn.value_grad_and_curvature(closed)(state["params"], (x, labels))
+
+
 def test_training():
     """A classifier with two normalizations trains; its steps measure their own objective."""
     params, model, own = linen()
