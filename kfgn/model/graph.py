@@ -38,6 +38,7 @@ from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import REGISTERED
 from kfgn.model.statistics import check_examples
+from kfgn.model.thin import evaluate_thin, whole
 from kfgn.objective.objective import Objective
 
 # The rows of the largest block that a parameter in no layer gets of its own.
@@ -150,13 +151,13 @@ class Graph:
             env = {**shared, **dict(zip(model.inputs, leaves, strict=True))}
             env |= zip(model.statistics, given, strict=bool(given))
             for equation in equations:
-                evaluate([equation], env)
+                evaluate_thin(equation, env)
                 for v in equation.outvars:
                     if probes and use_of.get(v) in probes:
-                        env[v] = env[v] + probes[use_of[v]]
+                        env[v] = whole(env[v], v) + probes[use_of[v]]
                     if model.is_collective(equation) and not exact:
                         env[v] = jax.lax.stop_gradient(env[v])
-            return [read(env, v) for v in model.outputs], [read(env, v) for v in keep]
+            return tuple([whole(read(env, v), v) for v in atoms] for atoms in (model.outputs, keep))
 
         run = jax.vmap(one, axis_name=model.axis_name)
         outputs, kept = run(jax.tree.leaves(inputs), probes or {}, statistics or [])
