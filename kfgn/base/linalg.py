@@ -59,6 +59,18 @@ def weighed(weights: Float[Array, " N"] | None, x: Float[Array, "N ..."]) -> Flo
     return weights.astype(x.dtype).reshape(-1, *(1,) * (x.ndim - 1)) * x
 
 
+def _gram(a: Float[Array, "N D"], b: Float[Array, "N E"]) -> Float[Array, "D E"]:
+    """`a'b`, without a transposed copy."""
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=PRECISION)
+
+
+def row_products(a: Float[Array, "N s t i"], b: Float[Array, "N s t o"]) -> Float[Array, "s i o"]:
+    """`sum_nt a_nst b_nst'`."""
+    if a.shape[1] == 1:
+        return _gram(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))[None]
+    return jnp.einsum("nsti,nsto->sio", a, b, precision=PRECISION)
+
+
 def second_moment(a: Float[Array, "N D"]) -> Float[Array, "D D"]:
     """`a'a / N`, the mean outer product of rows."""
     return cross_moment(a, a)
@@ -68,7 +80,7 @@ def cross_moment(a: Float[Array, "N D"], b: Float[Array, "N E"]) -> Float[Array,
     """`a'b / N`, the mean outer product of rows of both."""
     if a.shape[0] == 1:
         return a[0][:, None] * b[0][None, :]
-    return matmul(a.T, b) / a.shape[0]
+    return _gram(a, b) / a.shape[0]
 
 
 def congruence(w: Float[Array, "E D"], matrix: Float[Array, "D D"]) -> Float[Array, "E E"]:

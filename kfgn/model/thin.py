@@ -4,8 +4,6 @@ Sums over an axis, as the derivatives of broadcasts are, take XLA on CPU up to t
 times as long where an axis of one entry stands beside it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax
