@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from kfgn.base.devices import in_auto_axes, vary, vary_like, varying_axes
-from kfgn.base.linalg import count_of, factor_dtype
+from kfgn.base.linalg import count_of, factor_dtype, row_products, weighed
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.linear_pass import backward_pass
@@ -40,6 +40,7 @@ class Linearized(NamedTuple):
     inputs: PyTree
     statistics: list[Array]  # of the batch, as in `Graph.forward`
     aux: PyTree
+    alone: dict[str, Array] | None = None  # derivatives of an only output at every probe
 
     @property
     def examples(self) -> int:
@@ -51,7 +52,13 @@ class Linearized(NamedTuple):
         return factor_dtype(*(leaf.dtype for leaf in leaves))
 
     def pull(self, cotangent: Float[Array, "N K"]) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Gradients at parameters and at probes from one at the outputs."""
+        """Gradients at parameters and at probes from one at the outputs.
+
+        Examples with one output each have one derivative, which all gradients scale.
+        """
+        if self.alone is not None:
+            gradients = {n: weighed(cotangent[:, 0], x) for n, x in self.alone.items()}
+            return _in_parameters(self, gradients), gradients
         return self.back(as_outputs(cotangent, self.outputs))
 
     def gradient(self, cotangent: Float[Array, "N K"]) -> dict[str, Array]:
@@ -122,7 +129,13 @@ def linearize(
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, leaves))))
     weights = weights_of(graph, leaves, values, dtype)
     found = graph, leaves, values, outputs, targets, loss, push, back, probes, weights
-    return Linearized(*found, inputs, statistics, aux)
+    model = Linearized(*found, inputs, statistics, aux)
+    if not with_probes or sum(x[0].size for x in jax.tree.leaves(outputs)) != 1:
+        return model
+    met = {graph.model.parameters[n] for n in graph.reasons}.intersection(graph.model.reached)
+    if met or any(use.derived or use.form.indexed for use in graph.uses.values()):
+        return model
+    return model._replace(alone=model.pull(jnp.ones((count, 1), dtype))[1])
 
 
 def hold_statistics(objective: Objective, params: PyTree, batch: Batch) -> tuple[Objective, Batch]:
@@ -144,6 +157,24 @@ def hold_statistics(objective: Objective, params: PyTree, batch: Batch) -> tuple
 def held_objective(objective: Objective, graph: Graph) -> Objective:
     """The objective of `((inputs, statistics), targets)`."""
     return dataclasses.replace(objective, model=graph.held, axis_name=None, has_aux=False)
+
+
+def _in_parameters(model: Linearized, gradients: dict[str, Array]) -> dict[str, Array]:
+    """Gradients at parameters from those at the pre-activations of every use."""
+    found = jax.tree.map(jnp.zeros_like, model.params)
+    for name, use in model.graph.uses.items():
+        a = use.activations(model.values[use.input], model.dtype)
+        g = use.pre_activations(gradients[name]).astype(model.dtype)
+        matrix = row_products(a, g)
+        sources = [use.kernel, *([use.bias.source] if use.bias else [])]
+        shapes = {
+            n: jax.ShapeDtypeStruct(v.aval.shape, matrix.dtype)
+            for source in sources
+            for n, v in source.parameters.items()
+        }
+        (own,) = jax.linear_transpose(use.matrix, shapes)(matrix)
+        found |= {n: found[n] + x.astype(found[n].dtype) for n, x in own.items()}
+    return found
 
 
 def as_outputs(flat: Float[Array, "N K"], outputs: PyTree) -> PyTree:
