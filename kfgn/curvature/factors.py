@@ -27,7 +27,7 @@ from kfgn.base.linalg import (
     total,
     weighed,
 )
-from kfgn.base.types import Array, Scalar
+from kfgn.base.types import Array
 from kfgn.curvature.weights import Weights, on_both_sides
 from kfgn.model.equations import size
 from kfgn.model.layer import Layer
@@ -72,7 +72,7 @@ class Moments(NamedTuple):
     """One kind of factor: of the uses as the layer has them, and of those that are flipped."""
 
     upright: Float[Array, "*S d d"] | Float[Array, "*S d"]
-    flipped: Float[Array, "d d"] | None = None
+    flipped: Float[Array, "*S d d"] | None = None
 
 
 def check_sharing(sharing: str) -> None:
@@ -123,6 +123,7 @@ def gradient_moments(
             for n, g in rows.items()
             if n in weights
         }
+        rows = {n: _beside_bias(layer, layer.uses[n], g) for n, g in rows.items()}
         if _sharing(layer, sharing) == "reduce":
             if layer.indexed:
                 rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
@@ -144,9 +145,9 @@ def walked_moments(
     """
 
     def of(slot: dict[str, Use], blocks: int) -> Array:
-        summed = total(
-            on_both_sides(sums[n], weights[n].columns) if n in weights else sums[n] for n in slot
-        )
+        own = {n: sums[n] for n in slot}
+        own |= {n: on_both_sides(x, weights[n].columns) for n, x in own.items() if n in weights}
+        summed = total(_beside_bias(layer, layer.uses[n], x, 2) for n, x in own.items())
         if _sharing(layer, sharing) == "reduce":
             rows = weights[layer.name].rows if layer.name in weights else jnp.ones((1, 1))
             row = (layer.first.kernel.factor * rows[0, 0].astype(summed.dtype)) ** 2
@@ -155,6 +156,12 @@ def walked_moments(
         return _diagonal_blocks(summed / count, blocks)
 
     return _of_both(layer, 1, of)
+
+
+def _beside_bias(layer: Layer, use: Use, array: Array, axes: int = 1) -> Array:
+    """What belongs to the inputs of a flipped use, to which no bias is added, with zeros for it."""
+    absent = layer.activation_size - array.shape[-1] if use in layer.flipped else 0
+    return jnp.pad(array, [(0, 0)] * (array.ndim - axes) + [(0, absent)] * axes)
 
 
 def _places(use: Use, weights: Weights | None) -> Any:
@@ -199,7 +206,8 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     if activation.flipped is None or pre_activation.flipped is None:
         return upright
     parts = [upright, Factors(pre_activation.flipped, activation.flipped)]
-    traces = [(_trace(q), _trace(g)) for q, g in parts]
+    each = len(layer.slots) > 1 and layer.splits == (1, 1)  # slots are blocks of their own
+    traces = [(_trace(q, each), _trace(g, each)) for q, g in parts]
     norm = jnp.sqrt(total(q * g for q, g in traces))
     norm = jnp.where(norm > 0, norm, 1)
     pairs = list(zip(parts, traces, strict=True))
@@ -237,12 +245,15 @@ def _of_both(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]
     upright = (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(shapes[side])
     if not layer.flipped:
         return Moments(upright)
-    flipped = of(_slots(layer, flipped=True)[0], layer.splits[1 - side])
+    found = [of(slot, layer.splits[1 - side]) if slot else 0 for slot in _slots(layer, True)]
+    like = next(x for x in found if not isinstance(x, int))
+    flipped = jnp.concatenate([jnp.broadcast_to(x, like.shape) for x in found])
     return Moments(upright, flipped.reshape(shapes[1 - side]))
 
 
-def _trace(matrix: Float[Array, "*S d d"]) -> Scalar:
-    return jnp.sum(jnp.trace(matrix, axis1=-2, axis2=-1))
+def _trace(matrix: Float[Array, "*S d d"], each: bool) -> Array:
+    traces = jnp.trace(matrix, axis1=-2, axis2=-1)
+    return traces[..., None, None] if each else jnp.sum(traces)
 
 
 def _cut(rows: Float[Array, "*N d"], blocks: int) -> Float[Array, "*N blocks b"]:

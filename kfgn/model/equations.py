@@ -111,6 +111,50 @@ def live_equations(jaxpr: jex.Jaxpr, with_effects: bool = False) -> list[Equatio
     return live[::-1]
 
 
+def without_repeats(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """The jaxpr with what it computes several times computed once, and no zeros added.
+
+    Derivatives by the inputs repeat the values that they are taken at, and the
+    derivatives of lower order. Compilers see that, but a layer met twice by the
+    same value would be two uses of it.
+    """
+    names: dict[Var, Var] = {}
+    known: dict[Any, Equation] = {}
+    equations = []
+    for equation in jaxpr.eqns:
+        invars = [names.get(v, v) if _is_var(v) else v for v in equation.invars]
+        equation = equation.replace(invars=invars)
+        if (value := _plus_zero(equation)) is not None:
+            names[equation.outvars[0]] = value
+            continue
+        same = equation if equation.effects else known.setdefault(_computation(equation), equation)
+        if same is equation:
+            equations.append(equation)
+        names.update(zip(equation.outvars, same.outvars, strict=True))
+    outvars = [names.get(v, v) if _is_var(v) else v for v in jaxpr.outvars]
+    return jaxpr.replace(eqns=equations, outvars=outvars)
+
+
+def _plus_zero(equation: Equation) -> Var | None:
+    """What a zero is added to, as `jax.experimental.jet` does."""
+    if equation.primitive.name != "add" or len(found := variables(equation.invars)) != 1:
+        return None
+    zero = all(np.all(v.val == 0) for v in equation.invars if not _is_var(v))
+    return found[0] if zero and found[0].aval == equation.outvars[0].aval else None
+
+
+def _computation(equation: Equation) -> Any:
+    """What equal equations have in common; the equation's identity where that cannot be told."""
+    atoms = [v if _is_var(v) else (np.asarray(v.val).tobytes(), v.aval) for v in equation.invars]
+    key = equation.primitive, tuple(atoms), tuple(sorted(equation.params.items()))
+    avals = tuple(v.aval for v in equation.outvars)
+    try:
+        hash(key)
+    except TypeError:
+        return id(equation)
+    return *key, avals
+
+
 def readers_of(jaxpr: jex.Jaxpr) -> dict[Var, list[Equation | None]]:
     """The equations that read each value; None stands for the output.
 

@@ -28,7 +28,7 @@ def find_layers(
         covered[name].add(place)
     layers, reasons = [], {}
     for kernels in dict.fromkeys(use.kernel.names for use in uses):
-        own = [use for use in uses if use.kernel.names == kernels]
+        own = _biased([use for use in uses if use.kernel.names == kernels])
         names = dict.fromkeys(n for use in own for n, _ in meets(use))
         lacking = [n for n in names if set(met[n]) - covered[n]]
         mixed = any(set(u.kernel.names) & {*names} for u in uses if u.kernel.names != kernels)
@@ -61,8 +61,8 @@ def _named(layers: list[Layer]) -> dict[str, Layer]:
 def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
     """Results whose bias has to be a layer of its own.
 
-    Kernel and bias make one block only where every use of the one is a use of
-    the other, in the same order, and slices of the kernel have biases of their own.
+    Kernel and bias make one block only where the bias is added to uses of that
+    kernel alone, and slices of the kernel have biases of their own.
     """
     partners: dict[str, list[Use]] = {}
     for use in uses:
@@ -74,10 +74,11 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
             continue
         names = use.bias.source.names
         own, others = partners[names[0]], partners[use.kernel.name]
-        alike = all(partners[n] == others for n in (*names, *use.kernel.names))
-        alone = all(len(met[n]) == len(own) for n in names)
-        whole = all(u.bias is not None and u.bias.source.names == names for u in others)
-        if not (alike and alone and whole) or _shared_by_slices(own):
+        alike = all(partners[n] == own for n in names)
+        alike = alike and all(partners[n] == others for n in use.kernel.names)
+        alone = all(len(met[n]) == len(own) for n in names) and all(u in others for u in own)
+        whole = {u.bias.source.names for u in others if u.bias is not None} == {names}
+        if not (alike and alone and whole and _biased(others)) or _shared_by_slices(own):
             bad.add(use.equations[0].outvars[0])
     return bad
 
@@ -93,6 +94,31 @@ def _shared_by_slices(uses: list[Use]) -> bool:
     return sum(map(len, entries.values())) > len(set().union(*entries.values()))
 
 
+def _biased(uses: list[Use]) -> list[Use]:
+    """The uses of a kernel, those with a bias first; where it is not added, it is, zero times.
+
+    So a kernel that derivatives of a layer meet, too, keeps one block with its bias.
+    Empty where a use has a slice of the kernel for itself, and no bias.
+    """
+    known = [(use.labels(), use.bias) for use in uses if use.bias is not None]
+    if len(known) in (0, len(uses)):
+        return uses
+    if any(use.derived for use in uses):
+        return []
+    found = []
+    for use in uses:
+        if use.bias is None:
+            own = use.labels()
+            bias = next((b for labels, b in known if _same(labels, own)), None)
+            if bias is not None:
+                absent = dataclasses.replace(bias.source, factor=0.0)
+                use = dataclasses.replace(use, bias=dataclasses.replace(bias, source=absent))
+            elif not any(_transposed(labels, own) for labels, _ in known):
+                return []
+        found.append(use)
+    return sorted(found, key=lambda use: use.bias is None)
+
+
 def _grouped(name: str, uses: list[Use]) -> Layer | None:
     """One layer of all uses of a kernel, or None where they do not fit together."""
     if len(uses) == 1:
@@ -106,7 +132,7 @@ def _grouped(name: str, uses: list[Use]) -> Layer | None:
             if _same(known, seen) and _fit(uses[slot[0]], uses[k]):
                 slot.append(k)
                 break
-            if _transposed(known, seen) and uses[k].bias is uses[slot[0]].bias is None:
+            if _transposed(known, seen) and uses[k].bias is None:
                 slot.append(k)
                 flipped.add(uses[k])
                 break
@@ -116,7 +142,8 @@ def _grouped(name: str, uses: list[Use]) -> Layer | None:
     if any(x.shape != first[0].shape for x in first):
         return None
     used = np.concatenate([x[x >= 0] for x in first])
-    if np.unique(used).size != used.size or (flipped and len(slots) > 1):
+    other = any(use.form.indexed or use.derived for use in uses)
+    if np.unique(used).size != used.size or (flipped and other and len(slots) > 1):
         return None
     if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
         return None

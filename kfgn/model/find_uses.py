@@ -57,7 +57,9 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
 
     The first state of a recurrent layer meets a kernel which elsewhere meets
     data: as data, its product with the kernel is one more use like the others.
-    And rows that are looked up may be the same for every example.
+    So it is of one row alone: the kernel of one output, in derivatives by the
+    inputs, meets the constant cotangent. And rows that are looked up may be the
+    same for every example.
     """
     with_data: set[str] = set()
     constants: list[tuple[str, Var]] = []
@@ -75,9 +77,18 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
                 with_data.update(sources[v].names)
             elif v in sources and model.roles[other] is Role.CONSTANT:
                 constants += [(name, other) for name in sources[v].names]
+                if _is_one_row(equation, 1 - side):
+                    with_data.update(sources[v].names)
     return {v for name, v in constants if name in with_data} | {
         v for v in looked_up if model.roles[v] is Role.CONSTANT
     }
+
+
+def _is_one_row(product: Equation, side: int) -> bool:
+    """Whether an operand has no axes but those that the product sums over, or of one entry."""
+    contracted = product.params["dimension_numbers"][0][side]
+    shape = product.invars[side].aval.shape
+    return all(n == 1 for axis, n in enumerate(shape) if axis not in contracted)
 
 
 def _kernels(model: FlatModel, sources: Sources) -> set[Var]:

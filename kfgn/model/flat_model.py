@@ -31,6 +31,7 @@ from kfgn.model.equations import (
     live_equations,
     readers_of,
     variables,
+    without_repeats,
 )
 from kfgn.model.inline import Value, inline
 from kfgn.model.reassociate import reassociated
@@ -177,6 +178,7 @@ def flatten_model(
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])
     jaxpr = flat.jaxpr.replace(eqns=live_equations(flat.jaxpr, with_effects=True))
+    jaxpr = without_repeats(jaxpr)
     axis_name = axis[0] if axis else None
     roles = _roles(jaxpr, parameters.values(), data, axis_name=axis_name)
     whole = reassociated(jaxpr, roles)

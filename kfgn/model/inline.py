@@ -64,6 +64,8 @@ def _evaluate(equation: Equation, operands: list[Value], bind: Callable) -> list
     name = equation.primitive.name
     if name == "cond" and _differentiated(operands):
         return _branches(equation, operands)
+    if name == "dot_general" and any(map(_is_number, operands)):
+        return _product_with_number(equation, operands)
     if name == "scan" and _differentiated(operands):
         return _unroll(equation, operands)
     if name == "custom_vjp_call" and _differentiated(operands):
@@ -100,6 +102,22 @@ def _parts(equation: Equation, operands: list[Value]) -> Parts | None:
     found = known[sides[0]]
     assert found is not None
     return product_with_parts(equation, sides[0], arrays[1 - sides[0]], found)
+
+
+def _is_number(value: Value) -> bool:
+    return value.role is Role.CONSTANT and not jnp.shape(value.array)
+
+
+def _product_with_number(equation: Equation, operands: list[Value]) -> list[Value]:
+    """The number counts as data: the cotangent of an only output, which its kernel meets."""
+    operands = [
+        Value(jax.lax.optimization_barrier(as_array(v.array, atom.aval)), Role.PASSIVE)
+        if _is_number(v)
+        else v
+        for v, atom in zip(operands, equation.invars, strict=True)
+    ]
+    product = equation.primitive.bind(*(v.array for v in operands), **equation.params)
+    return [Value(product, joined(v.role for v in operands))]
 
 
 def _differentiated(values: Iterable[Value]) -> bool:

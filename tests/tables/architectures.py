@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import kfgn
-from tests.tables import attention, frameworks, graphs, layers, loops, uses
+from tests.tables import attention, derivatives, frameworks, graphs, layers, loops, uses
 from tests.tables.losses import LOSSES as PLAIN
 from tests.tables.losses import LossRow
 from tests.tables.rows import Case, Row
@@ -38,6 +38,7 @@ ROWS: dict[str, Row] = _merged(
     uses.ROWS,
     loops.ROWS,
     graphs.ROWS,
+    derivatives.ROWS,
     attention.ROWS,
     frameworks.ROWS,
 )

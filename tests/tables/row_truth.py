@@ -284,10 +284,16 @@ def factors(name: str, block: str, sharing: str, count: int | None = None) -> tu
     if layer.indexed:
         q = np.einsum("sii->si", q)
     if layer.flipped:
-        (parts,) = slots(name, block, flipped=True)
-        pairs = [(q, g), of(parts)[::-1]]
-        traces = [[np.einsum("sii->", x) for x in pair] for pair in pairs]
-        norm = np.sqrt(sum(a * b for a, b in traces))
-        q, g = (sum(pair[k] * t[1 - k] for pair, t in zip(pairs, traces, strict=True)) / norm
-                for k in (0, 1))  # fmt: skip
+        merged = []
+        for pair, parts in zip(zip(q, g, strict=True), slots(name, block, True), strict=True):
+            pairs = [pair]
+            if parts.inputs:
+                own, kernel = of(parts)
+                bias = layer.activation_size - kernel.shape[-1]
+                pairs.append((np.pad(kernel[0], (0, bias)), own[0]))
+            traces = [[np.trace(x) for x in p] for p in pairs]
+            norm = np.sqrt(sum(a * b for a, b in traces))
+            merged.append([sum(p[k] * t[1 - k] for p, t in zip(pairs, traces, strict=True)) / norm
+                           for k in (0, 1)])  # fmt: skip
+        q, g = map(np.stack, zip(*merged, strict=True))
     return q.reshape(layer.activation_shape), g.reshape(layer.pre_activation_shape)
