@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "speed": "time the curvature computations",
     "sharing": "what weight sharing's products lose",
     "rosenbrock": "gradient descent and Newton's method on Rosenbrock's function",
+    "poisson": "a physics-informed network beside L-BFGS and Adam",
     "logistic": "logistic regression by Newton, L-BFGS and conjugate gradients",
     "fashion": "Fashion-MNIST classifiers by first-, second- and quasi-second-order methods",
     "cnn": "subsampled Newton-CG on convolutional networks",

@@ -18,6 +18,7 @@ PLOTS = {
     "rosenbrock": ("paths", "convergence"),
     "logistic": ("losses_centered", "losses_shifted", "boundaries_centered", "boundaries_shifted"),
     "curvature": ("layers", "network"),
+    "poisson": ("errors",),
 }
 
 
@@ -93,6 +94,14 @@ def test_curvature(tmp_path):
             for layer in look["layers"].values():
                 assert layer["negative_share"] == layer["term_norm"] == 0
                 assert layer["least"] > -1e-14 * layer["greatest"]
+
+
+def test_poisson(tmp_path):
+    """KFLR solves the equation roughly in a hundred updates."""
+    arguments = ("--seeds", 1, "--width", 12, "--points", 60, "--seconds", 2, "--goal", 0.1)
+    found = {row["method"]: row for row in run(tmp_path, "poisson", *arguments)}
+    assert len(found) == 5 and found["kflr"]["error"] < 0.1 and found["kflr"]["updates"] < 200
+    assert all(row["points"][0][0] == 10 and row["compile_seconds"] > 0 for row in found.values())
 
 
 @pytest.mark.parametrize(
