@@ -181,7 +181,7 @@ def _training(
 
 
 def _measured(run: Run) -> dict[str, Any]:
-    last, every = run.points[-1], len(run.points) // 500 + 1
+    last, every = run.points[-1], len(run.points) // 100 + 1
     return {
         **run._asdict(),
         "points": [list(point) for point in run.points[::every]],
