@@ -118,11 +118,8 @@ def gradient_moments(
 
     def of(slot: dict[str, Use], blocks: int) -> Array:
         rows = {n: use.pre_activations(gradients[n]).astype(dtype) for n, use in slot.items()}
-        rows |= {
-            n: weights[n].routed(g * weights[n].columns[:, None])
-            for n, g in rows.items()
-            if n in weights
-        }
+        rows |= {n: weights[n].routed(g * weights[n].columns[:, None])
+                 for n, g in rows.items() if n in weights}  # fmt: skip
         rows = {n: _beside_bias(layer, layer.uses[n], g) for n, g in rows.items()}
         if _sharing(layer, sharing) == "reduce":
             if layer.indexed:
