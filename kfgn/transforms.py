@@ -15,6 +15,7 @@ from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS, PRESETS
 from kfgn.optimizers.recipe import scale_by_curvature
 from kfgn.optimizers.transforms import (
     average_parameters,
+    clip_by_curvature,
     scale_by_kronecker,
     scale_by_quadratic_model,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "LevenbergMarquardt",
     "StepDamping",
     "average_parameters",
+    "clip_by_curvature",
     "scale_by_conjugate_gradient",
     "scale_by_curvature",
     "scale_by_kronecker",

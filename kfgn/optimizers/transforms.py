@@ -190,6 +190,57 @@ def scale_by_quadratic_model(
     return by_curvature(ScaleByQuadraticModelState, NO_BLOCKS, init, advance)
 
 
+class ClipByCurvatureState(NamedTuple):
+    """State of `clip_by_curvature`."""
+
+    skipped: Count  # updates skipped
+    streak: SkippedStreak  # of those, in a row up to now
+    curved: Scalar  # d'Gd of the last update d that came in
+    clipped: Count  # updates that were made shorter
+
+
+def clip_by_curvature(bound: Number = 1e-2) -> optax.GradientTransformationExtraArgs:
+    """Shortens an update d to `d'Gd <= bound`, a trust region in the metric of the model.
+
+    `d'Gd / 2`, G the full Gauss-Newton matrix of the batch, is the divergence between the
+    model's distributions before and after, to second order, where the loss is a likelihood.
+    Put it last in a chain, after momentum and learning rate, whose step it bounds.
+
+    Args:
+      bound: the most that `d'Gd` may be.
+
+    Raises:
+      OptionError: an option out of its range.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((1, 1)), (jnp.full((4, 1), 3.0), jnp.zeros((4, 1)))
+    >>> tx = clip_by_curvature(0.09)
+    >>> (_, grads), curvature = kfgn.value_grad_and_curvature(objective)(w, batch)
+    >>> step, _ = tx.update(-grads, tx.init(w), w, curvature=curvature)
+    >>> round(float(step[0, 0]), 6)  # G is 9
+    -0.1
+    """
+    check_positive("bound", bound)
+
+    def init(leaves: Named) -> ClipByCurvatureState:
+        del leaves
+        return ClipByCurvatureState(counter(), no_streak(), number(), counter())
+
+    def advance(
+        state: ClipByCurvatureState, update: Named, curvature: Curvature, **_: Any
+    ) -> tuple[Named, ClipByCurvatureState]:
+        outputs = push(curvature, update).outputs
+        curved = curvature.output_product(outputs, outputs).astype(jnp.float32)
+        clips = curved > bound
+        scale = jnp.where(clips, jnp.sqrt(bound / jnp.where(clips, curved, 1)), 1)
+        moved = state._replace(curved=curved, clipped=state.clipped + clips.astype(jnp.int32))
+        short = {n: scale.astype(x.dtype) * x for n, x in update.items()}
+        return guarded(is_usable(curvature, (curved, short)), short, moved, state)
+
+    return by_curvature(ClipByCurvatureState, NO_BLOCKS, init, advance)
+
+
 class AverageParametersState(NamedTuple):
     """State of `average_parameters`."""
 

@@ -99,6 +99,9 @@ CASES = {
         ),
         strict=False,
     ),
+    "kronecker in a trust region": Case(
+        lambda: optax.chain(kronecker(), optax.scale(-0.5), kfgn.transforms.clip_by_curvature(1e-2))
+    ),
     "average_parameters": Case(
         lambda: optax.chain(optax.sgd(1.0), kfgn.transforms.average_parameters())
     ),

@@ -528,3 +528,17 @@ def test_singular_factors_train_on(name, dead):
 @functools.cache
 def step_of(name: str) -> Any:
     return jax.jit(make_step(prepared(name)[0]))
+
+
+@pytest.mark.parametrize("bound", [1e-3, 1e3])
+def test_clip_by_curvature_bounds_the_dense_quadratic_form(bound, x64):
+    params, batch = make_params(jnp.float64), make_batch(jnp.float64)
+    tx = kfgn.transforms.clip_by_curvature(bound)
+    (_, grads), curvature = curvature_fn(model_examples=None)(params, batch)
+    step, state = tx.update(grads, tx.init(params), params, curvature=curvature)
+    matrix, before, after = dense_gauss_newton(params, batch), as_vector(grads), as_vector(step)
+    curved = before @ matrix @ before
+    assert float(state.curved) == pytest.approx(curved, rel=1e-6)  # a float32
+    assert after @ matrix @ after == pytest.approx(min(curved, bound), rel=1e-6)
+    assert int(state.clipped) == (bound < curved)
+    np.testing.assert_allclose(after, before * np.sqrt(min(curved, bound) / curved), rtol=1e-6)
