@@ -534,7 +534,7 @@ def step_of(name: str) -> Any:
 def test_clip_by_curvature_bounds_the_dense_quadratic_form(bound, x64):
     params, batch = make_params(jnp.float64), make_batch(jnp.float64)
     tx = kfgn.transforms.clip_by_curvature(bound)
-    (_, grads), curvature = curvature_fn(model_examples=None)(params, batch)
+    (_, grads), curvature = curvature_fn()(params, batch)
     step, state = tx.update(grads, tx.init(params), params, curvature=curvature)
     matrix, before, after = dense_gauss_newton(params, batch), as_vector(grads), as_vector(step)
     curved = before @ matrix @ before
