@@ -11,6 +11,7 @@ from kfgn.curvature import (
 )
 from kfgn.diagnostics import inspect
 from kfgn.objective.objective import Objective
+from kfgn.objective.sum_of import sum_of
 from kfgn.optimizers import kfac, kflr, kfra, make
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "losses",
     "make",
     "solvers",
+    "sum_of",
     "transforms",
     "value_grad_and_curvature",
 ]

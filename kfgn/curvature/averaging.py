@@ -1,9 +1,9 @@
-"""The curvature of several micro-batches as one, for gradients that are accumulated."""
+"""The curvature of several parts as one: of micro-batches their mean, of objectives their sum."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from jaxtyping import Float
 
 from kfgn.base.devices import AxisName
 from kfgn.base.errors import OptionError
-from kfgn.base.linalg import total
+from kfgn.base.kronecker import is_diagonal
+from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature, CurvatureSettings
+from kfgn.curvature.factors import Factors
+from kfgn.model.unite import United
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
@@ -22,7 +25,8 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 
     Value, gradient, quadratic model and objective are those of the whole
     batch; so are the factors of "kflr", "kfac" and "empirical". Those of
-    "kfra" are the mean of what each micro-batch's own recursion gives. The
+    "kfra" are the mean of what each micro-batch's own recursion gives. Of a sum of
+    objectives all is that of the whole batch where micro-batches have its proportions. The
     gradients that go with it need the same weights, as `curvature.gradient` has.
 
         curvatures.append(curvature)              # for each micro-batch
@@ -49,9 +53,74 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 
     examples = total(c.examples for c in curvatures)
     weights = [c.examples / jnp.where(examples == 0, 1, examples) for c in curvatures]
-    known = [(c.factors, c.value, c.gradient) for c in curvatures]
-    factors, value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
-    rows = tuple(jax.eval_shape(c.linearized, c.gradient).shape[0] for c in curvatures)
+    factors = jax.tree.map(lambda *x: _weighted(weights, x), *[c.factors for c in curvatures])
+    return _combined(curvatures, weights, factors, first)
+
+
+def summed(curvatures: list[Curvature], united: United, settings: CurvatureSettings) -> Curvature:
+    """The curvature of a sum of objectives from those of its terms; factors are merged."""
+    weights = [jnp.asarray(term.weight) for term in united.terms.values()]
+    parts: dict[str, list[Factors]] = {name: [] for name in united.layers}
+    lone: dict[str, list[Any]] = {name: [] for name in united.reasons}
+    for c, weight, term in zip(curvatures, weights, united.terms.values(), strict=True):
+        for name, factor in c.factors.items():
+            scale = weight.astype(jax.tree.leaves(factor)[0].dtype)
+            if name in term.names:
+                q, g = cast(Factors, factor)
+                g = scale * g
+                own = Factors(g, q) if name in term.turned else Factors(q, g)
+                parts[term.names[name]].append(own)
+            elif name in lone:
+                lone[name].append(factor._replace(**{factor._fields[-1]: scale * factor[-1]}))
+    factors: dict[str, Any] = {name: merged(own) for name, own in parts.items()}
+    for name, found in lone.items():
+        if found:  # with "gradient" there are none
+            whole = total(x[-1] for x in found)
+            factors[name] = found[0]._replace(**{found[0]._fields[-1]: whole})
+    return _combined(curvatures, weights, factors, settings)
+
+
+def merged(parts: Sequence[Factors]) -> Factors:
+    """One Kronecker product for a sum of them, which is none, of every slot.
+
+    It keeps the trace, and is exact where the products share either factor up to scale.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if not all(is_diagonal(*part) for part in parts):
+        parts = [part._replace(activation=_as_matrix(*part)) for part in parts]
+    diagonal = is_diagonal(*parts[0])
+    traces = [(jnp.sum(q, -1) if diagonal else _traces(q), _traces(g)) for q, g in parts]
+    norm = jnp.sqrt(total(q * g for q, g in traces))
+    norm = jnp.where(norm > 0, norm, 1)
+    pairs = list(zip(parts, traces, strict=True))
+
+    def times(factor: Array, scale: Array) -> Array:
+        return factor * scale.reshape(scale.shape + (1,) * (factor.ndim - scale.ndim))
+
+    return Factors(
+        total(times(part.activation, g / norm) for part, (_, g) in pairs),
+        total(times(part.pre_activation, q / norm) for part, (q, _) in pairs),
+    )
+
+
+def _traces(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
+    return jnp.trace(matrix, axis1=-2, axis2=-1)
+
+
+def _as_matrix(q: Array, g: Array) -> Array:
+    return q[..., None] * jnp.eye(q.shape[-1], dtype=q.dtype) if is_diagonal(q, g) else q
+
+
+def _combined(
+    curvatures: list[Curvature],
+    weights: list[Scalar],
+    factors: dict[str, Any],
+    settings: CurvatureSettings,
+) -> Curvature:
+    known = [(c.value, c.gradient) for c in curvatures]
+    value, gradient = jax.tree.map(lambda *x: _weighted(weights, x), *known)
+    shapes = tuple(jax.eval_shape(c.linearized, c.gradient).shape for c in curvatures)
     products = [c.output_product for c in curvatures]
     of_first: Any = products[0].func
     axis = of_first.axis_name
@@ -60,21 +129,24 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
         value=value,
         gradient=gradient,
         linearized=Partial(_concatenated, [c.linearized for c in curvatures]),
-        output_product=Partial(_MeanProduct(rows, axis), weights, products),
-        displaced=Partial(_mean_value, weights, [c.displaced for c in curvatures]),
-        examples=examples,
-        settings=first,
+        output_product=Partial(_WeightedProduct(shapes, axis), weights, products),
+        displaced=Partial(_weighted_value, weights, [c.displaced for c in curvatures]),
+        examples=total(c.examples for c in curvatures),
+        settings=settings,
     )
 
 
 def _concatenated(parts: list[Partial], direction: dict[str, Array]) -> Float[Array, "n K"]:
-    """The outputs' changes of all micro-batches, one after another."""
-    return jnp.concatenate([part(direction) for part in parts])
+    """The outputs' changes of all parts, one after another; of several widths as one column."""
+    outputs = [part(direction) for part in parts]
+    if len({u.shape[1] for u in outputs}) > 1:
+        outputs = [u.astype(factor_dtype(u.dtype)).reshape(-1, 1) for u in outputs]
+    return jnp.concatenate(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class _MeanProduct:
-    rows: tuple[int, ...]  # of each micro-batch
+class _WeightedProduct:
+    shapes: tuple[tuple[int, ...], ...]  # of the outputs' changes of each part
     axis_name: AxisName | None  # of devices
 
     def __call__(
@@ -84,12 +156,14 @@ class _MeanProduct:
         u: Float[Array, "n K"],
         v: Float[Array, "n K"],
     ) -> Scalar:
-        ends = list(itertools.accumulate(self.rows))[:-1]
-        pairs = zip(parts, jnp.split(u, ends), jnp.split(v, ends), strict=True)
-        return _weighted(weights, [part(a, b) for part, a, b in pairs])
+        ends = list(itertools.accumulate(n * k // u.shape[1] for n, k in self.shapes))[:-1]
+        split = zip(parts, self.shapes, jnp.split(u, ends), jnp.split(v, ends), strict=True)
+        return _weighted(weights, [part(a.reshape(s), b.reshape(s)) for part, s, a, b in split])
 
 
-def _mean_value(weights: list[Scalar], parts: list[Partial], direction: dict[str, Array]) -> Scalar:
+def _weighted_value(
+    weights: list[Scalar], parts: list[Partial], direction: dict[str, Array]
+) -> Scalar:
     return _weighted(weights, [part(direction) for part in parts])
 
 

@@ -3,128 +3,44 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Float
 
-from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.devices import (
     AxisName,
-    count_over_devices,
     in_auto_axes,
     mean_over_devices,
     part_of_device,
     vary_like,
 )
-from kfgn.base.errors import OptionError
-from kfgn.base.linalg import count_of, inner
+from kfgn.base.linalg import inner
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
+from kfgn.curvature.averaging import summed
+from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import (
     Diagonal,
     Factors,
     activation_moments,
     assemble,
-    check_sharing,
 )
 from kfgn.curvature.forward_pass import Linearized, linearize
-from kfgn.curvature.methods import METHODS, Request, method_of
+from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
-from kfgn.model.carried import carry
-from kfgn.model.factor_size import check_factor_size, limited
-from kfgn.model.graph import build_graph
 from kfgn.model.layer import require_blocks
+from kfgn.model.unite import Term, unite
 from kfgn.objective.loss import Loss
-from kfgn.objective.objective import Objective, mean_of, read_batch, require_objective
-from kfgn.objective.weights import as_weights, importance
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class CurvatureSettings:
-    """What a curvature was made with: the arguments of `value_grad_and_curvature`.
-
-    A pytree without leaves: it is part of the tree structure of a `Curvature`.
-
-    Raises:
-      OptionError: an option has a wrong value.
-
-    >>> import kfgn
-    >>> settings = kfgn.curvature.CurvatureSettings(
-    ...     "kfac", 1, "expand", "joint", 256, "raise", l2=0.0
-    ... )
-    >>> jax.tree.leaves(settings)
-    []
-    """
-
-    method: str
-    samples: int
-    sharing: str
-    spatial: str
-    model_examples: int | None
-    unassigned: str
-    l2: float | None  # the objective's; None where it is an array, whose value may be unknown
-    large_factors: str = "raise"
-    factor_limit: int | None = None
-
-    def __post_init__(self) -> None:
-        method = method_of(self.method)
-        check_whole("samples", self.samples, 1)
-        check_sharing(self.sharing)
-        check_choice("spatial", self.spatial, {s: 0 for m in METHODS.values() for s in m.spatial})
-        if self.spatial not in method.spatial:
-            able = ", ".join(f'"{n}"' for n, m in METHODS.items() if self.spatial in m.spatial)
-            raise OptionError(f"spatial is an option of method {able}, not of {self.method!r}")
-        if self.model_examples is not None:
-            check_whole("model_examples", self.model_examples, 1)
-        check_unassigned(self.unassigned)
-        check_factor_size(self.large_factors, self.factor_limit)
-
-    def require_equal(self, other: "CurvatureSettings", what: str) -> None:
-        """Raises OptionError where other settings differ, with the fields that do."""
-        mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
-        differing = [n for n in mine if mine[n] != others[n]]
-        if differing:
-            found = ", ".join(f"{n}={mine[n]!r} and {n}={others[n]!r}" for n in differing)
-            raise OptionError(
-                f"{what} must have the same settings, found {found}; make all of them with one "
-                "function of kfgn.value_grad_and_curvature."
-            )
-
-
-class Curvature(NamedTuple):
-    """Everything an update needs to know about a batch, as one pytree.
-
-    The callables are `jax.tree_util.Partial`, so all of it crosses jit.
-    Directions are dictionaries from parameter name to array; absent names
-    stand for zeros.
-
-    >>> import jax.numpy as jnp, kfgn
-    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
-    >>> w, batch = jnp.ones((3, 1)), (jnp.ones((4, 3)), jnp.zeros((4, 1)))
-    >>> _, curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
-    >>> float(curvature.value), float(curvature.displaced({"": -w}))
-    (4.5, 0.0)
-    >>> curvature.linearized({"": w}).shape, curvature.settings.method
-    ((4, 1), 'kflr')
-    """
-
-    factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
-    value: Scalar  # the objective, l2 included
-    gradient: dict[str, Array]  # its gradient, l2 included
-    # Of all examples, or of the `model_examples` that stand for them, n:
-    linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
-    output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
-    displaced: Partial  # direction -> the objective at params + direction
-    examples: Scalar  # how many the batch has, or the sum of `|w|`: its weight in an average
-    settings: CurvatureSettings  # static: what it was made with
+from kfgn.objective.objective import Objective, mean_of
+from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term, require_objective
+from kfgn.objective.weights import importance
 
 
 def value_grad_and_curvature(
-    objective: Objective,
+    objective: AnyObjective,
     method: str = "kfra",
     *,
     samples: int = 1,
@@ -208,61 +124,67 @@ def value_grad_and_curvature(
     def of_batch(
         params: PyTree, batch: Batch, key: Array | None
     ) -> tuple[tuple[Any, PyTree], Curvature]:
-        inputs, targets = read_batch(objective, batch, axis_name)
-        read, data = carry(objective, params, inputs)
-        graph = build_graph(read, params, data)
-        require_blocks(graph.without_block(unassigned))
-        layers = limited(graph.layers, large_factors, factor_limit)
-        graph = dataclasses.replace(graph, layers=layers)
-        known = vary_like((params, inputs, targets, data), (params, batch))
-        params, inputs, targets, data = known
-        model = linearize(graph, read, params, data, targets, chosen.probes)
-        weights = importance(targets, axis_name)
-        request = Request(model, samples, sharing, spatial, key, axis_name, weights)
-        moments = chosen.moments(request)
-        factors: dict[str, Factors | Diagonal] = {}
-        for name, layer in graph.layers.items():
-            values = {n: model.values[use.input] for n, use in layer.uses.items()}
-            activation = activation_moments(
-                layer, values, sharing, model.dtype, model.weights, weights
-            )
-            both = mean_over_devices((activation, moments[name]), axis_name)
-            factors[name] = assemble(layer, *both)
-        if unassigned in ("diagonal", "block") and graph.reasons:
-            own = own_factors(model, whole=unassigned == "block")
-            factors.update(mean_over_devices(own, axis_name))
-        pair = _value_and_gradient(model, objective, params)
-        value, gradient = mean_over_devices(pair, axis_name)
-        count = part_of_device(model_examples, axis_name)
-        push, *pushed = model.quadratic(objective, params, count)
-        curvature = Curvature(
-            factors,
-            value,
-            gradient,
-            push,
-            Partial(_OutputProduct(model.loss, axis_name), *pushed),
-            Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
-            _examples(objective, batch, axis_name).astype(value.dtype),
-            settings,
+        united = unite(objective, params, batch, axis_name, large_factors, factor_limit)
+        require_blocks(united.without_block(unassigned))
+        found, aux = [], {}
+        for k, (name, term) in enumerate(united.terms.items()):
+            own = key if key is None or k == 0 else jax.random.fold_in(key, k)
+            with named_term(name):
+                curvature, aux[name] = _of_term(term, settings, params, own, axis_name)
+            found.append(curvature)
+        if isinstance(objective, SumOfObjectives):
+            curvature = summed(found, united, settings)
+        first = (
+            (curvature.value, objective.like_terms(aux)) if objective.has_aux else curvature.value
         )
-        first = (value, model.aux) if objective.has_aux else value
-        return (first, with_leaves(params, gradient)), curvature
+        return (first, with_leaves(params, curvature.gradient)), curvature
 
     return curvature_fn
 
 
-def _examples(objective: Objective, batch: Batch, axis_name: AxisName | None) -> Scalar:
-    """What a batch's mean is over."""
-    inputs, _, *weights = batch
-    if objective.mean_over == "examples" or not weights or weights[0] is None:
-        return jnp.asarray(count_over_devices(count_of(inputs), axis_name))
-    size = jnp.sum(jnp.abs(as_weights(weights[0])))
-    return size if axis_name is None else jax.lax.psum(size, axis_name)
-
-
-def check_unassigned(unassigned: str) -> None:
-    """Raises OptionError unless it is a known treatment of parameters without a block."""
-    check_choice("unassigned", unassigned, ("block", "raise", "diagonal", "gradient"))
+def _of_term(
+    term: Term,
+    settings: CurvatureSettings,
+    params: PyTree,
+    key: Array | None,
+    axis_name: AxisName | None,
+) -> tuple[Curvature, PyTree]:
+    objective, graph, known = term.objective, term.graph, (term.inputs, term.targets, term.data)
+    params, inputs, targets, data = vary_like((params, *known), (params, known))
+    method = method_of(settings.method)
+    model = linearize(graph, term.read, params, data, targets, method.probes)
+    weights = importance(targets, axis_name)
+    moments = method.moments(
+        Request(
+            model, settings.samples, settings.sharing, settings.spatial, key, axis_name, weights
+        )
+    )
+    factors: dict[str, Factors | Diagonal] = {}
+    for name, layer in graph.layers.items():
+        values = {n: model.values[use.input] for n, use in layer.uses.items()}
+        activation = activation_moments(
+            layer, values, settings.sharing, model.dtype, model.weights, weights
+        )
+        both = mean_over_devices((activation, moments[name]), axis_name)
+        factors[name] = assemble(layer, *both)
+    if settings.unassigned in ("diagonal", "block") and graph.reasons:
+        lone = own_factors(model, whole=settings.unassigned == "block")
+        factors.update(mean_over_devices(lone, axis_name))
+    own = _value_and_gradient(model, objective, params)
+    value, gradient = mean_over_devices(own, axis_name)
+    count = part_of_device(settings.model_examples, axis_name)
+    push, *pushed = model.quadratic(objective, params, count)
+    curvature = Curvature(
+        factors,
+        value,
+        gradient,
+        push,
+        Partial(_OutputProduct(model.loss, axis_name), *pushed),
+        Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
+        jnp.asarray(term.examples, value.dtype),
+        settings,
+    )
+    return curvature, model.aux
 
 
 def _value_and_gradient(

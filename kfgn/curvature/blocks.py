@@ -24,6 +24,7 @@ from kfgn.base.types import Array, Shape
 from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
+from kfgn.model.unite import United
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class OwnBlock:
 Block: TypeAlias = Layer | LoneParameter | OwnBlock
 
 
-def blocks_of(graph: Graph) -> dict[str, Block]:
+def blocks_of(graph: Graph | United) -> dict[str, Block]:
     """Every block by its name: the layers, then the parameters in none."""
     shapes = {name: graph.model.parameters[name].aval.shape for name in graph.reasons}
     return {**graph.layers, **{name: LoneParameter(name, s) for name, s in shapes.items()}}

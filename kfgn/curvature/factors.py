@@ -194,11 +194,7 @@ def over_positions(
 
 
 def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Factors:
-    """The layer's factors; those of flipped uses, `G ⊗ Q`, are merged with the others.
-
-    A sum of two Kronecker products is none. The merged factors keep its trace,
-    and are exact where the two products share either factor up to scale.
-    """
+    """The layer's factors; those of flipped uses, `G ⊗ Q`, are merged with the others."""
     upright = Factors(activation.upright, pre_activation.upright)
     if activation.flipped is None or pre_activation.flipped is None:
         return upright

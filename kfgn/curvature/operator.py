@@ -26,12 +26,12 @@ from kfgn.objective.objective import (
     check_vector,
     read_batch,
     require_batch,
-    require_objective,
 )
+from kfgn.objective.sum_of import require_objective
 from kfgn.objective.weights import loss_of
 
 REMEDY = "Use matvec, which forms no matrix, a smaller network or fewer examples."
-_REMEDY_OF_BLOCKS = (
+REMEDY_OF_BLOCKS = (
     "Use block_matvecs, which form no matrix, or look at "
     'kfgn.diagnostics.negative_curvature of="pre_activation".'
 )
@@ -169,7 +169,7 @@ class Operator:
             slots = len(block.slots)
             side = math.prod(block.matrix_shape) // slots
             shape = (copies * slots, side, side)
-            check_size(f"the block of {name!r}", shape, prepared.dtype, _REMEDY_OF_BLOCKS)
+            check_size(f"the block of {name!r}", shape, prepared.dtype, REMEDY_OF_BLOCKS)
         of_all = linalg.map_examples if per_example else linalg.mean_of_examples
         found = of_all(example_blocks(prepared, params), arguments)
         return {n: split_block(x, blocks[n]) if split_bias else x for n, x in found.items()}
@@ -193,12 +193,12 @@ class Operator:
 
         def matvec_of(block: Block) -> Callable[..., Any]:
             def mean(matrix: Array) -> Array:
-                return _in_block(linear, params, block, matrix)
+                return in_block(linear, params, block, matrix)
 
             def each(matrix: Array) -> Array:
                 def one(example: Batch) -> Array:
                     own = self._linear(params, batch_of(example))
-                    return _in_block(own, params, block, matrix)
+                    return in_block(own, params, block, matrix)
 
                 return linalg.map_examples(one, (inputs, targets))
 
@@ -270,7 +270,7 @@ class Operator:
         return prepare(self.objective, params, batch, self._matrix, **options)
 
 
-def _in_block(
+def in_block(
     product: Callable[[PyTree], PyTree], params: PyTree, block: Block, matrix: Array
 ) -> Array:
     """The whole product with a direction in one block, read in the same block."""

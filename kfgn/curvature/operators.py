@@ -14,7 +14,7 @@ All are of the mean per-example loss, without the penalty unless `with_l2` asks 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,15 @@ from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.forward_pass import as_outputs, linearize
 from kfgn.curvature.linear_pass import linear_pass, only_backwards
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, verb, width_of
+from kfgn.curvature.operator_sum import OperatorSum
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
 from kfgn.model.graph import build_graph
 from kfgn.objective.loss import flatten_batch
-from kfgn.objective.objective import Objective, check_outputs, read_batch, require_batch
+from kfgn.objective.objective import check_outputs, read_batch, require_batch
+from kfgn.objective.sum_of import AnyObjective, SumOfObjectives
 from kfgn.objective.weights import rooted
+
+Kind = TypeVar("Kind", bound=Operator)
 
 _ROWS = 16  # rows of a dense Hessian that are worked on at once
 
@@ -235,7 +239,7 @@ class EmpiricalFisher(GaussNewton):
         return prepare(self.objective, params, batch, None, **options)
 
 
-def hessian(objective: Objective) -> Hessian:
+def hessian(objective: AnyObjective) -> Hessian:
     """The Hessian `H = d²/dθ² mean_n E_n` of an objective, eq. (6), without its penalty.
 
     Returns:
@@ -248,10 +252,10 @@ def hessian(objective: Objective) -> Hessian:
     >>> kfgn.hessian(objective).matvec(params, batch, params).shape
     (3, 2)
     """
-    return Hessian(objective)
+    return _of(Hessian, objective)
 
 
-def gauss_newton(objective: Objective) -> GaussNewton:
+def gauss_newton(objective: AnyObjective) -> GaussNewton:
     """The Gauss-Newton matrix `G = mean_n J_n' B_n J_n` of an objective, eq. (16).
 
     B_n is the loss's Hessian in the outputs, without its negative eigenvalues if the
@@ -266,10 +270,10 @@ def gauss_newton(objective: Objective) -> GaussNewton:
     >>> kfgn.gauss_newton(objective).dense(params, batch).shape
     (6, 6)
     """
-    return GaussNewton(objective)
+    return _of(GaussNewton, objective)
 
 
-def empirical_fisher(objective: Objective) -> EmpiricalFisher:
+def empirical_fisher(objective: AnyObjective) -> EmpiricalFisher:
     """The empirical Fisher matrix `F = mean_n (dE_n/dθ) (dE_n/dθ)'` of an objective.
 
     Returns:
@@ -281,7 +285,14 @@ def empirical_fisher(objective: Objective) -> EmpiricalFisher:
     >>> int(kfgn.empirical_fisher(objective).rank(params, batch))
     1
     """
-    return EmpiricalFisher(objective)
+    return _of(EmpiricalFisher, objective)
+
+
+def _of(kind: type[Kind], objective: AnyObjective) -> Kind:
+    """The operator, or the sum of those of the terms, which has the same verbs."""
+    if isinstance(objective, SumOfObjectives):
+        return cast(Kind, OperatorSum(objective, kind))
+    return kind(objective)
 
 
 def _astype(tree: PyTree, dtype: Any) -> PyTree:

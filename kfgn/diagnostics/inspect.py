@@ -13,14 +13,16 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS, UseCost
-from kfgn.model.carried import graph_of
+from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
 from kfgn.model.factor_size import most_rows, too_large
 from kfgn.model.graph import Graph, Node
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
-from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
+from kfgn.model.unite import Term, unite
+from kfgn.objective.objective import require_batch
+from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
 from kfgn.objective.weights import loss_of
 
 
@@ -84,7 +86,11 @@ class Inspection:
 
 
 def inspect(
-    objective: Objective, params: PyTree, batch: Any, *, file: TextIO | None = None
+    objective: AnyObjective,
+    params: PyTree,
+    batch: Any,
+    *,
+    file: TextIO | None = None,
 ) -> Inspection:
     """Prints a table of the objective's blocks, from shapes alone, and returns it.
 
@@ -134,19 +140,52 @@ def inspect(
     return found
 
 
-def inspection_of(objective: Objective, params: PyTree, batch: Any) -> Inspection:
+def inspection_of(objective: AnyObjective, params: PyTree, batch: Any) -> Inspection:
     """What `inspect` prints."""
     require_objective(objective)
-    graph = graph_of(objective, params, read_batch(objective, batch)[0])
-    inputs, targets, outputs = require_batch(objective, params, batch)
-    columns = loss_of(objective.loss, targets).sqrt_columns
+    united = unite(objective, params, batch)
+    sizes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
+    parts: dict[str, list[Row]] = {name: [] for name in united.layers}
+    totals = []
+    for name, term in united.terms.items():
+        with named_term(name):
+            setting = _setting(term, params)
+        own = {term.names[n]: _row(setting, layer) for n, layer in term.graph.layers.items()}
+        for n, row in own.items():
+            parts[n].append(row._replace(name=n))
+        totals.append(_totals(setting, tuple(own.values()), sizes))
+    rows = tuple(map(_together, parts.values()))
+    return Inspection(rows, dict(united.reasons), sizes, _of_all(totals, rows))
+
+
+def _setting(term: Term, params: PyTree) -> "_Setting":
+    inputs, targets, outputs = require_batch(term.objective, params, (term.inputs, term.targets))
+    columns = loss_of(term.objective.loss, targets).sqrt_columns
     root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
-    leaves = named_leaves(params)
-    dtype = factor_dtype(*(x.dtype for x in (*jax.tree.leaves(outputs), *leaves.values())))
-    setting = _Setting(graph, count_of(inputs), root.shape[0], dtype.itemsize)
-    rows = tuple(_row(setting, layer) for layer in graph.layers.values())
-    sizes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
-    return Inspection(rows, dict(graph.reasons), sizes, _totals(setting, rows, sizes))
+    dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
+    return _Setting(term.graph, count_of(inputs), root.shape[0], dtype.itemsize)
+
+
+def _together(rows: Sequence[Row]) -> Row:
+    """The row of a block from those in the terms of a sum, which invert it once."""
+    return rows[0]._replace(
+        positions=max(row.positions for row in rows),
+        uses=sum(row.uses for row in rows),
+        flops={n: sum(row.flops[n] for row in rows) for n in METHODS},
+    )
+
+
+def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
+    return totals[0]._replace(
+        bytes=sum(row.bytes for row in rows),
+        between={n: sum(t.between[n] for t in totals) for n in METHODS},
+        flops={n: sum(t.flops[n] for t in totals) for n in METHODS},
+        inversion=sum(row.inversion for row in rows),
+        columns=sum(t.columns for t in totals),
+        largest=max(t.largest for t in totals),
+        matrix_bytes=max(t.matrix_bytes for t in totals),
+        feasible=all(t.feasible for t in totals),
+    )
 
 
 class _Setting(NamedTuple):
@@ -255,29 +294,29 @@ def _equation_cost(equation: Equation) -> int:
 
 def _block_lines(found: Inspection) -> list[str]:
     total, empty = found.totals, [""] * 5
-    between = [_flops(n) if n else "" for n in total.between.values()]
+    between = [flops_text(n) if n else "" for n in total.between.values()]
     rows = [
         ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *total.flops, "inversion"],
         *map(_cells, found.rows),
         ["(between layers)", *empty, "", *between, ""],
-        ["total", *empty, _bytes(total.bytes), *_costs(total)],
+        ["total", *empty, bytes_text(total.bytes), *_costs(total)],
     ]
-    return _aligned(rows, right=2 + len(total.flops))
+    return aligned(rows, right=2 + len(total.flops))
 
 
 def _costs(of: Row | Totals) -> list[str]:
-    return [_flops(n) for n in (*of.flops.values(), of.inversion)]
+    return [flops_text(n) for n in (*of.flops.values(), of.inversion)]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name,
-        _shortened(", ".join(p.removeprefix(f"{row.name}/") for p in row.parameters), 40),
+        shortened(", ".join(p.removeprefix(f"{row.name}/") for p in row.parameters), 40),
         row.kind,
         "x".join(map(str, row.activation)),
         "x".join(map(str, row.pre_activation)),
         _sharing(row),
-        _bytes(row.bytes),
+        bytes_text(row.bytes),
         *_costs(row),
     )
 
@@ -292,8 +331,8 @@ def _unassigned_lines(found: Inspection) -> list[str]:
     rows = [("no block", "shape", "reason")]
     for name, reason in found.unassigned.items():
         shape = str(found.shapes[name])
-        rows.append((name, shape, _shortened(reason.removeprefix(f"(shape {shape}) "), 120)))
-    return ["", *_aligned(rows)] if found.unassigned else []
+        rows.append((name, shape, shortened(reason.removeprefix(f"(shape {shape}) "), 120)))
+    return ["", *aligned(rows)] if found.unassigned else []
 
 
 def _total_lines(found: Inspection) -> list[str]:
@@ -304,33 +343,8 @@ def _total_lines(found: Inspection) -> list[str]:
         f"{total.parameters:,} parameters, {outside:,} in no block; costs in FLOPs per batch",
         f"kflr: {total.columns:,} column(s) of the output Hessian's root, a backward pass for each",
         f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
-        f"({_bytes(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
-        f"the limit of {_bytes(recursion.MATRIX_BYTES)}",
+        f"({bytes_text(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
+        f"the limit of {bytes_text(recursion.MATRIX_BYTES)}",
         "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
         *total.too_large,
     ]
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: int = 0) -> list[str]:
-    """Lines of columns, the last few aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = "<" * (len(widths) - right) + ">" * right
-    formats = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
-    return ["  ".join(formats).format(*row).rstrip() for row in rows]
-
-
-def _shortened(text: str, width: int) -> str:
-    """The text, with its middle left out where it is longer than the width."""
-    half = (width - 3) // 2
-    return text if len(text) <= width else f"{text[:half]}...{text[-half:]}"
-
-
-def _flops(number: int) -> str:
-    number = int(float(f"{number:.3g}"))
-    power = min((len(str(number)) - 1) // 3, 5)
-    return f"{number / 1000**power:.4g}{('', 'k', 'M', 'G', 'T', 'P')[power]}"
-
-
-def _bytes(number: int) -> str:
-    power = min(max(number.bit_length() - 1, 0) // 10, 4)
-    return f"{number / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
+from kfgn.base.errors import OptionError
 from kfgn.base.linalg import count_of, map_examples
 from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
@@ -29,7 +30,8 @@ from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.operators import gauss_newton, hessian
 from kfgn.model.equations import Var, evaluate, read, size
 from kfgn.model.graph import Graph
-from kfgn.objective.objective import Objective, require_objective
+from kfgn.objective.objective import Objective
+from kfgn.objective.sum_of import AnyObjective, require_objective
 from kfgn.objective.weights import loss_of
 
 
@@ -61,7 +63,7 @@ class NegativeCurvature(NamedTuple):
 
 
 def negative_curvature(
-    objective: Objective, *, of: str = "pre_activation", tolerance: float | None = None
+    objective: AnyObjective, *, of: str = "pre_activation", tolerance: float | None = None
 ) -> Callable[[PyTree, Batch], dict[str, NegativeCurvature]]:
     """A detector of saddle points and of non-convexity, layer by layer (appendix C of Veitch).
 
@@ -95,6 +97,9 @@ def negative_curvature(
     """
     require_objective(objective)
     check_choice("of", of, ("pre_activation", "block"))
+    whole = objective if isinstance(objective, Objective) else None
+    if of == "pre_activation" and whole is None:
+        raise OptionError('of a sum of objectives look at of="block", or at its terms one by one')
     if tolerance is not None:
         check_not_negative("tolerance", tolerance)
 
@@ -104,7 +109,8 @@ def negative_curvature(
         return {n: _gathered(_measured(h, positive[n], tolerance), 1) for n, h in exact.items()}
 
     def of_pre_activations(params: PyTree, batch: Batch) -> dict[str, NegativeCurvature]:
-        held, batch = hold_statistics(objective, params, batch)
+        assert whole is not None
+        held, batch = hold_statistics(whole, params, batch)
         exact = hessian(held)._prepare(params, batch, exact=False)
         positive = gauss_newton(held)._prepare(params, batch, exact=False)
         own_terms = _example_terms(held, exact.graph, params)

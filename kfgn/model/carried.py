@@ -35,7 +35,8 @@ from kfgn.model.independence import change_of
 from kfgn.model.inline import Value, inline
 from kfgn.model.made_up import COUNT, DRAWS, Draw, Shape, made_up, on_made_up_values
 from kfgn.model.statistics import check_examples
-from kfgn.objective.objective import Objective, require_objective
+from kfgn.objective.objective import Objective
+from kfgn.objective.sum_of import require_objective
 
 
 class _Traced(NamedTuple):

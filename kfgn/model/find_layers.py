@@ -12,15 +12,24 @@ from kfgn.model.layer import Layer
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
 
+UNMET = "never meets data"  # in the reason of a parameter that has no curvature
+
 
 def find_layers(
-    model: FlatModel, sources: dict[Var, Source]
+    model: FlatModel,
+    sources: dict[Var, Source],
+    apart: frozenset[str] = frozenset(),
+    barred: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The model's layers by name, and the parameters in no layer with the reason."""
+    """The model's layers by name, and the parameters in no layer with the reason.
+
+    Those in `apart` are biases of no kernel, but layers of their own; those in `barred` are
+    in no layer.
+    """
     met = _data_uses(model)
     pairs, without_bias = find_uses(model, sources), set[Var]()
     uses = chosen(pairs, without_bias)
-    while unjoined := _unjoined(uses, met):
+    while unjoined := _unjoined(uses, met, apart):
         without_bias |= unjoined
         uses = chosen(pairs, without_bias)
     covered: dict[str, set[int]] = {name: set() for name in model.parameters}
@@ -30,7 +39,7 @@ def find_layers(
     for kernels in dict.fromkeys(use.kernel.names for use in uses):
         own = _biased([use for use in uses if use.kernel.names == kernels])
         names = dict.fromkeys(n for use in own for n, _ in meets(use))
-        lacking = [n for n in names if set(met[n]) - covered[n]]
+        lacking = [n for n in names if n in barred or set(met[n]) - covered[n]]
         mixed = any(set(u.kernel.names) & {*names} for u in uses if u.kernel.names != kernels)
         layer = None if lacking or mixed else _grouped(kernels[0], own)
         if layer is not None:
@@ -45,20 +54,21 @@ def find_layers(
         if name not in inside:
             reasons.setdefault(name, _reason(model, name, met[name]))
     # A parameter without entries needs no block.
-    return _named(layers), {n: r for n, r in reasons.items() if size(model.parameters[n])}
+    return named_layers(layers), {n: r for n, r in reasons.items() if size(model.parameters[n])}
 
 
-def _named(layers: list[Layer]) -> dict[str, Layer]:
+def named_layers(layers: list[Layer]) -> dict[str, Layer]:
     """Layers keyed by their kernel's path without its leaf, where that is unique."""
-    short = [layer.name.rpartition("/")[0] for layer in layers]
-    names = [s if s and short.count(s) == 1 else x.name for s, x in zip(short, layers, strict=True)]
+    paths = [layer.parameters[0] for layer in layers]
+    short = [path.rpartition("/")[0] for path in paths]
+    names = [s if s and short.count(s) == 1 else p for s, p in zip(short, paths, strict=True)]
     return {
         name: dataclasses.replace(layer, name=name)
         for name, layer in zip(names, layers, strict=True)
     }
 
 
-def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
+def _unjoined(uses: list[Use], met: dict[str, dict[int, str]], apart: frozenset[str]) -> set[Var]:
     """Results whose bias has to be a layer of its own.
 
     Kernel and bias make one block only where the bias is added to uses of that
@@ -78,7 +88,8 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]]) -> set[Var]:
         alike = alike and all(partners[n] == others for n in use.kernel.names)
         alone = all(len(met[n]) == len(own) for n in names) and all(u in others for u in own)
         whole = {u.bias.source.names for u in others if u.bias is not None} == {names}
-        if not (alike and alone and whole and _biased(others)) or _shared_by_slices(own):
+        joins = not apart.intersection(names) and alike and alone and whole and _biased(others)
+        if not joins or _shared_by_slices(own):
             bad.add(use.equations[0].outvars[0])
     return bad
 
@@ -199,9 +210,7 @@ def _description(equation: Any, others: frozenset[str]) -> str:
 def _reason(model: FlatModel, name: str, met: dict[int, str]) -> str:
     shape = model.parameters[name].aval.shape
     if not met:
-        return (
-            f"(shape {shape}) never meets data: no output depends on it, or none has a derivative"
-        )
+        return f"(shape {shape}) {UNMET}: no output depends on it, or none has a derivative"
     where = ", ".join(met.values())
     if len(met) > 1:
         return f"(shape {shape}) meets data {len(met)} times: in {where}"

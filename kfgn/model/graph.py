@@ -196,7 +196,14 @@ class Graph:
 _kept: weakref.WeakKeyDictionary[Objective, dict[Any, Graph]] = weakref.WeakKeyDictionary()
 
 
-def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: bool = False) -> Graph:
+def build_graph(
+    objective: Objective,
+    params: PyTree,
+    inputs: PyTree,
+    exact: bool = False,
+    apart: frozenset[str] = frozenset(),
+    barred: frozenset[str] = frozenset(),
+) -> Graph:
     """Traces the objective's model on one example of `inputs` (arrays or shapes).
 
     What was read is kept, for as long as the objective lives, and given again
@@ -207,19 +214,19 @@ def build_graph(objective: Objective, params: PyTree, inputs: PyTree, exact: boo
     With `exact`, parameters in no layer, and those of tied layers and of layers
     whose kernels are functions of them, are *free*: the walk differentiates them
     like data, so that it ends with their own exact blocks, whatever becomes of
-    them in the model.
+    them in the model. For `apart` and `barred` see `find_layers`.
     """
     if not isinstance(objective, Objective):
         raise OptionError(
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
-            "with kfgn.Objective(model, loss)."
+            "with kfgn.Objective(model, loss); of a sum of objectives ask its terms one by one."
         )
     kept = _kept.setdefault(objective, {})
     count = count_of(inputs) if objective.axis_name is not None else None
-    signature = count, *_signature(params, inputs, exact)
+    signature = count, *_signature(params, inputs, (exact, apart, barred))
     if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
         return kept[signature]
-    graph = _read(objective, params, inputs, exact)
+    graph = _read(objective, params, inputs, exact, apart, barred)
     kept.pop(signature, None)
     if not any(isinstance(x, jax.core.Tracer) for x in graph.model.constants.values()):
         kept[signature] = graph
@@ -230,7 +237,7 @@ def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
 
 
-def _signature(params: PyTree, inputs: PyTree, exact: bool) -> Any:
+def _signature(params: PyTree, inputs: PyTree, options: Any) -> Any:
     """All that a reading depends on, besides the model."""
     leaves, tree = jax.tree.flatten((params, inputs))
     examples = len(jax.tree.leaves(params))  # one example of what follows
@@ -241,7 +248,7 @@ def _signature(params: PyTree, inputs: PyTree, exact: bool) -> Any:
     devices = jax.sharding.get_abstract_mesh(), varying_axes(leaves)
     settings = *devices, *(getattr(jax.config, name) for name in _SETTINGS)
     known = (*REGISTERED.items(), *LAYERS.items())
-    return exact, tree, shapes, settings, known
+    return options, tree, shapes, settings, known
 
 
 # Those of jax that traces depend on.
@@ -251,7 +258,14 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> Graph:
+def _read(
+    objective: Objective,
+    params: PyTree,
+    inputs: PyTree,
+    exact: bool,
+    apart: frozenset[str],
+    barred: frozenset[str],
+) -> Graph:
     axis, axes = None, None
     if objective.axis_name is not None:
         refuse_named_vmap((params, inputs), objective.axis_name)
@@ -269,7 +283,7 @@ def _read(objective: Objective, params: PyTree, inputs: PyTree, exact: bool) -> 
     states = constant_states(model, sources)
     if states:
         model = with_roles(model, passive=states)
-    layers, reasons = find_layers(model, sources)
+    layers, reasons = find_layers(model, sources, apart, barred)
     free: tuple[str, ...] = ()
     if exact:
         tied = {

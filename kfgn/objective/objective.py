@@ -12,13 +12,13 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_flag, check_not_negative
-from kfgn.base.devices import AxisName, in_auto_axes
+from kfgn.base.devices import AxisName, count_over_devices, in_auto_axes
 from kfgn.base.errors import BatchError, ModelError, OptionError, ParameterError
 from kfgn.base.linalg import count_of, factor_dtype, inner
 from kfgn.base.trees import batch_of, first_of, named_leaves, path_name
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.objective.loss import Loss, from_function
-from kfgn.objective.weights import loss_of, weigh
+from kfgn.objective.weights import as_weights, loss_of, weigh
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,6 +122,20 @@ class Objective:
         """`l2/2 |params|^2`."""
         return 0.5 * self.l2 * inner(params, params)
 
+    def like_terms(self, found: dict[str, Any]) -> Any:
+        """What was found for the one term that this is, where a sum has several."""
+        (only,) = found.values()
+        return only
+
+    @property
+    def losses(self) -> tuple[Loss, ...]:
+        """The one loss; of a sum of objectives that of every term."""
+        return (self.loss,)
+
+    def with_model(self, change: Callable[[Any], Any]) -> "Objective":
+        """The same objective of another model, `change(model)`."""
+        return dataclasses.replace(self, model=change(self.model))
+
 
 def mean_of(losses: Float[Array, " N"]) -> Scalar:
     """The mean of per-example losses, in at least float32: steps compare such means."""
@@ -172,6 +186,17 @@ def read_batch(
     return weigh(inputs, targets, others[0], objective.mean_over, axis_name, statistics)
 
 
+def examples_of(objective: Objective, batch: Any, axis_name: AxisName | None) -> Scalar | int:
+    """What the mean of a batch is over: how many examples, or the sum of `|w|`."""
+    inputs, _, *weights = batch
+    if objective.mean_over == "examples" or not weights or weights[0] is None:
+        return count_over_devices(count_of(inputs), axis_name)
+    if isinstance(weights[0], jax.ShapeDtypeStruct):
+        return jnp.zeros(())
+    size = jnp.sum(jnp.abs(as_weights(weights[0])))
+    return size if axis_name is None else jax.lax.psum(size, axis_name)
+
+
 def _check_weights(weights: Any, count: int) -> None:
     """Raises BatchError unless there is one finite number for each example."""
     shape, dtype = getattr(weights, "shape", None), getattr(weights, "dtype", None)
@@ -214,15 +239,6 @@ def check_outputs(loss: Loss, outputs: PyTree, inputs: PyTree, targets: PyTree) 
 def is_concrete(leaf: Any) -> bool:
     """Whether a leaf has values that can be looked at."""
     return not isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
-
-
-def require_objective(objective: Any) -> None:
-    """Raises OptionError for anything but an Objective."""
-    if not isinstance(objective, Objective):
-        raise OptionError(
-            f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
-            "with kfgn.Objective(model, loss)."
-        )
 
 
 def require_batch(objective: Objective, params: PyTree, batch: Batch) -> tuple[PyTree, PyTree, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 import optax
 
 from kfgn.base.types import Batch, Number, PyTree
-from kfgn.objective.objective import Objective
+from kfgn.objective.sum_of import AnyObjective
 from kfgn.optimizers.damping import FactorDamping, StepDamping
 from kfgn.optimizers.layer_blocks import find_blocks
 from kfgn.optimizers.recipe import scale_by_curvature
@@ -24,7 +24,7 @@ Options = ParamSpec("Options")
 def optimizer(
     method: str,
     /,
-    objective: Objective,
+    objective: AnyObjective,
     params: PyTree,
     batch: Batch,
     *,

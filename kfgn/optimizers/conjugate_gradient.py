@@ -18,8 +18,8 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.operators import gauss_newton
-from kfgn.model.carried import graph_of
-from kfgn.objective.objective import Objective, read_batch
+from kfgn.model.unite import unite
+from kfgn.objective.sum_of import AnyObjective
 from kfgn.optimizers.state import Count, Flag
 
 Operator: TypeAlias = Callable[[PyTree], PyTree]
@@ -160,7 +160,7 @@ def check_stopping(tolerance: Any, progress: Any, max_iterations: Any) -> None:
 
 
 def block_gauss_newton_direction(
-    objective: Objective,
+    objective: AnyObjective,
     params: PyTree,
     batch: Batch,
     gradient: PyTree,
@@ -197,7 +197,7 @@ def block_gauss_newton_direction(
     0.9
     """
     check_not_negative("damping", damping)
-    blocks = blocks_of(graph_of(objective, params, read_batch(objective, batch)[0]))
+    blocks = blocks_of(unite(objective, params, batch))
     leaves = named_leaves(gradient)
     found: Named = {}
     residuals: dict[str, Scalar] = {}

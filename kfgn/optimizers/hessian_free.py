@@ -19,9 +19,9 @@ from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.linalg import factor_dtype, inner
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Batch, Named, Number, PyTree, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.operators import empirical_fisher, gauss_newton
-from kfgn.objective.objective import Objective, require_objective
+from kfgn.objective.sum_of import AnyObjective, require_objective
 from kfgn.optimizers.conjugate_gradient import Solution, check_stopping, conjugate_gradient, wide
 from kfgn.optimizers.damping import Fixed, StepDamping, as_rule
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
@@ -49,7 +49,7 @@ class ScaleByConjugateGradientState(NamedTuple):
 
 
 def scale_by_conjugate_gradient(
-    objective: Objective,
+    objective: AnyObjective,
     *,
     blocks: LayerBlocks | None = None,
     damping: Number | StepDamping = HESSIAN_FREE_PRESETS["cnn"]["damping"],

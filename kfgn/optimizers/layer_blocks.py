@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Batch, Named, Number, PyTree, Shape
-from kfgn.curvature.batch import Curvature, check_unassigned
 from kfgn.curvature.blocks import Block, LoneParameter, OwnBlock
-from kfgn.model.carried import graph_of
-from kfgn.model.factor_size import check_factor_size, limited
+from kfgn.curvature.curvature import Curvature, check_unassigned
+from kfgn.model.factor_size import check_factor_size
 from kfgn.model.layer import Layer, require_blocks
-from kfgn.objective.objective import Objective, read_batch, require_batch, require_objective
+from kfgn.model.unite import unite
+from kfgn.objective.objective import require_batch
+from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ NO_BLOCKS = LayerBlocks({})
 
 
 def find_blocks(
-    objective: Objective,
+    objective: AnyObjective,
     params: PyTree,
     batch: Batch,
     *,
@@ -126,12 +127,13 @@ def find_blocks(
     check_unassigned(unassigned)
     check_factor_size(large_factors, factor_limit)
     require_objective(objective)
-    graph = graph_of(objective, params, read_batch(objective, batch)[0])
-    require_blocks(graph.without_block(unassigned))
-    require_batch(objective, params, batch)
+    united = unite(objective, params, batch, None, large_factors, factor_limit)
+    require_blocks(united.without_block(unassigned))
+    for name, term in united.terms.items():
+        with named_term(name):
+            require_batch(term.objective, params, (term.inputs, term.targets))
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    layers = limited(graph.layers, large_factors, factor_limit)
-    return LayerBlocks(layers, tuple(graph.reasons), shapes, unassigned, objective.l2)
+    return LayerBlocks(united.layers, tuple(united.reasons), shapes, unassigned, objective.l2)
 
 
 def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: Named) -> Curvature:

@@ -14,7 +14,7 @@ from kfgn.base.types import Batch, PyTree
 from kfgn.curvature.batch import value_grad_and_curvature
 from kfgn.curvature.methods import METHODS, method_of
 from kfgn.diagnostics.inspect import Totals, inspection_of
-from kfgn.objective.objective import Objective
+from kfgn.objective.sum_of import AnyObjective
 from kfgn.optimizers.alias import kfac, kflr, kfra
 
 _ALIASES = {"kflr": kflr, "kfra": kfra, "kfac": kfac}  # the more exact first
@@ -30,7 +30,7 @@ class Made(NamedTuple):
 
 
 def make(
-    objective: Objective, params: PyTree, batch: Batch, *, method: str = "auto", **options: Any
+    objective: AnyObjective, params: PyTree, batch: Batch, *, method: str = "auto", **options: Any
 ) -> Made:
     """The optimizer and the function of the curvature that it needs, told everything once.
 
@@ -106,13 +106,13 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return optimizer, curvature
 
 
-def _able(objective: Objective, totals: Totals, options: dict[str, Any]) -> list[str]:
+def _able(objective: AnyObjective, totals: Totals, options: dict[str, Any]) -> list[str]:
     """The methods that can be taken, the more exact first."""
     spatial = options.get("spatial", "joint")
     able = [n for n in _ALIASES if spatial in METHODS[n].spatial]
     if spatial == "joint" and not totals.feasible:
         able.remove("kfra")
-    if not objective.loss.can_sample and "kfac" in able:
+    if not all(loss.can_sample for loss in objective.losses) and "kfac" in able:
         able.remove("kfac")
     return able
 

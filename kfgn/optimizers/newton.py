@@ -6,7 +6,6 @@ positive semi-definite, and else a matrix whose steps go down along directions
 of negative curvature too, where Newton's own would climb to the saddle point.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar, Shape
 from kfgn.curvature.operators import hessian
-from kfgn.objective.objective import Objective, require_objective
+from kfgn.objective.sum_of import AnyObjective, require_objective
 from kfgn.optimizers.layer_blocks import find_blocks
 from kfgn.optimizers.skipped import SkippedStreak, count_streak, no_streak
 from kfgn.optimizers.state import Count, all_finite, check_state, counter, guarded, number
@@ -39,7 +38,7 @@ class Solved(NamedTuple):
 
 
 def newton_direction(
-    objective: Objective,
+    objective: AnyObjective,
     params: PyTree,
     batch: Batch,
     gradient: PyTree,
@@ -102,18 +101,20 @@ class _Part(NamedTuple):
     back: Callable[[Array], Named]
 
 
-def _whole(objective: Objective, params: PyTree, batch: Batch, gradient: Named) -> Iterator[_Part]:
-    def model(own: Named, inputs: PyTree) -> PyTree:
-        return objective.model(with_leaves(params, own), inputs)
+def _whole(
+    objective: AnyObjective, params: PyTree, batch: Batch, gradient: Named
+) -> Iterator[_Part]:
+    def of_own(model: Any) -> Any:
+        return lambda own, inputs: model(with_leaves(params, own), inputs)
 
     own = {n: x for n, x in named_leaves(params).items() if n in gradient}
-    matrix = hessian(dataclasses.replace(objective, model=model)).dense(own, batch, with_l2=True)
+    matrix = hessian(objective.with_model(of_own)).dense(own, batch, with_l2=True)
     vector, back = ravel_pytree({n: jnp.asarray(g, matrix.dtype) for n, g in gradient.items()})
     yield _Part(matrix[None], vector[None], vector.shape, back)
 
 
 def _by_layer(
-    objective: Objective, params: PyTree, batch: Batch, gradient: Named
+    objective: AnyObjective, params: PyTree, batch: Batch, gradient: Named
 ) -> Iterator[_Part]:
     # Its blocks are exact ones: what factors would take is no matter.
     found = find_blocks(objective, params, batch, unassigned="diagonal", factor_limit=2**62)
@@ -152,7 +153,7 @@ class ScaleByNewtonState(NamedTuple):
 
 
 def scale_by_newton(
-    objective: Objective, *, damping: Number = 0.0, structure: str = "full"
+    objective: AnyObjective, *, damping: Number = 0.0, structure: str = "full"
 ) -> optax.GradientTransformationExtraArgs:
     """The direction of `newton_direction` as an optax transformation.
 
@@ -217,7 +218,7 @@ def scale_by_newton(
 
 
 def newton(
-    objective: Objective,
+    objective: AnyObjective,
     learning_rate: Number | optax.Schedule = 1.0,
     *,
     damping: Number = 0.0,

@@ -20,8 +20,8 @@ from kfgn.base.kronecker import (
 )
 from kfgn.base.linalg import factor_dtype
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
-from kfgn.curvature.batch import Curvature
 from kfgn.curvature.blocks import LoneParameter
+from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.state import Count, Flag, number, zeros_like

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from kfgn.base.linalg import inner, total
 from kfgn.base.types import Array, Named, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.state import Flag
 
 

@@ -16,7 +16,7 @@ from kfgn.base.checks import check_decay, check_flag, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.damping import (
     FactorDamping,
     Following,

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, Number, PyTree, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 
 Count: TypeAlias = Int[Array, ""]
 Flag: TypeAlias = Bool[Array, ""]

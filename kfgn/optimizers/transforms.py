@@ -22,7 +22,7 @@ from kfgn.base.checks import (
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
 from kfgn.optimizers.quadratic_model import best_step, combine, push

@@ -10,7 +10,7 @@ from kfgn.base.checks import check_whole
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, PyTree
-from kfgn.curvature.batch import Curvature
+from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.layer_blocks import LayerBlocks, require_curvature, require_settings
 from kfgn.optimizers.skipped import count_streak
 from kfgn.optimizers.state import check_state

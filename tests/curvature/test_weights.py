@@ -241,3 +241,23 @@ def test_batches_of_batches():
 
     found = jax.jit(jax.vmap(factors))(weights)
     close(found, jax.tree.map(lambda *x: jnp.stack(x), *map(jax.jit(factors), weights)))
+
+
+@pytest.mark.parametrize("method", ["kfra", "kflr"])
+def test_parts_on_devices(method):
+    """An axis of devices that have different sums of weights, and one that has few examples."""
+    params, inputs, labels = problem()
+    batch = (inputs, labels, jnp.array([1.0, 0.5, 2.0, 0.0, 0.0, 0.25]))
+    objective = kfgn.Objective(model, LOSS, l2=L2)
+    spread = kfgn.value_grad_and_curvature(objective, method, axis_name="device")
+
+    def of_device(batch):
+        (value, grads), curvature = spread(params, batch)
+        u, v = (wave(f, curvature.gradient) for f in (jnp.cos, jnp.sin))
+        forms = curvature.output_product(curvature.linearized(u), curvature.linearized(v))
+        return value, grads, curvature.factors, forms, curvature.displaced(u), curvature.examples
+
+    parts = jax.tree.map(lambda a: a.reshape(2, 3, *a.shape[1:]), batch)
+    found = jax.jit(jax.vmap(of_device, axis_name="device"))(parts)
+    whole = seen(objective, method, batch, params)
+    close(found, jax.tree.map(lambda x: jnp.stack([x, x]), whole))

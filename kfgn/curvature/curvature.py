@@ -1,0 +1,100 @@
+"""What an update must know of a batch, and how it was made."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax.tree_util import Partial
+
+from kfgn.base.checks import check_choice, check_whole
+from kfgn.base.errors import OptionError
+from kfgn.base.types import Array, Scalar
+from kfgn.curvature.factors import Diagonal, Factors, check_sharing
+from kfgn.curvature.methods import METHODS, method_of
+from kfgn.model.factor_size import check_factor_size
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CurvatureSettings:
+    """What a curvature was made with: the arguments of `value_grad_and_curvature`.
+
+    A pytree without leaves: it is part of the tree structure of a `Curvature`.
+
+    Raises:
+      OptionError: an option has a wrong value.
+
+    >>> import kfgn
+    >>> settings = kfgn.curvature.CurvatureSettings(
+    ...     "kfac", 1, "expand", "joint", 256, "raise", l2=0.0
+    ... )
+    >>> jax.tree.leaves(settings)
+    []
+    """
+
+    method: str
+    samples: int
+    sharing: str
+    spatial: str
+    model_examples: int | None
+    unassigned: str
+    l2: float | None  # the objective's; None where it is an array, whose value may be unknown
+    large_factors: str = "raise"
+    factor_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        method = method_of(self.method)
+        check_whole("samples", self.samples, 1)
+        check_sharing(self.sharing)
+        check_choice("spatial", self.spatial, {s: 0 for m in METHODS.values() for s in m.spatial})
+        if self.spatial not in method.spatial:
+            able = ", ".join(f'"{n}"' for n, m in METHODS.items() if self.spatial in m.spatial)
+            raise OptionError(f"spatial is an option of method {able}, not of {self.method!r}")
+        if self.model_examples is not None:
+            check_whole("model_examples", self.model_examples, 1)
+        check_unassigned(self.unassigned)
+        check_factor_size(self.large_factors, self.factor_limit)
+
+    def require_equal(self, other: "CurvatureSettings", what: str) -> None:
+        """Raises OptionError where other settings differ, with the fields that do."""
+        mine, others = dataclasses.asdict(self), dataclasses.asdict(other)
+        differing = [n for n in mine if mine[n] != others[n]]
+        if differing:
+            found = ", ".join(f"{n}={mine[n]!r} and {n}={others[n]!r}" for n in differing)
+            raise OptionError(
+                f"{what} must have the same settings, found {found}; make all of them with one "
+                "function of kfgn.value_grad_and_curvature."
+            )
+
+
+class Curvature(NamedTuple):
+    """Everything an update needs to know about a batch, as one pytree.
+
+    The callables are `jax.tree_util.Partial`, so all of it crosses jit.
+    Directions are dictionaries from parameter name to array; absent names
+    stand for zeros.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
+    >>> w, batch = jnp.ones((3, 1)), (jnp.ones((4, 3)), jnp.zeros((4, 1)))
+    >>> _, curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
+    >>> float(curvature.value), float(curvature.displaced({"": -w}))
+    (4.5, 0.0)
+    >>> curvature.linearized({"": w}).shape, curvature.settings.method
+    ((4, 1), 'kflr')
+    """
+
+    factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
+    value: Scalar  # the objective, l2 included
+    gradient: dict[str, Array]  # its gradient, l2 included
+    # Of all examples, or of the `model_examples` that stand for them, n:
+    linearized: Partial  # direction -> the outputs' change to first order, `[n, K]`
+    output_product: Partial  # (u, v) of `[n, K]` -> mean of u'Hv, H the output Hessian
+    displaced: Partial  # direction -> the objective at params + direction
+    examples: Scalar  # how many the batch has, or the sum of `|w|`: its weight in an average
+    settings: CurvatureSettings  # static: what it was made with
+
+
+def check_unassigned(unassigned: str) -> None:
+    """Raises OptionError unless it is a known treatment of parameters without a block."""
+    check_choice("unassigned", unassigned, ("block", "raise", "diagonal", "gradient"))
