@@ -18,6 +18,7 @@ import numpy as np
 from kfgn.base.devices import vary_shapes, varying_axes
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import count_of
+from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.model.bounded import bounded
 from kfgn.model.equations import (
@@ -30,6 +31,7 @@ from kfgn.model.equations import (
     live_equations,
     variables,
 )
+from kfgn.model.flat_model import check_parameters
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.independence import change_of
 from kfgn.model.inline import Value, inline
@@ -79,6 +81,7 @@ def carry(objective: Objective, params: PyTree, inputs: PyTree) -> tuple[Objecti
         without what it could carry.
     """
     require_objective(objective)
+    check_parameters(named_leaves(params))
     try:
         check_examples(objective, params, inputs)
     except ModelError as error:

@@ -132,7 +132,7 @@ def flatten_model(
       ParameterError: params are empty or not floating point.
     """
     leaves = named_leaves(params)
-    _check_parameters(leaves)
+    check_parameters(leaves)
     shapes = jax.tree.map(lambda a: abstract(a, a.shape), params)
     example = jax.tree.map(lambda a: abstract(a, a.shape[1:]), inputs)
     # Where the batch varies over devices, constants that meet it must be cast, too.
@@ -233,7 +233,8 @@ def _shapes(tree: PyTree) -> str:
     return ", ".join(f"{path_name(path)} {jnp.shape(leaf)}".strip() for path, leaf in leaves)
 
 
-def _check_parameters(leaves: dict[str, Any]) -> None:
+def check_parameters(leaves: dict[str, Any]) -> None:
+    """Raises ParameterError unless there are leaves, all of them floating-point arrays."""
     if not leaves:
         raise ParameterError("params have no leaves: expected a pytree of floating-point arrays")
     for name, leaf in leaves.items():

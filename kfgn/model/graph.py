@@ -283,6 +283,7 @@ def _read(
     states = constant_states(model, sources)
     if states:
         model = with_roles(model, passive=states)
+        sources = {v: s for v, s in sources.items() if model.roles[v] is Role.PARAMETER}
     layers, reasons = find_layers(model, sources, apart, barred)
     free: tuple[str, ...] = ()
     if exact:

@@ -271,11 +271,13 @@ def _trial(
     """The outputs of some examples, and of what becomes of them; the draw is of what is traced."""
     leaves = jax.device_put(leaves)
     fixed = {n: [*_made_up_known(p, draw, len(leaves)), *leaves] for n, p in programs.items()}
+    follow = set[str].intersection(*(set(p.names) for n, p in programs.items() if n > 1))
 
     def of(rows: list[int], fixed: Any = fixed, inputs: Any = inputs) -> Outputs:
         program = programs[len(rows)]
         found = program.run(*fixed[len(rows)], *(x[np.array(rows)] for x in inputs))
-        return dict(zip(program.names, map(np.asarray, found), strict=True))
+        named = zip(program.names, found, strict=True)
+        return {name: np.asarray(x) for name, x in named if name in follow}
 
     shaken = {COUNT: list(map(shaken_value, fixed[COUNT]))}, list(map(shaken_value, inputs))
     together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]

@@ -190,7 +190,8 @@ def test_parameters_without_a_block():
 
     def model(p, x):
         h = jnp.tanh(dense(p["first"], x))
-        h = normalize(h) * jnp.exp(p["norm"]["scale"]) + jnp.tanh(p["norm"]["shift"])
+        scale, shift = (jax.nn.softmax(p["norm"][name]) for name in ("scale", "shift"))
+        h = normalize(h) * scale + shift  # each of their entries is made of all
         return dense(p["out"], jnp.tanh(dense(p["second"], h)))
 
     norm = {"scale": jnp.linspace(0.5, 2, 5), "shift": jnp.linspace(-1, 1, 5)}
@@ -203,7 +204,9 @@ def test_parameters_without_a_block():
     truth = dense_truth(case, row, targets)
 
     with pytest.raises(kfgn.errors.LayerError, match="norm/scale"):
-        factors_of(objective, "kflr", params, (inputs, targets))
+        kfgn.value_grad_and_curvature(objective, "kflr", unassigned="raise")(
+            params, (inputs, targets)
+        )
     function = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="gradient")
     (_, gradient), curvature = jax.jit(function)(params, (inputs, targets))
     assert set(curvature.factors) == set(slots)
