@@ -135,8 +135,7 @@ def inspect(
     >>> found.rows[0].activation, found.rows[0].flops["kfac"]
     ((3, 3), 104)
     """
-    found = inspection_of(objective, params, batch)
-    print(found, file=file)
+    print(found := inspection_of(objective, params, batch), file=file)
     return found
 
 
@@ -182,6 +181,7 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
         flops={n: sum(t.flops[n] for t in totals) for n in METHODS},
         inversion=sum(row.inversion for row in rows),
         columns=sum(t.columns for t in totals),
+        too_large=tuple(dict.fromkeys(text for t in totals for text in t.too_large)),
         largest=max(t.largest for t in totals),
         matrix_bytes=max(t.matrix_bytes for t in totals),
         feasible=all(t.feasible for t in totals),

@@ -26,12 +26,14 @@ def limited(
     Args:
       layers: by name.
       treatment: of larger factors: "raise"; "split" into the fewest equal blocks on
-        the diagonal that are within the limit; or "diagonal".
+        the diagonal that are within the limit; or "diagonal"; "whole" where none are formed.
       limit: None stands for what a factor of 2 GiB has.
 
     Raises:
       LayerError: a factor is larger, and to "raise".
     """
+    if treatment == "whole":
+        return layers
     return {name: _limited(name, layer, treatment, limit) for name, layer in layers.items()}
 
 

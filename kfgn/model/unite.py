@@ -57,7 +57,7 @@ def unite(
     params: PyTree,
     batch: Batch,
     axis_name: AxisName | None = None,
-    large_factors: str = "raise",
+    large_factors: str = "whole",
     factor_limit: int | None = None,
 ) -> United:
     """Reads the models and batches of all terms of an objective."""
@@ -72,7 +72,7 @@ def unite(
         sources = (inputs, targets, graph, names, frozenset[str](), examples, of_data, data)
         term = Term(objective, 1.0, *sources)
         return United({"": term}, layers, graph.reasons)
-    if large_factors != "raise":
+    if large_factors not in ("raise", "whole"):
         raise OptionError(
             f"a sum of objectives has whole factors: large_factors must be 'raise', found "
             f"{large_factors!r}"
@@ -103,7 +103,7 @@ def unite(
         for n, reason in graph.reasons.items():
             if n not in inside and (n not in reasons or UNMET not in reason):
                 reasons[n] = reason
-    return United(terms, limited(layers, "raise", factor_limit), reasons)
+    return United(terms, limited(layers, large_factors, factor_limit), reasons)
 
 
 def _alike_graphs(build: Mapping[str, Any]) -> dict[str, Graph]:

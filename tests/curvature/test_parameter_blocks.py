@@ -209,7 +209,7 @@ def scales_and_stacks(params, x):
         return jnp.tanh(h @ layer["w"] + layer["b"]), None
 
     h, _ = jax.lax.scan(body, h, params["stack"])
-    return h @ params["out"] * jnp.exp(params["bare"])
+    return h @ params["out"] * jax.nn.softmax(params["bare"])
 
 
 def test_other_layers():

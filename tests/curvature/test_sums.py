@@ -213,10 +213,10 @@ def test_solvers_take_sums():
     blocks = kfgn.solvers.newton_direction(
         objective, params, batch, gradient, damping=0.1, structure="block"
     )
-    index = _named(unravel(jnp.arange(flat.size)))["b/w"].astype(int).ravel()
+    index = ravel_pytree(unravel(jnp.arange(flat.size))["b"])[0].astype(int)
     values, vectors = np.linalg.eigh(hessian[np.ix_(index, index)])
-    own = vectors @ ((vectors.T @ gradient["b"]["w"].ravel()) / (np.abs(values) + 0.1))
-    close(blocks.direction["b"]["w"].ravel(), own, 1e-8, 1e-8)
+    own = vectors @ ((vectors.T @ ravel_pytree(gradient["b"])[0]) / (np.abs(values) + 0.1))
+    close(ravel_pytree(blocks.direction["b"])[0], own, 1e-8, 1e-8)
     found = kfgn.solvers.minimize(objective, params, batch, max_iterations=20)
     assert found.values[-1] < found.values[0]
     tx = kfgn.transforms.scale_by_conjugate_gradient(
