@@ -49,7 +49,8 @@ class United(NamedTuple):
     def without_block(self, unassigned: str) -> dict[str, str]:
         """Parameters without a block in all terms, as `Graph.without_block` says."""
         found = [term.graph.without_block(unassigned) for term in self.terms.values()]
-        return {n: r for n, r in self.reasons.items() if all(n in own for own in found)}
+        lacking = [n for n in self.reasons if all(n in own for own in found)]
+        return {n: min((own[n] for own in found), key=lambda r: UNMET in r) for n in lacking}
 
 
 def unite(
