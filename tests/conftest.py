@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import subprocess
 import sys
@@ -73,9 +72,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if mark and hasattr(item, "callspec") and mark.args[0] in item.callspec.params:
             group = f"{item.callspec.params[mark.args[0]]}".partition(" with ")[0]
         item.add_marker(pytest.mark.xdist_group(group))
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tracing makes many short-lived objects: the collector looks seldom, and at no module."""
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
