@@ -367,7 +367,7 @@ def test_broken_batch_changes_nothing_but_its_count():
         (_, bad), curvature = curvature_fn()(params, broken)
         updates, after = run(tx, (params, broken, bad, curvature), state)
         assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
-        assert_equal(after._replace(skipped=state.skipped), state)
+        assert_equal(after._replace(skipped=state.skipped, streak=state.streak), state)
         assert int(after.skipped) == 1
 
 
@@ -660,7 +660,7 @@ def test_newton_skips_a_broken_batch():
     updates, after = update(grads, state, params, batch=broken)
     assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
     assert int(after.skipped) == 1
-    assert_equal(after._replace(skipped=state.skipped), state)
+    assert_equal(after._replace(skipped=state.skipped, streak=state.streak), state)
 
 
 def test_newton_errors():
