@@ -301,10 +301,10 @@ def test_inverses_are_refreshed_when_due():
 
 def test_unassigned_parameters_take_damped_gradient_steps():
     def scaled(params, inputs):
-        return network(params, inputs) * jnp.exp(params["scale"])
+        return network(params, inputs) * jax.nn.softmax(params["scale"])  # no layer
 
     objective = kfgn.Objective(scaled, OBJECTIVE.loss, l2=L2)
-    params, batch = {**make_params(), "scale": jnp.ones(CLASSES)}, make_batch()
+    params, batch = {**make_params(), "scale": jnp.arange(0.0, CLASSES)}, make_batch()
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="gradient")
     curvature_fn = kfgn.value_grad_and_curvature(objective, unassigned="gradient")
     (_, grads), curvature = jax.jit(curvature_fn)(params, batch)
@@ -317,10 +317,10 @@ def test_unassigned_parameters_take_steps_by_their_diagonal():
     """The exact Gauss-Newton diagonal, damped; both kinds of inverse."""
 
     def scaled(params, inputs):
-        return network(params, inputs) * jnp.exp(params["scale"])
+        return network(params, inputs) * jax.nn.softmax(params["scale"])  # no layer
 
     objective = kfgn.Objective(scaled, OBJECTIVE.loss, l2=L2)
-    params, batch = {**make_params(), "scale": jnp.zeros(CLASSES)}, make_batch()
+    params, batch = {**make_params(), "scale": jnp.arange(0.0, CLASSES)}, make_batch()
     layers = kfgn.layers.find_blocks(objective, params, batch, unassigned="diagonal")
     curvature_fn = kfgn.value_grad_and_curvature(objective, unassigned="diagonal")
     (_, grads), curvature = jax.jit(curvature_fn)(params, batch)
