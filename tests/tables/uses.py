@@ -243,7 +243,7 @@ def _masked_and_scaled(p, x):
 def _joined(p, x):
     kernel = jnp.concatenate([p["left"]["w"], p["right"]["w"]], axis=1)
     h = x @ kernel + jnp.concatenate([p["left"]["b"], p["right"]["b"]])
-    return affine(p["out"], jnp.tanh(jnp.tanh(h) @ jnp.pad(p["padded"], ((1, 0), (0, 0)))))
+    return affine(p["out"], jnp.tanh(jnp.tanh(h) @ jnp.pad(p["padded"], ((0, 0), (0, 1)))))
 
 
 def _complex(p, x):
@@ -306,7 +306,7 @@ DERIVED = {
     ),
     "joined_kernels": Row(
         plain(_joined, {"left": {"w": (3, 1), "b": (1,)}, "right": {"w": (3, 1), "b": (1,)},
-                        "padded": (1, 2), "out": OUT}),
+                        "padded": (2, 1), "out": OUT}),
         normal(3),
         {"left": ("left/w", "right/w", "left/b", "right/b"), "padded": ("padded",)}
         | affine_blocks("out"),
