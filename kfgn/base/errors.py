@@ -17,6 +17,10 @@ class ModelError(KfgnError):
     """The model cannot be traced, or its outputs do not fit the batch."""
 
 
+class LoopError(ModelError):
+    """A loop over parameters is longer than a method that unrolls it goes."""
+
+
 class LayerError(KfgnError):
     """A parameter belongs to no layer that kfgn has a block for."""
 

@@ -124,7 +124,8 @@ def value_grad_and_curvature(
     def of_batch(
         params: PyTree, batch: Batch, key: Array | None
     ) -> tuple[tuple[Any, PyTree], Curvature]:
-        united = unite(objective, params, batch, axis_name, large_factors, factor_limit)
+        limits = large_factors, factor_limit
+        united = unite(objective, params, batch, axis_name, *limits, chosen.walks)
         require_blocks(united.without_block(unassigned))
         found, aux = [], {}
         for k, (name, term) in enumerate(united.terms.items()):

@@ -33,7 +33,7 @@ class LoneParameter:
 
     name: str
     matrix_shape: Shape
-    slots: ClassVar[tuple[tuple[Use, ...], ...]] = ((),)
+    kernels: ClassVar[int] = 1
     uses: ClassVar[dict[str, Use]] = {}
 
     @property
@@ -54,7 +54,7 @@ class OwnBlock:
     name: str
     shape: Shape
 
-    slots: ClassVar[tuple[tuple[Use, ...], ...]] = ((),)
+    kernels: ClassVar[int] = 1
     uses: ClassVar[dict[str, Use]] = {}
 
     @property

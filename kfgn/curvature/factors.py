@@ -222,7 +222,7 @@ def _sharing(layer: Layer, sharing: str) -> str:
 
 
 def _is_one_row(layer: Layer) -> bool:
-    return layer.activation_size == 1 == len(layer.uses)
+    return layer.activation_size == 1 == sum(use.form.turns for use in layer.uses.values())
 
 
 def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
@@ -235,7 +235,9 @@ def _of_both(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]
     """`of(uses, blocks)` of the factor on one side, Q or G, and on the other for flipped uses."""
     shapes = layer.activation_shape, layer.pre_activation_shape
     parts = [of(slot, layer.splits[side]) for slot in _slots(layer)]
-    upright = (parts[0] if len(parts) == 1 else jnp.concatenate(parts)).reshape(shapes[side])
+    # Blocks on a diagonal stand beside each other, in one entry of the stack.
+    own = [part.reshape(-1, *shapes[side][layer.stack > 1 :]) for part in parts]
+    upright = layer.stacked(own).reshape(shapes[side])
     if not layer.flipped:
         return Moments(upright)
     found = [of(slot, layer.splits[1 - side]) if slot else 0 for slot in _slots(layer, True)]
@@ -332,14 +334,15 @@ def _counts(
     dtype: Any,
     weights: dict[str, Weights],
     importance: Float[Array, " N"] | None,
-) -> Float[Array, "1 d_in"]:
+) -> Float[Array, "s d_in"]:
     """How often each row is looked up per example, the diagonal of "expand"'s Q."""
     if _is_one_row(layer):  # "reduce", whose G has the factor in it
         return jnp.ones((1, 1), dtype)
-    counts = nothing = jnp.zeros(layer.activation_size, dtype)
+    counts = nothing = jnp.zeros((layer.first.form.groups, layer.activation_size), dtype)
     for name, use in slot.items():
         found = use.form.activations(values[name])
         weight = jnp.full(found.shape, use.kernel.factor**2 / found.shape[0], dtype)
-        own = nothing.at[found.reshape(-1)].add(weighed(importance, weight).reshape(-1))
-        counts = counts + (own * weights[name].rows[0] ** 2 if name in weights else own)
-    return counts[None]
+        group = jnp.arange(found.shape[1])[:, None]
+        own = nothing.at[group, found].add(weighed(importance, weight))
+        counts = counts + (own * weights[name].rows ** 2 if name in weights else own)
+    return counts

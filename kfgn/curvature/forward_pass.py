@@ -14,7 +14,7 @@ from kfgn.base.linalg import count_of, factor_dtype, row_products, weighed
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.linear_pass import backward_pass
-from kfgn.curvature.recursion import needed_values
+from kfgn.curvature.recursion import needed_values, used_values
 from kfgn.curvature.weights import Weights, weights_of
 from kfgn.model.carried import carry
 from kfgn.model.equations import variables
@@ -106,7 +106,9 @@ def linearize(
     count = count_of(inputs)
     probes = vary_like(graph.probes(count), leaves) if with_probes else {}
     read = graph.model
-    keep = [*needed_values(graph), *read.statistics, *(read.aux.atoms if read.aux else ())]
+    # What walks backwards goes through every value; else only a layer's inputs are looked at.
+    looked_at = used_values(graph) if with_probes else needed_values(graph)
+    keep = [*looked_at, *read.statistics, *(read.aux.atoms if read.aux else ())]
 
     def forward(leaves: dict[str, Array], probes: dict[str, Array]) -> tuple[PyTree, list[Array]]:
         return graph.forward(leaves, inputs, probes, keep)

@@ -166,7 +166,7 @@ class Operator:
         blocks, arguments = blocks_of(prepared.graph), prepared.arguments
         copies = linalg.count_of(arguments) if per_example else 1
         for name, block in blocks.items():
-            slots = len(block.slots)
+            slots = block.kernels
             side = math.prod(block.matrix_shape) // slots
             shape = (copies * slots, side, side)
             check_size(f"the block of {name!r}", shape, prepared.dtype, REMEDY_OF_BLOCKS)
@@ -279,7 +279,7 @@ def in_block(
         direction = with_leaves(jax.tree.map(jnp.zeros_like, params), leaves)
         return named_leaves(product(direction))
 
-    slots = matrix.reshape(len(block.slots), -1)
+    slots = matrix.reshape(block.kernels, -1)
     parts = []
     for k in range(len(slots)):
         alone = jnp.zeros_like(slots).at[k].set(slots[k]).reshape(block.matrix_shape)

@@ -68,7 +68,7 @@ class OperatorSum(Operator):
         dtype, found = jnp.result_type(*jax.tree.leaves(params)), {}
         for name, matvec in self.block_matvecs(params, batch, per_example=per_example).items():
             block = blocks[name]
-            slots, shape = len(block.slots), block.matrix_shape
+            slots, shape = block.kernels, block.matrix_shape
             side = math.prod(shape) // slots
             check_size(f"the block of {name!r}", (slots, side, side), dtype, REMEDY_OF_BLOCKS)
             units = jnp.tile(jnp.eye(side, dtype=dtype)[:, None], (1, slots, 1))

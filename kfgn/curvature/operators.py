@@ -196,7 +196,7 @@ class EmpiricalFisher(GaussNewton):
             rows = jnp.square(gradients[name].reshape(model.examples, -1).astype(model.dtype))
             rows = rows * jnp.asarray(sign, model.dtype).reshape(-1, 1)
             mean = single_diagonal(layer.first, model.values[layer.first.input], rows)
-            found[name] = mean.reshape(layer.matrix_shape)
+            found[name] = layer.stacked([mean]).reshape(layer.matrix_shape)
         inside = {p for layer in once.values() for p in layer.parameters}
         others = {n: jnp.asarray(leaf) for n, leaf in leaves.items() if n not in inside}
 

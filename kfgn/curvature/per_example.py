@@ -60,7 +60,7 @@ def prepare(
       diagonal, exact: as in `walk_back` and `build_graph`.
     """
     inputs, targets = read_batch(objective, batch)
-    graph = build_graph(objective, params, inputs, exact)
+    graph = build_graph(objective, params, inputs, exact, unroll=True)
     leaves, keep, loss = (
         named_leaves(params),
         needed_values(graph),
@@ -230,7 +230,7 @@ def free_matrices(graph: Graph, walked: Walked, params: PyTree) -> dict[str, Arr
             return layer.to_matrix({n: x.reshape(leaf.shape) for x, (n, leaf) in parts}).reshape(-1)
 
         block = jax.vmap(read)(jax.vmap(read)(whole).T)
-        slots = len(layer.slots)
+        slots = layer.kernels
         if slots > 1:
             split = block.reshape(slots, block.shape[0] // slots, slots, -1)
             block = jnp.stack([split[k, :, k] for k in range(slots)])

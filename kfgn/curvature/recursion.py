@@ -40,6 +40,13 @@ class Walk(NamedTuple):
     importance: Float[Array, " N"] | None = None  # of the examples, of mean 1
 
 
+def used_values(graph: Graph) -> list[Var]:
+    """The per-example values that factors read."""
+    uses = graph.uses.values()
+    chosen = [use.choice.index for use in uses if use.choice is not None]
+    return list(dict.fromkeys([*(use.input for use in uses), *chosen]))
+
+
 def needed_values(graph: Graph) -> list[Var]:
     """The per-example values that walks and activation factors read."""
     needed: list[Var] = []

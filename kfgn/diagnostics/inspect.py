@@ -5,25 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
-import jax
-import jax.numpy as jnp
-
-from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
-from kfgn.curvature.methods import METHODS, UseCost
+from kfgn.curvature.methods import METHODS
+from kfgn.diagnostics.costs import Setting, forward_cost, node_cost, setting, use_cost
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
-from kfgn.model.dependence import keeps_order
-from kfgn.model.equations import Equation, size
+from kfgn.model.equations import size
 from kfgn.model.factor_size import most_rows, too_large
-from kfgn.model.graph import Graph, Node
 from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
-from kfgn.model.unite import Term, unite
-from kfgn.objective.objective import require_batch
+from kfgn.model.unite import unite
 from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
-from kfgn.objective.weights import loss_of
 
 
 class Row(NamedTuple):
@@ -55,9 +47,9 @@ class Totals(NamedTuple):
     gradient: int  # FLOPs of the batch's gradient, three times the forward pass
     update: dict[str, float]  # by method, what an update takes, predicted in gradients
     columns: int  # of the output Hessian's root: backward passes that "kflr" makes
-    largest: int  # entries per example of the largest value that "kfra" goes through
+    largest: int  # entries per example of the largest value that "kfra" goes through, 0 for none
     matrix_bytes: int  # of the matrix over that value's entries
-    feasible: bool  # whether "kfra" forms a matrix as large as that
+    feasible: bool  # whether "kfra" forms a matrix as large as that, and unrolls the loops
     too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms
 
 
@@ -108,8 +100,9 @@ def inspect(
     "kfac" (with one sample) and "empirical" take the activation factor and one column,
     "kflr" as many columns as the output Hessian's root has, "kfra" the congruence.
 
-    The way back ends, and costs nothing, where the input is data. The positions
-    of a single row that is added everywhere are summed first, so that T is 1.
+    The way back ends, and costs nothing, where the input is data; in a loop, where it is
+    in every iteration. The positions of a single row that is added everywhere are summed
+    first, so that T is 1.
 
     What lies between the layers is little for most methods, and left out.
     For "kfra", where it may be most of the cost, it has a line of its own:
@@ -148,21 +141,13 @@ def inspection_of(objective: AnyObjective, params: PyTree, batch: Any) -> Inspec
     totals = []
     for name, term in united.terms.items():
         with named_term(name):
-            setting = _setting(term, params)
-        own = {term.names[n]: _row(setting, layer) for n, layer in term.graph.layers.items()}
+            at = setting(term, params)
+        own = {term.names[n]: _row(at, layer) for n, layer in term.graph.layers.items()}
         for n, row in own.items():
             parts[n].append(row._replace(name=n))
-        totals.append(_totals(setting, tuple(own.values()), sizes))
+        totals.append(_totals(at, tuple(own.values()), sizes))
     rows = tuple(map(_together, parts.values()))
     return Inspection(rows, dict(united.reasons), sizes, _of_all(totals, rows))
-
-
-def _setting(term: Term, params: PyTree) -> "_Setting":
-    inputs, targets, outputs = require_batch(term.objective, params, (term.inputs, term.targets))
-    columns = loss_of(term.objective.loss, targets).sqrt_columns
-    root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
-    dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
-    return _Setting(term.graph, count_of(inputs), root.shape[0], dtype.itemsize)
 
 
 def _together(rows: Sequence[Row]) -> Row:
@@ -188,18 +173,9 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
     )
 
 
-class _Setting(NamedTuple):
-    """What costs depend on besides a layer."""
-
-    graph: Graph
-    examples: int
-    columns: int
-    itemsize: int  # of a factor's entries
-
-
-def _row(at: _Setting, layer: Layer) -> Row:
+def _row(at: Setting, layer: Layer) -> Row:
     shapes = (layer.activation_shape, layer.pre_activation_shape)
-    uses = [_use_cost(at, layer, use) for use in layer.uses.values()]
+    uses = [use_cost(at, layer, use) for use in layer.uses.values()]
     size_q, size_g = layer.activation_size, layer.d_out
     return Row(
         layer.name,
@@ -207,9 +183,9 @@ def _row(at: _Setting, layer: Layer) -> Row:
         layer.kind,
         *shapes,
         positions=max(layer.positions(slot) for slot in range(len(layer.slots))),
-        uses=max(map(len, layer.slots)),
-        slots=len(layer.slots),
-        groups=layer.first.form.groups,
+        uses=max(sum(use.form.turns // use.form.slots for use in slot) for slot in layer.slots),
+        slots=layer.kernels,
+        groups=layer.first.form.groups // layer.first.form.slots,
         transposed=bool(layer.flipped),
         bytes=sum(map(math.prod, shapes)) * at.itemsize,
         flops={name: sum(map(method.flops, uses)) for name, method in METHODS.items()},
@@ -217,13 +193,15 @@ def _row(at: _Setting, layer: Layer) -> Row:
     )
 
 
-def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
-    largest = max((size(v) for n in at.graph.nodes for v in (*n.outputs, *n.inputs)), default=0)
-    walk = sum(_node_cost(node, at.examples) for node in at.graph.nodes if node.use is None)
+def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
+    nodes = at.nodes or ()
+    largest = max((size(v) for n in nodes for v in (*n.outputs, *n.inputs)), default=0)
+    walk = sum(node_cost(node, at.examples) for node in nodes if node.use is None)
     between = {name: method.flops_between(walk) for name, method in METHODS.items()}
     flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
     inversion = sum(row.inversion for row in rows)
-    gradient = 3 * at.examples * sum(map(_forward_cost, at.graph.nodes))
+    forward = sum(map(forward_cost, nodes or at.graph.uses.values()))
+    gradient = 3 * at.examples * forward
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
         bytes=sum(row.bytes for row in rows),
@@ -237,7 +215,7 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
         columns=at.columns,
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
-        feasible=largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
+        feasible=at.nodes is not None and largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
         too_large=tuple(
             too_large(name, layer, side, most_rows(layer))
             for name, layer in at.graph.layers.items()
@@ -245,51 +223,6 @@ def _totals(at: _Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Tota
             if side > most_rows(layer)
         ),
     )
-
-
-def _use_cost(at: _Setting, layer: Layer, use: Use) -> UseCost:
-    form = use.form
-    product = 2 * form.groups * form.positions * form.d_in * form.d_out
-    if form.indexed:
-        product = size(use.output)
-    if use.input is None or not at.graph.is_active(use.input):
-        product = 0  # no layer is before it
-    summed = layer.indexed and layer.activation_size == 1 == len(layer.uses)
-    moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
-    square = 1 if layer.indexed else 2 * use.width**2
-    return UseCost(
-        activation=at.examples * form.groups * form.positions * square,
-        column=at.examples * (moment + product),
-        congruence=product * sum(size(v) for v in (use.input, use.output) if v is not None),
-        columns=at.columns,
-    )
-
-
-def _forward_cost(node: Node) -> int:
-    """Of one example, in a forward pass."""
-    if node.use is None:
-        return sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
-    form = node.use.form
-    if form.indexed:
-        return size(node.use.output)
-    return 2 * form.groups * form.positions * form.d_in * form.d_out
-
-
-def _node_cost(node: Node, count: int) -> int:
-    """Of a node between layers; a backward pass costs twice its equations."""
-    inside, outside = (sum(map(size, values)) for values in (node.inputs, node.outputs))
-    if node.kind == "elementwise":
-        return 2 * count * inside * outside
-    passes = (inside + outside) * (1 if node.kind == "linear" else count)
-    return passes * 2 * sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
-
-
-def _equation_cost(equation: Equation) -> int:
-    entries = max(v.aval.size for v in equation.outvars)
-    if equation.primitive.name != "dot_general":
-        return entries
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
 
 
 def _block_lines(found: Inspection) -> list[str]:
@@ -344,7 +277,9 @@ def _total_lines(found: Inspection) -> list[str]:
         f"kflr: {total.columns:,} column(s) of the output Hessian's root, a backward pass for each",
         f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
         f"({bytes_text(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
-        f"the limit of {bytes_text(recursion.MATRIX_BYTES)}",
+        f"the limit of {bytes_text(recursion.MATRIX_BYTES)}"
+        if total.feasible or total.largest
+        else "kfra: has loops to unroll that are longer than it goes",
         "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
         *total.too_large,
     ]

@@ -8,6 +8,7 @@ between; a merge that would take in a layer is left undone.
 from kfgn.model.dependence import is_linear, joins_freely
 from kfgn.model.equations import Equation, Role, Var, is_complex, variables
 from kfgn.model.flat_model import FlatModel
+from kfgn.model.loops import innermost
 from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import row_of
 
@@ -151,7 +152,7 @@ def _parents(model: FlatModel, items: list[Item]) -> list[set[int]]:
 
 def is_active(model: FlatModel, variable: Var) -> bool:
     """Whether the walk goes through this value."""
-    return model.roles.get(variable) is Role.ACTIVE
+    return model.roles.get(innermost(variable)) is Role.ACTIVE
 
 
 def _is_complex(equation: Equation) -> bool:

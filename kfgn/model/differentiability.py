@@ -12,6 +12,7 @@ from kfgn.base.types import Array
 from kfgn.model.equations import Equation, Role, Var, as_function, is_differentiated, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import LAYERS
+from kfgn.model.loops import all_equations
 from kfgn.model.primitives import is_differentiable, is_known
 
 _announced: set[str] = set()
@@ -27,8 +28,8 @@ def check_derivatives(model: FlatModel) -> None:
       UnknownPrimitiveWarning: once per name, for a primitive that is neither
         jax's nor registered.
     """
-    needed, checked = set(_differentiated(model, model.outputs)), set[Any]()
-    for equation in reversed(model.jaxpr.eqns):
+    needed, checked = model.reached, set[Any]()
+    for equation, _ in all_equations(model.jaxpr, model.loops):
         operands = _differentiated(model, equation.invars)
         results = [v for v in equation.outvars if v in needed]
         if not operands or not equation.outvars or model.is_collective(equation):
@@ -37,8 +38,6 @@ def check_derivatives(model: FlatModel) -> None:
         if not is_differentiable(equation) and key not in checked:
             _check_derivative(equation, operands, results)
             checked |= {key} - {None}
-        if results:
-            needed.update(operands)
         known = is_known(equation) or equation.primitive.name in LAYERS
         if not known and any(model.roles[v] is Role.ACTIVE for v in results):
             _announce(equation.primitive.name)

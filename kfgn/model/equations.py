@@ -155,6 +155,15 @@ def _computation(equation: Equation) -> Any:
     return *key, avals
 
 
+def count_equations(equations: Iterable[Equation]) -> int:
+    """How many equations there are, those in calls and in every iteration of loops included."""
+    count = 0
+    for equation in equations:
+        inner = sum(count_equations(body.eqns) for body in bodies(equation))
+        count += (inner or 1) * equation.params.get("length", 1)
+    return count
+
+
 def readers_of(jaxpr: jex.Jaxpr) -> dict[Var, list[Equation | None]]:
     """The equations that read each value; None stands for the output.
 

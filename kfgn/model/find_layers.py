@@ -1,8 +1,10 @@
 """Finds the layers of a model: which uses share a block, and why a parameter has none."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+import jax.extend.core as jex
 import numpy as np
 
 from kfgn.model.equations import Role, Var, size, variables
@@ -13,6 +15,7 @@ from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
 
 UNMET = "never meets data"  # in the reason of a parameter that has no curvature
+_FIRST_STATE = "the first state of a loop"
 
 
 def find_layers(
@@ -95,14 +98,17 @@ def _unjoined(uses: list[Use], met: dict[str, dict[int, str]], apart: frozenset[
 
 
 def _shared_by_slices(uses: list[Use]) -> bool:
-    """Whether different slices of a kernel have entries of the bias in common."""
+    """Whether slices of a kernel share entries of the bias, or one slice has several biases."""
     if len(uses) == 1:
         return False
-    entries: dict[int, set[int]] = {}  # of the bias, by the slice's first entry
+    orders: dict[int, np.ndarray] = {}  # of the bias, by the slice's first entry
     for use in uses:
         assert use.bias is not None
-        entries.setdefault(_first_entry(use), set()).update(use.bias.order.ravel().tolist())
-    return sum(map(len, entries.values())) > len(set().union(*entries.values()))
+        order = orders.setdefault(_first_entry(use.labels()), use.bias.order)
+        if not _same(order, use.bias.order):
+            return True
+    entries = np.concatenate([order.reshape(-1) for order in orders.values()])
+    return np.unique(entries).size < entries.size
 
 
 def _biased(uses: list[Use]) -> list[Use]:
@@ -133,7 +139,7 @@ def _biased(uses: list[Use]) -> list[Use]:
 def _grouped(name: str, uses: list[Use]) -> Layer | None:
     """One layer of all uses of a kernel, or None where they do not fit together."""
     if len(uses) == 1:
-        return Layer(name, ((uses[0],),))
+        return Layer(name, ((uses[0],),), order=_order(uses))
     labels = [use.labels() for use in uses]
     slots: list[list[int]] = []
     flipped: set[Use] = set()
@@ -158,12 +164,29 @@ def _grouped(name: str, uses: list[Use]) -> Layer | None:
         return None
     if any(uses[s[0]].width != uses[slots[0][0]].width for s in slots):
         return None
-    order = sorted(slots, key=lambda slot: _first_entry(uses[slot[0]]))
-    return Layer(name, tuple(tuple(uses[k] for k in slot) for slot in order), frozenset(flipped))
+    ordered = sorted(slots, key=lambda slot: _first_entry(labels[slot[0]]))
+    whole = tuple(tuple(uses[k] for k in slot) for slot in ordered)
+    order = _order([slot[0] for slot in whole])
+    return Layer(name, whole, frozenset(flipped), order=order)
 
 
-def _first_entry(use: Use) -> int:
-    labels = use.labels()
+def _order(uses: list[Use]) -> tuple[int, ...] | None:
+    """The order of the kernels in a parameter among all groups; None where they are in order.
+
+    Loops may run over a stack in any order, and take several kernels at a time.
+    """
+    form = uses[0].form
+    if form.slots == 1 or (len(uses) == 1 and uses[0].kernel.is_stack):
+        return None
+    first = [_first_entry(x) for use in uses for x in use.labels().reshape(form.slots, -1)]
+    places = np.argsort(first)
+    if np.all(np.diff(places) == 1):
+        return None
+    groups = np.arange(form.groups * len(uses)).reshape(len(places), -1)
+    return tuple(groups[places].reshape(-1).tolist())
+
+
+def _first_entry(labels: np.ndarray) -> int:
     return int(labels[labels >= 0].min())
 
 
@@ -186,23 +209,48 @@ def _data_uses(model: FlatModel) -> dict[str, dict[int, str]]:
     """For each parameter, the equations where it, or what is made of it, meets data."""
     made_of: dict[Var, frozenset[str]] = {v: frozenset([n]) for n, v in model.parameters.items()}
     uses: dict[str, dict[int, str]] = {name: {} for name in model.parameters}
-    for equation in model.jaxpr.eqns:
-        ins = [v for v in variables(equation.invars) if model.roles[v] is Role.PARAMETER]
-        names = frozenset().union(*(made_of.get(v, frozenset()) for v in ins))
-        if all(model.roles[v] <= Role.PARAMETER for v in variables(equation.invars)):
-            made_of.update(dict.fromkeys(equation.outvars, names))
-            continue
-        if not model.reached.intersection(equation.outvars):
-            continue
-        for name in names:
-            uses[name][id(equation)] = _description(equation, names - {name})
+    _meetings(model, model.jaxpr, made_of, uses)
     for v in variables(model.outputs):
         for name in made_of.get(v, ()):
             uses[name][id(v)] = "the model's output itself"
     return uses
 
 
+def _meetings(
+    model: FlatModel,
+    jaxpr: jex.Jaxpr,
+    made_of: dict[Var, frozenset[str]],
+    uses: dict[str, dict[int, str]],
+) -> None:
+    def names_of(atoms: Iterable[Any]) -> frozenset[str]:
+        own = [v for v in variables(atoms) if model.roles[v] is Role.PARAMETER]
+        return frozenset[str]().union(*(made_of.get(v, frozenset()) for v in own))
+
+    for equation in jaxpr.eqns:
+        operands, names = variables(equation.invars), names_of(equation.invars)
+        if all(model.roles[v] <= Role.PARAMETER for v in operands):
+            made_of.update(dict.fromkeys(equation.outvars, names))
+        elif (loop := model.loops.get(id(equation))) is not None:
+            for atom, v in zip(equation.invars, loop.body.invars, strict=True):
+                if model.roles[v] is not Role.ACTIVE:
+                    made_of[v] = names_of([atom])
+                elif v in model.reached:
+                    for name in names_of([atom]):
+                        uses[name][id(v)] = _FIRST_STATE
+            consts, states = loop.parts
+            pure = names_of(loop.body.invars)  # what such states may be made of later
+            made_of.update(dict.fromkeys(loop.body.invars[consts : consts + states], pure))
+            _meetings(model, loop.body, made_of, uses)
+            pairs = zip(equation.outvars, loop.body.outvars, strict=True)
+            made_of.update({out: names_of([v]) for out, v in pairs})
+        elif model.reached.keys() & equation.outvars:
+            for name in names:
+                uses[name][id(equation)] = _description(equation, names - {name})
+
+
 def _description(equation: Any, others: frozenset[str]) -> str:
+    if equation.primitive.name == "optimization_barrier":
+        return _FIRST_STATE
     with_others = f" together with {', '.join(map(repr, sorted(others)))}" if others else ""
     return f"`{equation.primitive.name}`{with_others}"
 

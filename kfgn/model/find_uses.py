@@ -9,6 +9,8 @@ from kfgn.model.dependence import keeps_order, moved, moves_entries
 from kfgn.model.equations import Equation, Role, Var, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import read_form
+from kfgn.model.loop_uses import of_all_iterations
+from kfgn.model.loops import Loop, all_equations
 from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use
 from kfgn.model.primitives import row_of
@@ -23,23 +25,38 @@ def find_uses(model: FlatModel, sources: Sources) -> list[tuple[Use, Use]]:
     Where a bias is added, it is found as a use of its own, too: see `chosen`.
     """
     pairs = []
-    for equation in model.jaxpr.eqns:
+    for equation, around in all_equations(model.jaxpr, model.loops):
         routed = read_routed(model, equation, sources)
         if routed is not None and routed.output in model.reached:
-            pairs.append((routed, routed))
+            pairs += [] if around else [(routed, routed)]  # what is chosen in a loop is not read
             continue
         found = _read(model, equation, sources)
         if found is None or equation.outvars[0] not in model.reached:
             continue
         form, side = found
         use = _use(equation, side, form, sources)
-        pairs.append((use, use if form.indexed else _with_bias(use, sources, model.readers)))
+        joined = use if form.indexed else _with_bias(use, sources, model.readers)
+        whole = _of_loops(use, around, model)
+        if whole is not None:
+            pairs.append((whole, _of_loops(joined, around, model) or whole))
     return pairs
+
+
+def _of_loops(use: Use, around: tuple[Loop, ...], model: FlatModel) -> Use | None:
+    """The use in all iterations of the loops around it."""
+    late = model.reached[use.equations[0].outvars[0]]
+    found: Use | None = use
+    for loop in reversed(around):
+        found = found and of_all_iterations(found, loop, late.get(loop, 0))
+    return found
 
 
 def chosen(pairs: list[tuple[Use, Use]], without_bias: set[Var]) -> list[Use]:
     """One of each pair: without bias for these results; no use whose parameter is a bias then."""
-    uses = [alone if alone.output in without_bias else joined for alone, joined in pairs]
+    uses = [
+        alone if alone.equations[0].outvars[0] in without_bias else joined
+        for alone, joined in pairs
+    ]
     taken = {id(use.equations[-1]) for use in uses if use.bias is not None}
     return [use for use in uses if not (use.form.additive and id(use.equations[0]) in taken)]
 
@@ -65,7 +82,7 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
     constants: list[tuple[str, Var]] = []
     looked_up: set[Var] = set()
     kernels = _kernels(model, sources)
-    for equation in model.jaxpr.eqns:
+    for equation, _ in all_equations(model.jaxpr, model.loops):
         looks_up = equation.primitive.name == "gather" and equation.outvars[0] not in kernels
         if looks_up and equation.invars[0] in sources:
             looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
@@ -94,7 +111,7 @@ def _is_one_row(product: Equation, side: int) -> bool:
 def _kernels(model: FlatModel, sources: Sources) -> set[Var]:
     """The values that kernels of products are made of, by entries moved."""
     found: set[Var] = set()
-    for equation in reversed(model.jaxpr.eqns):
+    for equation, _ in reversed(list(all_equations(model.jaxpr, model.loops))):
         product = equation.primitive.name in ("dot_general", "conv_general_dilated")
         if product or found.intersection(equation.outvars):
             found.update(v for v in variables(equation.invars) if v in sources)

@@ -1,13 +1,14 @@
 """The model's jaxpr on one example, flat, and what each of its values depends on.
 
-Nested calls that do not change derivatives (`jit`, `remat`, ...) are inlined,
-and loops over parameters unrolled; custom derivative rules are kept, as single
-equations. So are effects, such as those of `jax.debug.print`.
+Nested calls that do not change derivatives (`jit`, `remat`, ...) are inlined;
+loops over parameters are unrolled, or kept with flat bodies; custom derivative
+rules are kept, as single equations. So are effects, such as those of `jax.debug.print`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,14 +28,15 @@ from kfgn.model.equations import (
     abstract,
     axis_names,
     is_differentiated,
-    joined,
     live_equations,
     readers_of,
     variables,
     without_repeats,
 )
 from kfgn.model.inline import Value, inline
+from kfgn.model.loops import Loop, Loops, all_equations
 from kfgn.model.reassociate import reassociated
+from kfgn.model.roles import assign_roles, reached_values
 from kfgn.model.statistics import Axis, check_collectives, is_alike, trace
 
 
@@ -49,6 +51,7 @@ class FlatModel:
     outputs: tuple[Any, ...]  # variables or literals
     output_tree: Any
     roles: dict[Var, Role]
+    loops: Loops  # over parameters that are kept
     axis_name: Hashable | None = None  # of examples
     aux: Aux | None = None
 
@@ -90,7 +93,8 @@ class FlatModel:
     @functools.cached_property
     def readers(self) -> dict[Var, list[Equation | None]]:
         """The equations that read each value; None stands for the model's output."""
-        return readers_of(self.jaxpr)
+        bodies = [readers_of(loop.body) for loop in self.loops.values()]
+        return functools.reduce(operator.or_, bodies, readers_of(self.jaxpr))
 
     @functools.cached_property
     def reverse_only(self) -> bool:
@@ -98,21 +102,16 @@ class FlatModel:
         return any(
             any(is_differentiated(self.roles[v]) for v in variables(equation.invars))
             and holds_rule(equation)
-            for equation in self.jaxpr.eqns
+            for equation, _ in all_equations(self.jaxpr, self.loops)
         )
 
     @functools.cached_property
-    def reached(self) -> set[Var]:
-        """The values that the outputs depend on differentiably."""
+    def reached(self) -> dict[Var, dict[Loop, int]]:
+        """The values that the outputs depend on differentiably.
 
-        def carry(atoms: Iterable[Any]) -> set[Var]:
-            return {v for v in variables(atoms) if is_differentiated(self.roles[v])}
-
-        reached = carry(self.outputs)
-        for equation in reversed(self.jaxpr.eqns):
-            if reached.intersection(equation.outvars):
-                reached |= carry(equation.invars)
-        return reached
+        For one inside of loops, how many of their last iterations do without it.
+        """
+        return reached_values(self.jaxpr, self.roles, self.loops)
 
 
 def flatten_model(
@@ -121,11 +120,13 @@ def flatten_model(
     inputs: PyTree,
     axis: Axis | None = None,
     aux_axes: Sequence[int | None] | None = None,
+    unroll: bool = True,
 ) -> FlatModel:
     """Traces `model` on one example of `inputs` (arrays or shapes) and inlines calls.
 
     It runs under `axis`, the axis of examples. With `aux_axes`, the axis of the batch in
-    each leaf of aux, it returns `(outputs, aux)`.
+    each leaf of aux, it returns `(outputs, aux)`. Loops over parameters are unrolled, or
+    else kept.
 
     Raises:
       ModelError: the model fails on a batch of one, or loses the batch axis.
@@ -171,7 +172,7 @@ def flatten_model(
 
     def inlined(*args: Any) -> list[Any]:
         roles = [Role.PARAMETER if k < len(names) else Role.PASSIVE for k in range(len(args))]
-        return [v.array for v in inline(closed, list(map(Value, args, roles)))]
+        return [v.array for v in inline(closed, list(map(Value, args, roles)), unroll=unroll)]
 
     flat, _ = trace(inlined, axis, *vary_shapes(avals, axes))
     invars = flat.jaxpr.invars
@@ -180,14 +181,15 @@ def flatten_model(
     jaxpr = flat.jaxpr.replace(eqns=live_equations(flat.jaxpr, with_effects=True))
     jaxpr = without_repeats(jaxpr)
     axis_name = axis[0] if axis else None
-    roles = _roles(jaxpr, parameters.values(), data, axis_name=axis_name)
-    whole = reassociated(jaxpr, roles)
+    every, loops = _all_loops(jaxpr), dict[int, Loop]()
+    roles = assign_roles(jaxpr, parameters.values(), data, every, axis_name=axis_name)
+    whole = _reassociated(jaxpr, roles, loops)
     count = len(jax.tree.leaves(out))
     jaxpr = whole.replace(outvars=whole.outvars[:count])
     jaxpr = jaxpr.replace(eqns=live_equations(jaxpr, with_effects=True))
     inside = set(map(id, jaxpr.eqns))
     beside = tuple(e for e in whole.eqns if id(e) not in inside)
-    roles = _roles(whole, parameters.values(), data, axis_name=axis_name)
+    roles = assign_roles(whole, parameters.values(), data, loops, axis_name=axis_name)
     check_collectives(whole.eqns, axis_name, roles)
     beside_outputs = None
     if aux_axes is not None:
@@ -201,9 +203,37 @@ def flatten_model(
         outputs=tuple(jaxpr.outvars),
         output_tree=jax.tree.structure(out),
         roles=roles,
+        loops=loops,
         axis_name=axis_name,
         aux=beside_outputs,
     )
+
+
+def _loop(equation: Equation) -> Loop:
+    body = equation.params["jaxpr"]
+    constants = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
+    return Loop(equation, without_repeats(body.jaxpr), constants)
+
+
+def _all_loops(jaxpr: jex.Jaxpr) -> dict[int, Loop]:
+    """Every scan, also in the bodies of others."""
+    found: dict[int, Loop] = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found[id(equation)] = _loop(equation)
+            found |= _all_loops(found[id(equation)].body)
+    return found
+
+
+def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role], loops: dict[int, Loop]) -> jex.Jaxpr:
+    """The jaxpr in another order, and the bodies of loops that are differentiated."""
+    for equation in jaxpr.eqns:
+        known = [roles[v] for v in variables(equation.invars)]
+        if equation.primitive.name == "scan" and any(map(is_differentiated, known)):
+            loop = _loop(equation)
+            flat = _reassociated(loop.body, roles, loops)
+            loops[id(equation)] = dataclasses.replace(loop, body=flat)
+    return reassociated(jaxpr, roles)
 
 
 _NNX = (
@@ -251,44 +281,6 @@ def with_roles(model: FlatModel, passive: Iterable[Var], active: Iterable[Var] =
     """The model with some constants seen as data, and some parameters as values to go through."""
     forced = {**dict.fromkeys(passive, Role.PASSIVE), **dict.fromkeys(active, Role.ACTIVE)}
     whole = model.jaxpr.replace(eqns=model.equations)
-    roles = _roles(whole, model.parameters.values(), model.inputs, forced, model.axis_name)
+    known = model.parameters.values(), model.inputs, model.loops
+    roles = assign_roles(whole, *known, forced, model.axis_name)
     return dataclasses.replace(model, roles=roles)
-
-
-def _roles(
-    jaxpr: jex.Jaxpr,
-    parameters: Iterable[Var],
-    inputs: Iterable[Var],
-    forced: dict[Var, Role] | None = None,
-    axis_name: Hashable | None = None,
-) -> dict[Var, Role]:
-    forced = forced or {}
-    roles = dict.fromkeys(jaxpr.constvars, Role.CONSTANT)
-    roles.update(dict.fromkeys(parameters, Role.PARAMETER))
-    roles.update(dict.fromkeys(inputs, Role.PASSIVE))
-    roles.update(forced)
-    for equation in jaxpr.eqns:
-        role = joined(roles[v] for v in variables(equation.invars))
-        if role is Role.CONSTANT and equation.primitive.name == "optimization_barrier":
-            # A recurrent layer's first state is data like the later ones, so that
-            # `state @ W` is the same kind of use at every step. It is always
-            # correct to treat a constant as data.
-            role = Role.PASSIVE
-        if axis_name in axis_names(equation):
-            role = Role.PASSIVE  # statistics, which are constants, as data are
-        for out in equation.outvars:
-            roles[out] = forced.get(out, _without_derivative(role, equation, out))
-    return roles
-
-
-# Their derivative is zero.
-_FLAT = ("stop_gradient", "round", "floor", "ceil", "sign")
-
-
-def _without_derivative(role: Role, equation: Equation, out: Var) -> Role:
-    differentiable = jnp.issubdtype(out.aval.dtype, jnp.inexact) and out.aval.size > 0
-    if differentiable and equation.primitive.name not in _FLAT:
-        return role
-    if role is Role.ACTIVE:
-        return Role.PASSIVE
-    return Role.CONSTANT if role is Role.PARAMETER else role

@@ -1,5 +1,6 @@
 """The graph that the walk goes through: the layers of a model, and whole nodes between them."""
 
+import contextlib
 import dataclasses
 import functools
 import weakref
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.devices import refuse_explicit_axes, refuse_named_vmap, varying_axes
-from kfgn.base.errors import OptionError
+from kfgn.base.errors import LoopError, OptionError
 from kfgn.base.linalg import count_of
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
@@ -33,12 +34,13 @@ from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
 from kfgn.model.layer import Layer
 from kfgn.model.layer_kinds import LAYERS
+from kfgn.model.loops import evaluate_with
 from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
 from kfgn.model.primitives import REGISTERED
 from kfgn.model.statistics import check_examples
-from kfgn.model.thin import evaluate_thin, whole
+from kfgn.model.thin import whole
 from kfgn.objective.objective import Objective
 
 # The rows of the largest block that a parameter in no layer gets of its own.
@@ -52,8 +54,13 @@ class Graph:
     model: FlatModel
     layers: dict[str, Layer]
     reasons: dict[str, str]  # parameters in no layer, and why
-    nodes: tuple[Node, ...]
     free: tuple[str, ...] = ()  # parameters that the walk differentiates like data
+
+    @functools.cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """In forward order; of a model without loops that are kept."""
+        assert not self.model.loops
+        return gather_nodes(self.model, list(self.kept_uses.values()))
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -137,7 +144,6 @@ class Graph:
         refuse_explicit_axes(params, inputs)
         model = self.model
         shared = self.shared_values(params)
-        use_of = {use.output: name for name, use in self.uses.items()}
         keep = list(keep)
         with_aux = model.aux and not set(variables(keep)).isdisjoint(variables(model.aux.atoms))
         equations = model.equations if with_aux else model.jaxpr.eqns
@@ -150,13 +156,11 @@ class Graph:
         def one(leaves: list[Array], probes: dict[str, Array], given: list[Array]) -> Any:
             env = {**shared, **dict(zip(model.inputs, leaves, strict=True))}
             env |= zip(model.statistics, given, strict=bool(given))
+            at = {use.output: probes[n] for n, use in self.uses.items() if n in probes}
             for equation in equations:
-                evaluate_thin(equation, env)
-                for v in equation.outvars:
-                    if probes and use_of.get(v) in probes:
-                        env[v] = whole(env[v], v) + probes[use_of[v]]
-                    if model.is_collective(equation) and not exact:
-                        env[v] = jax.lax.stop_gradient(env[v])
+                evaluate_with([equation], env, model.loops, at, keep)
+                if model.is_collective(equation) and not exact:
+                    env |= {v: jax.lax.stop_gradient(env[v]) for v in equation.outvars}
             return tuple([whole(read(env, v), v) for v in atoms] for atoms in (model.outputs, keep))
 
         run = jax.vmap(one, axis_name=model.axis_name)
@@ -203,6 +207,7 @@ def build_graph(
     exact: bool = False,
     apart: frozenset[str] = frozenset(),
     barred: frozenset[str] = frozenset(),
+    unroll: bool = False,
 ) -> Graph:
     """Traces the objective's model on one example of `inputs` (arrays or shapes).
 
@@ -215,6 +220,10 @@ def build_graph(
     whose kernels are functions of them, are *free*: the walk differentiates them
     like data, so that it ends with their own exact blocks, whatever becomes of
     them in the model. For `apart` and `barred` see `find_layers`.
+
+    With `unroll`, loops over parameters are unrolled, for methods that walk through
+    every value; else each is one equation, and its uses of a kernel are one use. Where
+    more parameters have a block then, and it is not too long, it is unrolled all the same.
     """
     if not isinstance(objective, Objective):
         raise OptionError(
@@ -223,12 +232,24 @@ def build_graph(
         )
     kept = _kept.setdefault(objective, {})
     count = count_of(inputs) if objective.axis_name is not None else None
-    signature = count, *_signature(params, inputs, (exact, apart, barred))
+    signature = count, *_signature(params, inputs, (exact, apart, barred, unroll))
     if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
         return kept[signature]
-    graph = _read(objective, params, inputs, exact, apart, barred)
+    options = exact, apart, barred
+    if unroll and not exact:  # there may be nothing to unroll
+        graph = build_graph(objective, params, inputs, *options)
+    else:
+        graph = _read(objective, params, inputs, *options, unroll)
+    if unroll and graph.model.loops:
+        graph = _read(objective, params, inputs, *options, unroll)
+    elif graph.model.loops and graph.reasons:
+        with contextlib.suppress(LoopError):
+            other = _read(objective, params, inputs, *options, True)
+            graph = min(graph, other, key=lambda found: len(found.reasons))
     kept.pop(signature, None)
-    if not any(isinstance(x, jax.core.Tracer) for x in graph.model.constants.values()):
+    bodies = [loop.constants for loop in graph.model.loops.values()]
+    known = [x for values in (graph.model.constants, *bodies) for x in values.values()]
+    if not any(isinstance(x, jax.core.Tracer) for x in known):
         kept[signature] = graph
     return graph
 
@@ -265,6 +286,7 @@ def _read(
     exact: bool,
     apart: frozenset[str],
     barred: frozenset[str],
+    unroll: bool,
 ) -> Graph:
     axis, axes = None, None
     if objective.axis_name is not None:
@@ -273,11 +295,11 @@ def _read(
     if objective.has_aux:
         axes = batch_axes(functools.partial(call_model, objective.run), axis, params, inputs)
     run = objective.run if objective.has_aux else objective.model
-    model = flatten_model(run, params, inputs, axis, axes)
+    model = flatten_model(run, params, inputs, axis, axes, unroll)
     if model.aux:
         known = per_example_axes(objective, params, inputs, model.aux.axes)
         model = dataclasses.replace(model, aux=model.aux._replace(axes=known))
-    else:
+    elif exact or not unroll:  # else it was read before, with its loops
         check_examples(objective, params, inputs)
     sources = find_sources(model)
     states = constant_states(model, sources)
@@ -293,6 +315,4 @@ def _read(
         free = (*reasons, *(name for layer in tied.values() for name in layer.parameters))
         model = with_roles(model, passive=states, active=[model.parameters[n] for n in free])
     check_derivatives(model)
-    uses = [use for layer in layers.values() for use in layer.uses.values()]
-    kept = [use for use in uses if use.kernel.name not in free]
-    return Graph(model, layers, reasons, gather_nodes(model, kept), free)
+    return Graph(model, layers, reasons, free)

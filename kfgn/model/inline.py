@@ -1,8 +1,8 @@
-"""Inlining: a jaxpr evaluated anew, without calls, or loops over parameters.
+"""Inlining: a jaxpr evaluated anew, without calls, or, on request, loops over parameters.
 
-It runs under a second trace, whose equations are then flat. Every value
-carries along what it depends on: what depends on no parameter is never
-differentiated, and keeps its loops and its rules.
+It runs under a second trace, whose equations are then flat; so are those in the
+bodies of loops over parameters that stay. Every value carries along what it depends
+on: what depends on no parameter is never differentiated, and keeps its loops and its rules.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
+from kfgn.base.errors import LoopError
 from kfgn.model.complex_parts import Parts, joined_parts, parts_of, product_with_parts
 from kfgn.model.custom_vjp import check_linear
 from kfgn.model.equations import (
@@ -21,11 +22,14 @@ from kfgn.model.equations import (
     Var,
     abstract,
     as_array,
+    axis_names,
     bind,
+    count_equations,
     is_complex,
     is_differentiated,
     joined,
 )
+from kfgn.model.loops import counts_of
 from kfgn.model.primitives import row_of
 
 
@@ -37,16 +41,19 @@ class Value(NamedTuple):
     parts: Parts | None = None  # real and imaginary, of a complex value made of parameters
 
 
-def inline(body: Any, arguments: Sequence[Value], bind: Callable = bind) -> list[Value]:
+def inline(
+    body: Any, arguments: Sequence[Value], bind: Callable = bind, unroll: bool = True
+) -> list[Value]:
     """Evaluates a jaxpr, or closed jaxpr, equation by equation, going into calls and loops.
 
-    `bind(equation, arrays)` evaluates what is kept as a single equation.
+    `bind(equation, arrays)` evaluates what is kept as a single equation. Without `unroll`,
+    loops of more than one iteration stay, with flat bodies.
     """
     jaxpr, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
     env = {v: Value(c, Role.CONSTANT) for v, c in zip(jaxpr.constvars, consts, strict=True)}
     env.update(zip(jaxpr.invars, arguments, strict=True))
     for equation in jaxpr.eqns:
-        results = _evaluate(equation, [_value(env, atom) for atom in equation.invars], bind)
+        results = _evaluate(equation, [_value(env, atom) for atom in equation.invars], bind, unroll)
         env.update(zip(equation.outvars, results, strict=True))
     return [_value(env, atom) for atom in jaxpr.outvars]
 
@@ -57,17 +64,22 @@ def _value(env: dict[Var, Value], atom: Any) -> Value:
     return env[atom]
 
 
-def _evaluate(equation: Equation, operands: list[Value], bind: Callable) -> list[Value]:
+def _evaluate(
+    equation: Equation, operands: list[Value], bind: Callable, unroll: bool
+) -> list[Value]:
     row = row_of(equation)
     if row.inlined and row.body in equation.params:
-        return inline(equation.params[row.body], operands, bind)
+        return inline(equation.params[row.body], operands, bind, unroll)
     name = equation.primitive.name
     if name == "cond" and _differentiated(operands):
-        return _branches(equation, operands)
+        return _branches(equation, operands, unroll)
     if name == "dot_general" and any(map(_is_number, operands)):
         return _product_with_number(equation, operands)
     if name == "scan" and _differentiated(operands):
-        return _unroll(equation, operands)
+        # Statistics of the batch are the same for all examples, not for all iterations.
+        if unroll or equation.params["length"] < 2 or axis_names(equation):
+            return _unroll(equation, operands, unroll)
+        return _flat_loop(equation, operands)
     if name == "custom_vjp_call" and _differentiated(operands):
         check_linear(equation, [v.role for v in operands], flattened)
     roles = [v.role for v in operands]
@@ -133,7 +145,7 @@ def flattened(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
     return jax.make_jaxpr(inlined)(*(abstract(v.aval, v.aval.shape) for v in closed.jaxpr.invars))
 
 
-def _branches(equation: Equation, operands: list[Value]) -> list[Value]:
+def _branches(equation: Equation, operands: list[Value], unroll: bool) -> list[Value]:
     """A conditional: the branch that is known to be taken, else the choice among all of them.
 
     The predicate is the same for all examples; `jax.vmap` made one that is not a choice.
@@ -141,10 +153,11 @@ def _branches(equation: Equation, operands: list[Value]) -> list[Value]:
     index, *arguments = operands
     branches = equation.params["branches"]
     if isinstance(index.array, jax.core.Tracer):
-        every = [inline(branch, arguments) for branch in branches]
+        every = [inline(branch, arguments, unroll=unroll) for branch in branches]
         return [_chosen(index, cases, v.aval) for cases, v in
                 zip(zip(*every, strict=True), equation.outvars, strict=True)]  # fmt: skip
-    return inline(branches[min(max(int(index.array), 0), len(branches) - 1)], arguments)
+    taken = branches[min(max(int(index.array), 0), len(branches) - 1)]
+    return inline(taken, arguments, unroll=unroll)
 
 
 def _chosen(index: Value, cases: Sequence[Value], aval: Any) -> Value:
@@ -157,30 +170,72 @@ def _chosen(index: Value, cases: Sequence[Value], aval: Any) -> Value:
 
 # Loops.
 
+# Beyond so many equations an unrolled loop would compile for minutes.
+MOST_EQUATIONS = 6_000
 
-def _unroll(equation: Equation, operands: list[Value]) -> list[Value]:
+
+def _flat_loop(equation: Equation, operands: list[Value]) -> list[Value]:
+    """The same loop with a flat body."""
+    body, options = equation.params["jaxpr"], equation.params
+    consts, carry, xs = _split(equation, operands)
+    later = _roles_in_loop(body.jaxpr, *([v.role for v in part] for part in (consts, carry, xs)))
+    inside = [*later, *(x.role for x in xs)]
+    roles: list[Role] = []
+
+    def step(states: list[Any], rows: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = inline(body, [*consts, *map(Value, [*states, *rows], inside)], unroll=False)
+        roles[:] = [v.role for v in results]
+        outs = _arrays(results, body.jaxpr.outvars)
+        return outs[: len(carry)], outs[len(carry) :]
+
+    given = _arrays(operands, equation.invars)[len(consts) :]
+    states, rows = jax.lax.scan(
+        step,
+        given[: len(carry)],
+        given[len(carry) :],
+        length=options["length"],
+        reverse=options["reverse"],
+        unroll=options["unroll"],
+    )
+    return list(map(Value, [*states, *rows], [*later, *roles[len(carry) :]]))
+
+
+def _arrays(values: Iterable[Value], atoms: Iterable[Any]) -> list[Any]:
+    return [as_array(v.array, a.aval) for v, a in zip(values, atoms, strict=True)]
+
+
+def _split(equation: Equation, operands: list[Value]) -> tuple[list[Value], ...]:
+    """Constants, states and slices."""
+    consts, states = counts_of(equation, equation.params["jaxpr"].jaxpr)
+    return operands[:consts], operands[consts : consts + states], operands[consts + states :]
+
+
+def _unroll(equation: Equation, operands: list[Value], unroll: bool) -> list[Value]:
     """The iterations of a scan, one after the other."""
     body, length = equation.params["jaxpr"], equation.params["length"]
-    # Where constants, states and slices begin is seen from their shapes: the
-    # parameters that tell it differ between jax versions.
-    sliced = _with_loop_axis(equation.invars, body.jaxpr.invars)
-    stacked = _with_loop_axis(equation.outvars, body.jaxpr.outvars)
-    states, rows = len(stacked) - sum(stacked), len(sliced) - sum(sliced)
-    consts, carry, xs = operands[: rows - states], operands[rows - states : rows], operands[rows:]
+    _check_length(equation)
+    consts, carry, xs = _split(equation, operands)
+    states = len(carry)
     carry = _as_data(body.jaxpr, consts, carry, xs)
     steps, ys = range(length), {}
     for step in reversed(steps) if equation.params["reverse"] else steps:
         at_step = [Value(jax.lax.index_in_dim(x, step, keepdims=False), role) for x, role, _ in xs]
-        results = inline(body, [*consts, *carry, *at_step])
+        results = inline(body, [*consts, *carry, *at_step], unroll=unroll)
         carry, ys[step] = results[:states], results[states:]
-    columns = [[ys[step][k] for step in steps] for k in range(sum(stacked))]
     outs = equation.outvars[states:]
+    columns = [[ys[step][k] for step in steps] for k in range(len(outs))]
     return carry + [_stack(column, v.aval) for column, v in zip(columns, outs, strict=True)]
 
 
-def _with_loop_axis(outside: Iterable[Any], inside: Iterable[Any]) -> list[bool]:
-    pairs = zip(outside, inside, strict=True)
-    return [len(a.aval.shape) > len(b.aval.shape) for a, b in pairs]
+def _check_length(equation: Equation) -> None:
+    count = count_equations([equation])
+    if count > MOST_EQUATIONS:
+        raise LoopError(
+            f"the model has a loop of {equation.params['length']} iterations over parameters, "
+            f"which this method goes through one by one: {count:,} equations, expected at most "
+            f'{MOST_EQUATIONS:,}. The methods "kfac", "kflr" and "empirical", and matvec of the '
+            "exact matrices, keep loops as they are, but those with statistics of the batch inside."
+        )
 
 
 def _stack(column: list[Value], aval: Any) -> Value:
@@ -192,18 +247,24 @@ def _stack(column: list[Value], aval: Any) -> Value:
 
 
 def _as_data(jaxpr: Any, consts: list[Value], carry: list[Value], xs: list[Value]) -> list[Value]:
-    """The first states, those that are constant now and depend on data later as if they did now.
+    """The first states, those that depend on data later only as if they did now.
 
-    A recurrent layer then meets its first state as it meets the others. That
-    the barrier's result counts as data is known to the roles of the flat model.
+    A recurrent layer then meets its first state as it meets the others. That the barrier's
+    result counts as data is known to the roles of the flat model, and of a state that
+    is made of parameters seen from data beside it.
     """
     later = _roles_in_loop(jaxpr, *([v.role for v in part] for part in (consts, carry, xs)))
+    data = [x for x in (*consts, *carry, *xs) if x.role >= Role.PASSIVE]
     result = []
     for value, role, v in zip(carry, later, jaxpr.outvars, strict=False):
         is_float = jnp.issubdtype(v.aval.dtype, jnp.floating)
-        if value.role is Role.CONSTANT and role >= Role.PASSIVE and is_float:
-            array = jax.lax.optimization_barrier(as_array(value.array, v.aval))
-            value = Value(array, Role.PASSIVE)
+        if value.role <= Role.PARAMETER and role >= Role.PASSIVE and is_float:
+            array = as_array(value.array, v.aval)
+            if value.role is Role.CONSTANT:
+                value = Value(jax.lax.optimization_barrier(array), Role.PASSIVE)
+            else:
+                beside = jax.lax.stop_gradient(data[0].array)
+                value = Value(jax.lax.optimization_barrier((array, beside))[0], Role.ACTIVE)
         result.append(value)
     return result
 

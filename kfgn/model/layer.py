@@ -32,6 +32,7 @@ class Layer:
     slots: tuple[tuple[Use, ...], ...]
     flipped: frozenset[Use] = frozenset()  # uses that see the kernel transposed
     splits: tuple[int, int] = (1, 1)  # blocks on the diagonals that stand for Q and G
+    order: tuple[int, ...] | None = None  # of the stack as the slots' uses have it
 
     @property
     def uses(self) -> dict[str, Use]:
@@ -66,6 +67,11 @@ class Layer:
     def derived(self) -> bool:
         """Whether a use's matrix is more than entries of parameters, by a number, or chosen."""
         return any(use.derived for use in self.uses.values())
+
+    @property
+    def kernels(self) -> int:
+        """The number of slots, with those that a loop runs over."""
+        return len(self.slots) * self.first.form.slots
 
     @property
     def stack(self) -> int:
@@ -123,8 +129,7 @@ class Layer:
 
     def to_matrix(self, leaves: dict[str, Array]) -> Array:
         """The layer's parameters as one matrix `[d_in (+ 1), d_out]`, or a stack of them."""
-        parts = [slot[0].matrix(leaves) for slot in self.slots]
-        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        whole = self.stacked([slot[0].matrix(leaves) for slot in self.slots])
         if self.splits == (1, 1):
             return whole.reshape(self.matrix_shape)
         (rows, columns), (height, width) = self.splits, self._block
@@ -132,6 +137,11 @@ class Layer:
         padded = jnp.pad(whole, ((0, 0), (0, beyond[0]), (0, beyond[1])))
         cut = padded.reshape(-1, rows, height, columns, width)
         return cut.swapaxes(2, 3).reshape(self.matrix_shape)
+
+    def stacked(self, parts: list[Array]) -> Array:
+        """What there is of every slot, `[s, ...]`, in one array in the order of the kernels."""
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        return whole if self.order is None else whole[jnp.array(self.order)]
 
     def from_matrix(self, matrix: Array) -> dict[str, Array]:
         """The inverse of `to_matrix`, in each parameter's own shape and dtype.

@@ -10,17 +10,20 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.types import Array, Shape
 from kfgn.model.custom_vjp import holds_rule
-from kfgn.model.dependence import acts_by_entry, keeps_order, moved, moves_entries, scaling
+from kfgn.model.dependence import acts_by_entry, moved, moves_entries, scaling
 from kfgn.model.equations import Equation, Role, Var, bind, is_complex, variables
 from kfgn.model.flat_model import FlatModel
+from kfgn.model.loops import all_equations
+from kfgn.model.moves import Each, Move, Step, followed, labels_after
 from kfgn.model.primitives import REGISTERED, row_of
 
 
@@ -34,10 +37,12 @@ class Source:
 
     value: Var
     parameters: dict[str, Any]  # by name, the variable
-    steps: tuple[tuple[Equation, int], ...] = ()  # of one parameter that is only moved
+    steps: tuple[Step, ...] = ()  # of one parameter that is only moved
     joined: np.ndarray | None = None  # else the labels, -1 for a constant
     factor: float = 1.0
     weighted: bool = False  # whether slopes differ, or depend on values
+    # The loops that take slices of it, and the steps before: what follows is the first slice's.
+    loops: tuple[tuple[Equation, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,16 +68,13 @@ class Source:
         if self.joined is not None:
             return self.joined
         labels = np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)
-        for equation, output in self.steps:
-            labels = moved(equation, labels, output)
-        return labels
+        return labels_after(self.steps, labels)
 
     @functools.cached_property
     def repeats(self) -> bool:
         """Whether an entry stands in several places."""
         if self.joined is None:
-            pairs = [(e.invars[0], e.outvars[k]) for e, k in self.steps]
-            return any(after.aval.size > before.aval.size for before, after in pairs)
+            return any(step.repeats for step in self.steps)
         found = self.joined[self.joined >= 0]
         return np.unique(found).size < found.size
 
@@ -82,21 +84,41 @@ class Source:
             flat, at = self.flat(leaves), self.joined
             found = flat[np.maximum(at, 0)]
             return found if np.all(at >= 0) else jnp.where(at >= 0, found, 0)
-        value = leaves[self.name]
-        for equation, output in self.steps:
-            if keeps_order(equation):
-                value = value.reshape(equation.outvars[output].aval.shape)
-            elif equation.primitive.name in REGISTERED:  # it may have no transpose
-                labels = np.arange(value.size).reshape(value.shape)
-                value = value.reshape(-1)[moved(equation, labels, output)]
-            else:
-                value = bind(equation, [value])[output]
-        return value
+        return followed(self.steps, leaves[self.name])
 
     def flat(self, leaves: dict[str, Array]) -> Array:
         """The parameters in the order of the labels."""
         parts = [leaves[name].reshape(-1) for name in self.parameters]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it is the slices of the parameter itself, in their order."""
+        each = [step for step in self.steps if isinstance(step, Each)]
+        return len(self.steps) == len(each) == 1 and all(
+            isinstance(step, Move) for step in each[0].steps
+        )
+
+    def sliced(self, loop: Equation, rows: Var, row: Var) -> Self:
+        """The first of the slices that a loop takes of the value."""
+        closed = jax.make_jaxpr(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False))(
+            jax.ShapeDtypeStruct(rows.aval.shape, rows.aval.dtype)
+        )
+        steps = (*self.steps, *(Move(equation, 0) for equation in closed.jaxpr.eqns))
+        loops = (*self.loops, (loop, len(self.steps)))
+        return dataclasses.replace(self, value=row, steps=steps, loops=loops)
+
+    def of_rows(self, loop: Equation) -> tuple[Self, bool]:
+        """The source of all slices, `[T, ...]`, and True; of one where there is but one."""
+        if not self.loops or self.loops[-1][0] is not loop:
+            return self, False
+        start = self.loops[-1][1]
+        outside = dataclasses.replace(self, loops=self.loops[:-1])
+        each = Each(self.steps[start + 2 :])
+        rows = dataclasses.replace(outside, steps=(*self.steps[:start], each))
+        if self.repeats and len(labels := rows.labels()) and np.all(labels == labels[0]):
+            return outside, False  # the same slice again and again
+        return rows, True
 
 
 Sources = dict[Var, Source]
@@ -107,8 +129,22 @@ Known = Callable[[Any], np.ndarray | None]
 def find_sources(model: FlatModel) -> Sources:
     """The values that are made of parameters entry by entry."""
     sources = {v: Source(v, {name: v}) for name, v in model.parameters.items()}
-    known = _known_values(model)
-    for equation in model.jaxpr.eqns:
+    _find(model.jaxpr, model, sources, _known_values(model))
+    return sources
+
+
+def _find(jaxpr: jex.Jaxpr, model: FlatModel, sources: Sources, known: Known) -> None:
+    for equation in jaxpr.eqns:
+        if (loop := model.loops.get(id(equation))) is not None:
+            consts, states = loop.parts
+            for k, (atom, v) in enumerate(zip(equation.invars, loop.body.invars, strict=True)):
+                source = sources.get(atom) if variables([atom]) else None
+                if source is not None and k < consts:
+                    sources[v] = source
+                elif source is not None and k >= consts + states and _is_moved(source):
+                    sources[v] = source.sliced(equation, atom, v)
+            _find(loop.body, model, sources, known)
+            continue
         operands = variables(equation.invars)
         own = [v for v in dict.fromkeys(operands) if v in sources]
         others = [v for v in operands if v not in own]
@@ -121,10 +157,18 @@ def find_sources(model: FlatModel) -> Sources:
         elif (factor := scaling(equation)) is not None:
             found = [_scaled(sources[own[0]], equation.outvars[0], factor)]
         else:
-            result = _joined(equation, sources, known) or _by_entry(equation, sources, known)
+            slices = any(sources[v].loops for v in own)
+            result = None if slices else _joined(equation, sources, known)
+            result = result or _by_entry(equation, sources, known)
             found = [] if result is None else [result]
+        if jaxpr is not model.jaxpr:  # slopes are known outside of loops, and labels of slices
+            found = [x for x in found if not x.weighted and (_is_moved(x) or not x.loops)]
         sources.update({source.value: source for source in found})
-    return sources
+
+
+def _is_moved(source: Source) -> bool:
+    """Whether it is a parameter, moved and scaled by a number."""
+    return source.joined is None and not source.weighted
 
 
 def _moved(source: Source, equation: Equation, output: int) -> Source:
@@ -134,7 +178,7 @@ def _moved(source: Source, equation: Equation, output: int) -> Source:
     if source.joined is not None:
         labels = moved(equation, source.joined, output)
         return dataclasses.replace(source, value=out, joined=labels)
-    return dataclasses.replace(source, value=out, steps=(*source.steps, (equation, output)))
+    return dataclasses.replace(source, value=out, steps=(*source.steps, Move(equation, output)))
 
 
 def _scaled(source: Source, out: Var, factor: float) -> Source:
@@ -156,6 +200,8 @@ def _by_entry(equation: Equation, sources: Sources, known: Known) -> Source | No
         return _scaled(source, out, row.signs[own[0]])
     if not others and row.by_number and (row.multilinear or own[0] in row.linear_in):
         number = known(equation.invars[1 - own[0]])
+        if number is not None and row.multilinear and not np.any(number):
+            return None  # nothing is left of it
         if number is not None and row.multilinear and not np.all(number):
             labels = np.where(np.broadcast_to(number != 0, out.aval.shape), source.labels(), -1)
             source, number = dataclasses.replace(source, joined=labels), number[number != 0]
@@ -173,7 +219,9 @@ def _spread(source: Source, out: Var) -> Source:
 
 def _alike(a: Source, b: Source) -> bool:
     """Whether the same entries stand in the same places."""
-    return a is b or (a.names == b.names and np.array_equal(a.labels(), b.labels()))
+    if a is b or a.loops or b.loops:  # labels are those of the first slice
+        return a is b
+    return a.names == b.names and np.array_equal(a.labels(), b.labels())
 
 
 # Those that put entries of several operands into one value, by known numbers.
@@ -232,12 +280,19 @@ def _relabeled(source: Source, starts: dict[str, int]) -> np.ndarray:
 
 def _known_values(model: FlatModel) -> Known:
     """Constants by what is known of their values when the model is read."""
-    makers = {v: e for e in model.jaxpr.eqns for v in e.outvars}
+    makers = {v: e for e, _ in all_equations(model.jaxpr, model.loops) for v in e.outvars}
+    constants, outside = dict(model.constants), dict[Var, Any]()
+    for loop in model.loops.values():
+        constants |= loop.constants
+        first = loop.parts[0]
+        outside |= zip(loop.body.invars[:first], loop.equation.invars[:first], strict=True)
 
     @functools.cache
     def value(v: Any) -> Any:
-        if v in model.constants:
-            constant = model.constants[v]
+        if (atom := outside.get(v)) is not None:
+            return value(atom) if variables([atom]) else atom.val
+        if v in constants:
+            constant = constants[v]
             return None if isinstance(constant, jax.core.Tracer) else constant
         if v not in makers or model.roles[v] is not Role.CONSTANT:
             return None

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.types import Array
+from kfgn.base.types import Array, Shape
 from kfgn.model.equations import Equation, Var, size
 from kfgn.model.parameter_path import Source
 
@@ -103,6 +103,8 @@ class Form:
     matrix: Callable[[Array], Array] | None = None
     diagonal: Callable[[Array], Array] | None = None
     channels: ChannelRule | None = None
+    slots: int = 1  # kernels among the groups that a loop takes from a stack
+    turns: int = 1  # iterations of loops that it stands for
 
     @property
     def entrywise(self) -> bool:
@@ -150,6 +152,7 @@ class Use:
     order: np.ndarray | None = None  # where in `output` each entry of the product stands
     sign: float = 1.0  # with which the result enters the sum with the bias
     choice: Choice | None = None  # of the kernel, where data chooses it
+    product_shape: Shape | None = None  # where it is not that of an equation's result
 
     @property
     def kernel_value(self) -> Var:
@@ -179,7 +182,7 @@ class Use:
     def pre_activations(self, values: Any) -> Any:
         """Values like `output`, `[..., *shape]`, as `[..., s, t, o]`."""
         product = self.equations[0] if self.choice is None else self.equations[-1]
-        raw = product.outvars[0].aval.shape
+        raw = self.product_shape or product.outvars[0].aval.shape
         lead = values.ndim - self.output.aval.ndim
         flat = values.reshape(*values.shape[:lead], size(self.output))
         if self.order is not None:

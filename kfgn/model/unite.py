@@ -60,12 +60,13 @@ def unite(
     axis_name: AxisName | None = None,
     large_factors: str = "whole",
     factor_limit: int | None = None,
+    unroll: bool = False,
 ) -> United:
-    """Reads the models and batches of all terms of an objective."""
+    """Reads the models and batches of all terms of an objective; `unroll` as in `build_graph`."""
     if not isinstance(objective, SumOfObjectives):
         inputs, targets = read_batch(objective, batch, axis_name)
         of_data, data = carry(objective, params, inputs)
-        graph = build_graph(of_data, params, data)
+        graph = build_graph(of_data, params, data, unroll=unroll)
         layers = limited(graph.layers, large_factors, factor_limit)
         graph = dataclasses.replace(graph, layers=layers)
         names = {name: name for name in layers}
@@ -86,7 +87,9 @@ def unite(
     for name, (inputs, _) in read.items():
         with named_term(name):
             carried[name] = carry(objective.terms[name], params, inputs)
-    build = {n: partial(build_graph, o, params, data) for n, (o, data) in carried.items()}
+    build = {
+        n: partial(build_graph, o, params, data, unroll=unroll) for n, (o, data) in carried.items()
+    }
     graphs = _alike_graphs(build)
     layers, keys = _layers_of_all(graphs)
     terms = {}
@@ -150,19 +153,18 @@ def _layers_of_all(
     return layers, {layer.parameters: name for name, layer in layers.items()}
 
 
-def _orders(layer: Layer) -> list[np.ndarray]:
-    return [slot[0].labels() for slot in layer.slots]
+def _labels(layer: Layer) -> np.ndarray:
+    labels = np.concatenate([slot[0].labels() for slot in layer.slots])
+    return labels if layer.order is None else labels[list(layer.order)]
 
 
 def _alike(a: Layer, b: Layer) -> bool:
     """Whether the matrices of two layers of the same parameters have the same entries."""
-    pairs = zip(_orders(a), _orders(b), strict=False)
-    return a.matrix_shape == b.matrix_shape and all(np.array_equal(x, y) for x, y in pairs)
+    return a.matrix_shape == b.matrix_shape and np.array_equal(_labels(a), _labels(b))
 
 
 def _is_turned(a: Layer, b: Layer) -> bool:
     """Whether the matrix of one layer is the transpose of the other's."""
     if _alike(a, b) or not a.stack == b.stack == 1 or len(a.parameters) > 1:
         return False
-    (x,), (y,) = _orders(a), _orders(b)
-    return np.array_equal(x[0], y[0].T)
+    return np.array_equal(_labels(a)[0], _labels(b)[0].T)

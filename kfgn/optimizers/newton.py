@@ -122,7 +122,7 @@ def _by_layer(
     blocks = hessian(objective).blocks(params, batch)
     for name, part in present.items():
         own = part.to_matrix(gradient)
-        vectors = own.reshape(len(part.slots), -1)
+        vectors = own.reshape(part.kernels, -1)
         identity = jnp.eye(vectors.shape[1], dtype=blocks[name].dtype)
         matrices = blocks[name].reshape(-1, *identity.shape) + objective.l2 * identity
         yield _Part(matrices, vectors, own.shape, part.from_matrix)

@@ -51,7 +51,7 @@ def test_blocks_and_diagonals(name):
     for block, matrix in blocks.items():
         layer = found.layers.get(block)
         order = places[block] if layer is None else layer.to_matrix(places)
-        slots = 1 if layer is None else len(layer.slots)
+        slots = 1 if layer is None else layer.kernels
         own = rows[:, np.asarray(order).astype(int).reshape(slots, -1)]
         truth = np.einsum("nsi,nsj->nsij", own, own)
         close(by_example[block].reshape(truth.shape), truth, block)

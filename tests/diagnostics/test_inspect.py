@@ -93,12 +93,12 @@ EXPECTED = {
         kfac=2 * (2 * 3 * 4) + 2 * (2 * 3 * 4) + 3 * 8),
         inversion=8 + 8,
     ),
-    "scan_layers": Row(
+    "scan_layers": Row(  # the way back goes through both layers: a loop does in each what it does
         "layers", ("layers/w", "layers/b"), "dense", (2, 3, 3), (2, 2, 2),
         **(ONCE | {"slots": 2}), bytes=2 * (9 + 4) * 8,
-        flops=flops(kfra=2 * (2 * 3 * 9) + 8 * (2 + 2),
-        kflr=2 * (2 * 3 * 9) + 2 * (2 * (2 * 3 * 4) + 3 * 8),
-        kfac=2 * (2 * 3 * 9) + 2 * (2 * 3 * 4) + 3 * 8),
+        flops=flops(kfra=2 * (2 * 3 * 9) + 2 * 8 * (2 + 2),
+        kflr=2 * (2 * 3 * 9) + 2 * (2 * (2 * 3 * 4) + 2 * 3 * 8),
+        kfac=2 * (2 * 3 * 9) + 2 * (2 * 3 * 4) + 2 * 3 * 8),
         inversion=2 * (27 + 8),
     ),
     "layer_norm": Row(

@@ -68,7 +68,12 @@ def setting(name: str) -> Setting:
     base, _, loss = name.partition(" with ")
     case = setting(base).case if loss else ROWS[base].case()
     objective = kfgn.Objective(case.model, LOSSES[loss or ROWS[base].loss].loss)
-    graph = setting(base).graph if loss else build_graph(objective, case.params, case.inputs)
+    # Definitions are of every use, the truth for what is read with its loops.
+    graph = (
+        setting(base).graph
+        if loss
+        else build_graph(objective, case.params, case.inputs, unroll=True)
+    )
     targets = make_targets(base, case, loss=loss)
     return Setting(case, objective, (case.inputs, targets), graph)
 

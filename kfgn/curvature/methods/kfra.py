@@ -15,6 +15,7 @@ class KFRA(Method):
 
     name = "kfra"
     probes = False
+    walks = True
     spatial = ("joint", "homogeneous")
 
     def moments(self, request: Request) -> dict[str, Moments]:

@@ -52,6 +52,7 @@ class Method:
     name: ClassVar[str]
     draws: ClassVar[bool] = False  # whether it needs a key, and a loss that has `sample`
     probes: ClassVar[bool] = True  # whether it needs gradients at pre-activations
+    walks: ClassVar[bool] = False  # whether it goes through every value, loops unrolled
     spatial: ClassVar[tuple[str, ...]] = ("joint",)  # the values of `spatial` it knows
 
     def moments(self, request: Request) -> dict[str, Moments]:

@@ -1,0 +1,98 @@
+"""What the parts of a model cost, in FLOPs; see `kfgn.inspect`."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.errors import LoopError
+from kfgn.base.linalg import count_of, factor_dtype
+from kfgn.base.types import PyTree
+from kfgn.curvature.methods import UseCost
+from kfgn.model.dependence import keeps_order
+from kfgn.model.equations import Equation, size
+from kfgn.model.graph import Graph, Node, build_graph
+from kfgn.model.layer import Layer
+from kfgn.model.parameter_use import Use
+from kfgn.model.unite import Term
+from kfgn.objective.objective import require_batch
+from kfgn.objective.weights import loss_of
+
+
+class Setting(NamedTuple):
+    """What costs depend on besides a layer."""
+
+    graph: Graph
+    nodes: tuple[Node, ...] | None  # that a walk goes through; None where loops are too long
+    examples: int
+    columns: int
+    itemsize: int  # of a factor's entries
+
+
+def setting(term: Term, params: PyTree) -> Setting:
+    inputs, targets, outputs = require_batch(term.objective, params, (term.inputs, term.targets))
+    columns = loss_of(term.objective.loss, targets).sqrt_columns
+    root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
+    dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
+    return Setting(
+        term.graph, _nodes(term, params), count_of(inputs), root.shape[0], dtype.itemsize
+    )
+
+
+def _nodes(term: Term, params: PyTree) -> tuple[Node, ...] | None:
+    if not term.graph.model.loops:
+        return term.graph.nodes
+    with contextlib.suppress(LoopError):
+        return build_graph(term.read, params, term.data, unroll=True).nodes
+    return None
+
+
+def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:
+    form = use.form
+    product = 2 * form.groups * form.positions * form.d_in * form.d_out
+    if form.indexed:
+        product = size(use.output)
+    if use.input is None or not at.graph.is_active(use.input):
+        product = 0  # no layer is before it
+    summed = layer.indexed and layer.activation_size == 1 == form.turns == len(layer.uses)
+    moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
+    square = 1 if layer.indexed else 2 * use.width**2
+    return UseCost(
+        activation=at.examples * form.groups * form.positions * square,
+        column=at.examples * (moment + product),
+        # Of one iteration of a loop; the product is that of all.
+        congruence=product
+        * sum(size(v) for v in (use.input, use.output) if v is not None)
+        // form.turns,
+        columns=at.columns,
+    )
+
+
+def forward_cost(of: Node | Use) -> int:
+    """Of one example, in a forward pass."""
+    use = of.use if isinstance(of, Node) else of
+    if use is None:
+        return sum(_equation_cost(e) for e in of.equations if not keeps_order(e))
+    form = use.form
+    if form.indexed:
+        return size(use.output)
+    return 2 * form.groups * form.positions * form.d_in * form.d_out
+
+
+def node_cost(node: Node, count: int) -> int:
+    """Of a node between layers; a backward pass costs twice its equations."""
+    inside, outside = (sum(map(size, values)) for values in (node.inputs, node.outputs))
+    if node.kind == "elementwise":
+        return 2 * count * inside * outside
+    passes = (inside + outside) * (1 if node.kind == "linear" else count)
+    return passes * 2 * sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
+
+
+def _equation_cost(equation: Equation) -> int:
+    entries = max(v.aval.size for v in equation.outvars)
+    if equation.primitive.name != "dot_general":
+        return entries
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
