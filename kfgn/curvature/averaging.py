@@ -17,6 +17,7 @@ from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Scalar
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import Factors
+from kfgn.curvature.lazy_factors import FactorsOf
 from kfgn.model.unite import United
 
 
@@ -53,31 +54,46 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 
     examples = total(c.examples for c in curvatures)
     weights = [c.examples / jnp.where(examples == 0, 1, examples) for c in curvatures]
-    factors = jax.tree.map(lambda *x: _weighted(weights, x), *[c.factors for c in curvatures])
-    return _combined(curvatures, weights, factors, first)
+    factors_of = FactorsOf(curvatures[0].blocks, _mean_factors)
+    return _combined(curvatures, weights, factors_of, first)
 
 
 def summed(curvatures: list[Curvature], united: United, settings: CurvatureSettings) -> Curvature:
     """The curvature of a sum of objectives from those of its terms; factors are merged."""
     weights = [jnp.asarray(term.weight) for term in united.terms.values()]
-    parts: dict[str, list[Factors]] = {name: [] for name in united.layers}
-    lone: dict[str, list[Any]] = {name: [] for name in united.reasons}
-    for c, weight, term in zip(curvatures, weights, united.terms.values(), strict=True):
-        for name, factor in c.factors.items():
-            scale = weight.astype(jax.tree.leaves(factor)[0].dtype)
-            if name in term.names:
-                q, g = cast(Factors, factor)
-                g = scale * g
-                own = Factors(g, q) if name in term.turned else Factors(q, g)
-                parts[term.names[name]].append(own)
-            elif name in lone:
-                lone[name].append(factor._replace(**{factor._fields[-1]: scale * factor[-1]}))
-    factors: dict[str, Any] = {name: merged(own) for name, own in parts.items()}
-    for name, found in lone.items():
-        if found:  # with "gradient" there are none
+    # With "gradient" parameters in no layer have no block in any term.
+    lone = [n for n in united.reasons if any(n in c.blocks for c in curvatures)]
+    names = tuple((term.names, term.turned) for term in united.terms.values())
+    factors_of = FactorsOf((*united.layers, *lone), _SummedFactors(names))
+    return _combined(curvatures, weights, factors_of, settings)
+
+
+def _mean_factors(weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
+    return jax.tree.map(lambda *x: _weighted(weights, x), *(part() for part in parts))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SummedFactors:
+    names: tuple[tuple[dict[str, str], frozenset[str]], ...]  # of each term, as `Term` has them
+
+    def __call__(self, weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
+        shared: dict[str, list[Factors]] = {}
+        lone: dict[str, list[Any]] = {}
+        for (names, turned), weight, part in zip(self.names, weights, parts, strict=True):
+            for name, factor in part().items():
+                scale = weight.astype(jax.tree.leaves(factor)[0].dtype)
+                if name in names:
+                    q, g = cast(Factors, factor)
+                    own = Factors(scale * g, q) if name in turned else Factors(q, scale * g)
+                    shared.setdefault(names[name], []).append(own)
+                else:
+                    scaled = {factor._fields[-1]: scale * factor[-1]}
+                    lone.setdefault(name, []).append(factor._replace(**scaled))
+        factors: dict[str, Any] = {name: merged(own) for name, own in shared.items()}
+        for name, found in lone.items():
             whole = total(x[-1] for x in found)
             factors[name] = found[0]._replace(**{found[0]._fields[-1]: whole})
-    return _combined(curvatures, weights, factors, settings)
+        return factors
 
 
 def merged(parts: Sequence[Factors]) -> Factors:
@@ -115,7 +131,7 @@ def _as_matrix(q: Array, g: Array) -> Array:
 def _combined(
     curvatures: list[Curvature],
     weights: list[Scalar],
-    factors: dict[str, Any],
+    factors_of: FactorsOf,
     settings: CurvatureSettings,
 ) -> Curvature:
     known = [(c.value, c.gradient) for c in curvatures]
@@ -125,7 +141,7 @@ def _combined(
     of_first: Any = products[0].func
     axis = of_first.axis_name
     return Curvature(
-        factors=factors,
+        lazy_factors=Partial(factors_of, weights, [c.lazy_factors for c in curvatures]),
         value=value,
         gradient=gradient,
         linearized=Partial(_concatenated, [c.linearized for c in curvatures]),

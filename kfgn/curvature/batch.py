@@ -29,6 +29,7 @@ from kfgn.curvature.factors import (
     assemble,
 )
 from kfgn.curvature.forward_pass import Linearized, linearize
+from kfgn.curvature.lazy_factors import lazily
 from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
 from kfgn.model.layer import require_blocks
@@ -155,28 +156,15 @@ def _of_term(
     method = method_of(settings.method)
     model = linearize(graph, term.read, params, data, targets, method.probes)
     weights = importance(targets, axis_name)
-    moments = method.moments(
-        Request(
-            model, settings.samples, settings.sharing, settings.spatial, key, axis_name, weights
-        )
+    request = Request(
+        model, settings.samples, settings.sharing, settings.spatial, key, axis_name, weights
     )
-    factors: dict[str, Factors | Diagonal] = {}
-    for name, layer in graph.layers.items():
-        values = {n: model.values[use.input] for n, use in layer.uses.items()}
-        activation = activation_moments(
-            layer, values, settings.sharing, model.dtype, model.weights, weights
-        )
-        both = mean_over_devices((activation, moments[name]), axis_name)
-        factors[name] = assemble(layer, *both)
-    if settings.unassigned in ("diagonal", "block") and graph.reasons:
-        lone = own_factors(model, whole=settings.unassigned == "block")
-        factors.update(mean_over_devices(lone, axis_name))
     own = _value_and_gradient(model, objective, params)
     value, gradient = mean_over_devices(own, axis_name)
     count = part_of_device(settings.model_examples, axis_name)
     push, *pushed = model.quadratic(objective, params, count)
     curvature = Curvature(
-        factors,
+        lazily(lambda: _factors(request, settings)),
         value,
         gradient,
         push,
@@ -186,6 +174,23 @@ def _of_term(
         settings,
     )
     return curvature, model.aux
+
+
+def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors | Diagonal]:
+    model, axis_name = request.model, request.axis_name
+    moments = method_of(settings.method).moments(request)
+    factors: dict[str, Factors | Diagonal] = {}
+    for name, layer in model.graph.layers.items():
+        values = {n: model.values[use.input] for n, use in layer.uses.items()}
+        activation = activation_moments(
+            layer, values, request.sharing, model.dtype, model.weights, request.importance
+        )
+        both = mean_over_devices((activation, moments[name]), axis_name)
+        factors[name] = assemble(layer, *both)
+    if settings.unassigned in ("diagonal", "block") and model.graph.reasons:
+        lone = own_factors(model, whole=settings.unassigned == "block")
+        factors.update(mean_over_devices(lone, axis_name))
+    return factors
 
 
 def _value_and_gradient(

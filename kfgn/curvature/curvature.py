@@ -10,6 +10,7 @@ from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, Scalar
 from kfgn.curvature.factors import Diagonal, Factors, check_sharing
+from kfgn.curvature.lazy_factors import known
 from kfgn.curvature.methods import METHODS, method_of
 from kfgn.model.factor_size import check_factor_size
 
@@ -72,7 +73,7 @@ class Curvature(NamedTuple):
 
     The callables are `jax.tree_util.Partial`, so all of it crosses jit.
     Directions are dictionaries from parameter name to array; absent names
-    stand for zeros.
+    stand for zeros. Factors are not computed before they are asked for.
 
     >>> import jax.numpy as jnp, kfgn
     >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
@@ -84,7 +85,7 @@ class Curvature(NamedTuple):
     ((4, 1), 'kflr')
     """
 
-    factors: dict[str, Factors | Diagonal]  # by layer; diagonals by parameter
+    lazy_factors: Partial  # () -> the factors
     value: Scalar  # the objective, l2 included
     gradient: dict[str, Array]  # its gradient, l2 included
     # Of all examples, or of the `model_examples` that stand for them, n:
@@ -93,6 +94,20 @@ class Curvature(NamedTuple):
     displaced: Partial  # direction -> the objective at params + direction
     examples: Scalar  # how many the batch has, or the sum of `|w|`: its weight in an average
     settings: CurvatureSettings  # static: what it was made with
+
+    @property
+    def factors(self) -> dict[str, Factors | Diagonal]:
+        """By layer, diagonals by parameter; computed anew whenever they are asked for."""
+        return self.lazy_factors()
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The names in `factors`."""
+        return self.lazy_factors.func.blocks
+
+    def with_factors(self, factors: dict[str, Factors | Diagonal]) -> "Curvature":
+        """The same with these factors, such as its own: computed now, they free what they read."""
+        return self._replace(lazy_factors=known(factors))
 
 
 def check_unassigned(unassigned: str) -> None:

@@ -28,7 +28,9 @@ def record(state: Any) -> dict[str, Any]:
         largest_eigenvalue, condition:   of the factors, and of the damped ones, at the last
                                          inversion: the largest over all layers; exact for
                                          inverse "eigen", else bounds by Frobenius norms
-        refresh_inverse_every, step_damping_period, factor_damping_period
+        observed:                        how often the average has seen factors, since it began
+        refresh_factors_every, refresh_inverse_every, step_damping_period,
+        factor_damping_period
 
     An update that is skipped leaves all but the counts as they were. Other
     transformations have those of these that they know, and their own.

@@ -32,6 +32,7 @@ def optimizer(
     decay: Number | None = 0.85,
     step_damping: Number | StepDamping = 2.0,
     factor_damping: Number | FactorDamping | None = None,
+    refresh_factors_every: Any = 1,
     refresh_inverse_every: Any = 5,
     inverse: str = "factored",
     momentum: bool = True,
@@ -54,13 +55,16 @@ def optimizer(
       learning_rate: a factor, or an optax schedule, on the step that the
         quadratic model picks; 1 takes it whole. The model is that of one
         batch, so its minimum goes too far for the others: hence 0.9.
-      decay: of the moving average of the factors; None uses each batch's own.
+      decay: of the moving average of the factors, per observation; None uses those of
+        the batch that was observed last.
       step_damping: τ, added to the full Gauss-Newton matrix. A number is where
         `kfgn.transforms.LevenbergMarquardt` starts, which adapts it by the
         reduction ratio; or any rule with settings of its own.
       factor_damping: γ, added to the Kronecker factors. None lets it follow τ,
         which measures better and saves the search; a number is where
         `kfgn.transforms.Greedy` starts, the paper's search; or any rule.
+      refresh_factors_every: updates between looks at a batch's factors, which are not
+        computed otherwise. The first ten updates have one each.
       refresh_inverse_every: updates between inversions of the factors.
       inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35).
       momentum: let the quadratic model weigh the previous step in too (Martens
@@ -111,6 +115,7 @@ def optimizer(
         factor_damping=factor_damping,
         step_damping=step_damping,
         decay=decay,
+        refresh_factors_every=refresh_factors_every,
         refresh_inverse_every=refresh_inverse_every,
         inverse=inverse,
         momentum=momentum,

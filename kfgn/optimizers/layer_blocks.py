@@ -154,7 +154,7 @@ def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: 
             f"curvature must be a kfgn.Curvature, found a {type(curvature).__name__}; pass what "
             "kfgn.value_grad_and_curvature(objective, method)(params, batch) returned."
         )
-    missing = [name for name in blocks.every if name not in curvature.factors]
+    missing = [name for name in blocks.every if name not in curvature.blocks]
     bare = [n for n in missing if n in blocks.unassigned]
     if bare:
         raise ParameterError(

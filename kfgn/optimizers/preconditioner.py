@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.factors import Diagonal, Factors
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.state import Count, Flag, number, zeros_like
+from kfgn.optimizers.state import Count, Flag, all_finite, keep_if, number, zeros_like
 
 INVERSES = ("factored", "eigen")
 
@@ -42,6 +42,46 @@ def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None)
         return b.astype(a.dtype) + beta * (a - b.astype(a.dtype))
 
     return jax.tree.map(average, old, new)
+
+
+#: How many updates observe the factors at the start, whatever comes later.
+OBSERVED_FIRST = 10
+
+
+class Observed(NamedTuple):
+    """The factors' average after an update."""
+
+    factors: Named
+    count: Count  # of observations
+    usable: Flag  # whether the batch is: false where its factors were seen and are not finite
+
+
+def observe(
+    curvature: Curvature,
+    before: Observed,
+    updates: Count,
+    every: int | Array,
+    decay: Number | None,
+) -> Observed:
+    """The average with the factors of a batch, which are computed only where that is due.
+
+    They are due at the first ten updates and at every so many, if the batch is usable so far.
+    The loop, of no turn or one, copies nothing of what passes through it, as a conditional
+    would, and stays a loop under `jax.vmap`.
+    """
+
+    def once(_: Any) -> tuple[Flag, Observed]:
+        found = curvature.factors
+        new = {name: found[name] for name in before.factors}
+        usable = before.usable & all_finite(new)
+        count = before.count + 1
+        average = moving_average(before.factors, new, count, decay), count
+        return jnp.array(False), Observed(*keep_if(usable, average, before[:2]), usable)
+
+    if isinstance(every, int) and every == 1:
+        return once(None)[1]
+    due = before.usable & ((updates < OBSERVED_FIRST) | (updates % every == 0))
+    return jax.lax.while_loop(lambda carry: carry[0], once, (due, before))[1]
 
 
 def refresh_due(count: Count, every: int | Array) -> Flag:
@@ -147,7 +187,8 @@ class Preconditioner:
 
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
-        parts = self._parts({n: curvature.factors[n] for n in self.blocks.present(leaves)})
+        factors = curvature.factors
+        parts = self._parts({n: factors[n] for n in self.blocks.present(leaves)})
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
 

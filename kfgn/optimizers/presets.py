@@ -27,7 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             period=20,  # appendix C.3.2: T_γ
             decay=0.95,  # appendix C.3.2: ω_γ = 0.95^T_γ
         ),
-        "refresh_inverse_every": 1,  # algorithm 1: at every update
+        "refresh_factors_every": 1,  # algorithm 1: at every update
+        "refresh_inverse_every": 1,  # likewise
         "inverse": "factored",  # eq. (36)
         "momentum": False,  # section 5: no momentum on the updates
         "average_decay": 0.95,  # eq. (45)

@@ -26,7 +26,7 @@ from kfgn.optimizers.damping import (
     as_rule,
 )
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
+from kfgn.optimizers.preconditioner import Observed, Preconditioner, observe, refresh_due
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import (
@@ -45,8 +45,9 @@ from kfgn.optimizers.wrappers import by_curvature
 
 
 class Periods(NamedTuple):
-    """Updates between inversions of the factors, and between adaptions of both dampings."""
+    """Updates between looks at the factors, inversions of them, and adaptions of both dampings."""
 
+    refresh_factors_every: Count
     refresh_inverse_every: Count
     step_damping_period: Count
     factor_damping_period: Count
@@ -60,6 +61,7 @@ class ScaleByCurvatureState(NamedTuple):
     streak: SkippedStreak  # of those, in a row up to now
     refused: Count  # steps not taken, as they extrapolate and the objective would rise
     still: Count  # updates with no gradient, or no weights, that move no parameters or dampings
+    observed: Count  # factors in the average
     factors: Named  # their moving averages, Q and G
     inverses: Named  # of the damped factors, as last refreshed
     factor_damping: Scalar  # γ
@@ -80,6 +82,7 @@ def scale_by_curvature(
     factor_damping: Number | FactorDamping | None = None,
     step_damping: Number | StepDamping = 2.0,
     decay: Number | None = 0.85,
+    refresh_factors_every: int | Array = 1,
     refresh_inverse_every: int | Array = 5,
     inverse: str = "factored",
     momentum: bool = True,
@@ -90,8 +93,8 @@ def scale_by_curvature(
 
     Args:
       blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
-      factor_damping, step_damping, decay, refresh_inverse_every, inverse, momentum,
-        warn_after_skipped: as for `kfgn.kfra`.
+      factor_damping, step_damping, decay, refresh_factors_every, refresh_inverse_every,
+        inverse, momentum, warn_after_skipped: as for `kfgn.kfra`.
       method: refuse curvatures of another method; None takes any.
 
     Raises:
@@ -117,10 +120,12 @@ def scale_by_curvature(
             f"factors may be singular; found {gamma.least}"
         )
     check_decay("decay", decay)
+    check_whole("refresh_factors_every", refresh_factors_every, 1, traced=True)
     check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     check_flag("momentum", momentum)
     preconditioner = Preconditioner(blocks, inverse)
-    recipe = _Recipe(preconditioner, gamma, tau, decay, refresh_inverse_every, momentum)
+    every = refresh_factors_every, refresh_inverse_every
+    recipe = _Recipe(preconditioner, gamma, tau, decay, *every, momentum)
     settings: dict[str, Any] = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
     settings["warn_after_skipped"] = warn_after_skipped
     return by_curvature(ScaleByCurvatureState, blocks, recipe.init, recipe.advance, **settings)
@@ -151,6 +156,7 @@ class _Recipe:
     factor_damping: FactorDamping
     step_damping: StepDamping
     decay: Number | None
+    refresh_factors_every: int | Array
     refresh_inverse_every: int | Array
     momentum: bool
 
@@ -166,6 +172,7 @@ class _Recipe:
             streak=no_streak(),
             refused=counter(),
             still=counter(),
+            observed=counter(),
             factors=factors,
             inverses=inverses,
             factor_damping=number(self.factor_damping.initial),
@@ -182,7 +189,8 @@ class _Recipe:
 
     def _periods(self) -> Periods:
         rules = self.step_damping, self.factor_damping
-        every = self.refresh_inverse_every, *(rule.period for rule in rules)
+        refresh = self.refresh_factors_every, self.refresh_inverse_every
+        every = *refresh, *(rule.period for rule in rules)
         return Periods(*(jnp.array(n, jnp.int32) for n in every))
 
     def advance(
@@ -193,12 +201,12 @@ class _Recipe:
         The large arrays never pass through a conditional, which would copy
         them: selections fuse into the operations that make the arrays.
         """
-        count = state.count + 1
-        new = {name: curvature.factors[name] for name in state.factors}
-        usable = is_usable(curvature, (gradient, curvature.value, new))
+        usable = is_usable(curvature, (gradient, curvature.value))
         # The factors' average, and their damped inverses at γ.
-        average = moving_average(state.factors, new, count, self.decay)
-        factors = keep_if(usable, average, state.factors)
+        known = Observed(state.factors, state.observed, usable)
+        factors, observed, usable = observe(
+            curvature, known, state.count, self.refresh_factors_every, self.decay
+        )
         before = [push(curvature, state.previous)] if self.momentum else []
 
         def best_along(inverses: Named, gamma: Scalar) -> tuple[list[Direction], Step]:
@@ -219,7 +227,8 @@ class _Recipe:
         seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
         numbers = state._replace(factors={}, inverses={}, previous={})
         advanced = numbers._replace(
-            count=count,
+            count=state.count + 1,
+            observed=observed,
             factor_damping=gamma,
             refused=state.refused + verdict.refused.astype(jnp.int32),
             still=state.still + (best.predicted == 0).astype(jnp.int32),
@@ -331,7 +340,9 @@ class _Recipe:
         the step, that failed: retrying at the same dampings would fail again.
         """
         return state._replace(
-            count=jnp.zeros_like(state.count),  # refresh the inverses at once
+            # Factors and inverses are new at once, and the average begins again.
+            count=jnp.zeros_like(state.count),
+            observed=jnp.zeros_like(state.observed),
             factor_damping=self.factor_damping.raised(state.factor_damping),
             step_damping=self.step_damping.raised(state.step_damping),
         )

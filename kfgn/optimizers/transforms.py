@@ -24,7 +24,13 @@ from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
-from kfgn.optimizers.preconditioner import Preconditioner, moving_average, refresh_due
+from kfgn.optimizers.preconditioner import (
+    Observed,
+    Preconditioner,
+    moving_average,
+    observe,
+    refresh_due,
+)
 from kfgn.optimizers.quadratic_model import best_step, combine, push
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import (
@@ -48,6 +54,7 @@ class ScaleByKroneckerState(NamedTuple):
     count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped, for numbers that were not finite
     streak: SkippedStreak  # of those, in a row up to now
+    observed: Count  # factors in the average
     metrics: Metrics
     factors: Named
     inverses: Named
@@ -58,6 +65,7 @@ def scale_by_kronecker(
     damping: Number = 1e-2,
     *,
     decay: Number | None = 0.9,
+    refresh_factors_every: int | Array = 1,
     refresh_inverse_every: int | Array = 1,
     inverse: str = "factored",
     warn_after_skipped: int | Array | None = 10,
@@ -67,7 +75,8 @@ def scale_by_kronecker(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      decay, refresh_inverse_every, warn_after_skipped: as for `kfgn.kfra`.
+      decay, refresh_factors_every, refresh_inverse_every, warn_after_skipped: as for
+        `kfgn.kfra`.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
 
@@ -85,21 +94,24 @@ def scale_by_kronecker(
     """
     check_positive("damping", damping)
     check_decay("decay", decay)
+    check_whole("refresh_factors_every", refresh_factors_every, 1, traced=True)
     check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
     preconditioner = Preconditioner(blocks, inverse)
 
     def init(leaves: Named) -> ScaleByKroneckerState:
-        start = counter(), counter(), no_streak(), no_metrics()
+        start = counter(), counter(), no_streak(), counter(), no_metrics()
         return ScaleByKroneckerState(*start, *preconditioner.init(leaves))
 
     def advance(
         state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
     ) -> tuple[Named, ScaleByKroneckerState]:
-        new = {name: curvature.factors[name] for name in state.factors}
+        usable = is_usable(curvature, gradient)
+        before = Observed(state.factors, state.observed, usable)
+        factors, observed, usable = observe(
+            curvature, before, state.count, refresh_factors_every, decay
+        )
 
         def move() -> tuple[Named, ScaleByKroneckerState]:
-            count = state.count + 1
-            factors = moving_average(state.factors, new, count, decay)
             total = jnp.asarray(damping)
             due = refresh_due(state.count, refresh_inverse_every)
             parts = preconditioner.decompose(factors, state.inverses, due)
@@ -116,11 +128,14 @@ def scale_by_kronecker(
             norms = (jnp.sqrt(inner(x, x)) for x in (gradient, direction))
             seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
             moved = state._replace(
-                count=count, metrics=Metrics(*seen), factors=factors, inverses=inverses
+                count=state.count + 1,
+                observed=observed,
+                metrics=Metrics(*seen),
+                factors=factors,
+                inverses=inverses,
             )
             return guarded(all_finite(direction), direction, moved, state)
 
-        usable = is_usable(curvature, (gradient, new))
         return jax.lax.cond(usable, move, lambda: stay(gradient, state))
 
     return by_curvature(ScaleByKroneckerState, blocks, init, advance, warn_after_skipped)

@@ -46,7 +46,7 @@ def test_average_of_parts_is_the_whole(method, ends):
     def summary(curvature):
         outputs = curvature.linearized(direction)
         form = curvature.output_product(outputs, outputs)
-        return (*curvature[:3], form, outputs, curvature.displaced(direction))
+        return (curvature.factors, *curvature[1:3], form, outputs, curvature.displaced(direction))
 
     # Sums of eight terms in another order: a few roundoffs.
     jax.tree.map(

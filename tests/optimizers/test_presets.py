@@ -15,6 +15,7 @@ from tests.tables.small import OBJECTIVE, make_batch, make_params
 PAPER = {
     "learning_rate": 1.0,  # eq. (33)
     "decay": 0.9,  # section 5, "a moving average with a factor of 0.9"
+    "refresh_factors_every": 1,  # algorithm 1
     "refresh_inverse_every": 1,  # algorithm 1
     "inverse": "factored",  # eq. (36)
     "momentum": False,  # section 5, "we therefore do not include momentum"

@@ -377,7 +377,7 @@ def infinite_factor(params, batch):
         "out",
         lambda f: f._replace(activation=f.activation.at[0, 0].set(jnp.inf)),
     )
-    return grads, curvature._replace(factors=factors)
+    return grads, curvature.with_factors(factors)
 
 
 def nan_gradient(params, batch):
@@ -474,7 +474,7 @@ def test_failed_inversion_retreats_and_recovers(name):
     (_, grads), curvature = curvature_fn()(params, make_batch())
     indefinite = jax.tree.map(lambda f: -1e3 * jnp.eye(len(f)), curvature.factors)
     updates, state = update(
-        grads, tx.init(params), params, curvature=curvature._replace(factors=indefinite)
+        grads, tx.init(params), params, curvature=curvature.with_factors(indefinite)
     )
     get = functools.partial(optax.tree_utils.tree_get, state)
     assert_equal(updates, jax.tree.map(jnp.zeros_like, params))

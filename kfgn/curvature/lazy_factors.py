@@ -1,0 +1,62 @@
+"""Factors as a pytree that computes them where they are asked for, and crosses jit until then.
+
+It is a `Partial` of a static function and of the arrays which that reads.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.tree_util import Partial
+
+from kfgn.base.devices import in_auto_axes
+from kfgn.base.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class FactorsOf:
+    """What computes the factors of these blocks; equal where its parts are, as `Partial` needs."""
+
+    blocks: tuple[str, ...]
+    compute: Callable[..., dict[str, Any]]
+
+    def __call__(self, *read: PyTree) -> dict[str, Any]:
+        found = self.compute(*read)
+        return {name: found[name] for name in self.blocks}
+
+
+def lazily(factors_of: Callable[[], dict[str, Any]]) -> Partial:
+    """The factors of a function that may read any arrays: traced now, and with it its errors.
+
+    Nothing is computed, not even what depends on known arrays alone.
+    """
+    program, shapes = jax.make_jaxpr(factors_of, return_shape=True)()
+    compute = _Program(program.jaxpr, jax.tree.structure(shapes))
+    return Partial(FactorsOf(tuple(shapes), compute), *program.consts)
+
+
+def known(factors: dict[str, Any]) -> Partial:
+    """Factors that are there already."""
+    return Partial(FactorsOf(tuple(factors), _same), factors)
+
+
+def _same(factors: dict[str, Any]) -> dict[str, Any]:
+    return factors
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    jaxpr: Jaxpr
+    tree: Any
+
+    def __call__(self, *read: Any) -> dict[str, Any]:
+        run = functools.partial(_run, self.jaxpr)
+        return jax.tree.unflatten(self.tree, in_auto_axes(run)(*read))
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _run(jaxpr: Jaxpr, *read: Any) -> list[Any]:
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, read))()
