@@ -89,11 +89,12 @@ class _SummedFactors:
                 else:
                     scaled = {factor._fields[-1]: scale * factor[-1]}
                     lone.setdefault(name, []).append(factor._replace(**scaled))
-        factors: dict[str, Any] = {name: merged(own) for name, own in shared.items()}
+        factors: dict[str, Any] = {}
         for name, found in lone.items():
             whole = total(x[-1] for x in found)
             factors[name] = found[0]._replace(**{found[0]._fields[-1]: whole})
-        return factors
+        # What is alone in one term and in a layer of another is in a layer of the sum.
+        return factors | {name: merged(own) for name, own in shared.items()}
 
 
 def merged(parts: Sequence[Factors]) -> Factors:
