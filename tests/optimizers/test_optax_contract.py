@@ -76,6 +76,10 @@ CASES = {
     "average": Case(lambda: recipe(average_decay=0.95)),
     "each batch's factors": Case(lambda: recipe(decay=None)),
     "refresh always": Case(lambda: recipe(refresh_inverse_every=1)),
+    "factors every 4": Case(lambda: recipe("kflr", refresh_factors_every=4), "kflr"),
+    "kronecker, factors every 4": Case(
+        lambda: optax.chain(kronecker(refresh_factors_every=4), optax.scale(-0.5))
+    ),
     "refresh eigen every 5": Case(lambda: recipe(refresh_inverse_every=5, inverse="eigen")),
     "fixed dampings": Case(
         lambda: recipe(
@@ -110,11 +114,15 @@ CASES = {
         lambda: optax.chain(kronecker(), optax.add_decayed_weights(1e-2), optax.scale(-0.5))
     ),
     "masked": Case(
-        lambda: optax.chain(optax.masked(kronecker(), by_layer(hidden=False, out=True)), descend())
+        lambda: optax.chain(
+            optax.masked(kronecker(refresh_factors_every=4), by_layer(hidden=False, out=True)),
+            descend(),
+        )
     ),
     "partition": Case(
         lambda: optax.partition(
-            {"second": recipe(), "first": optax.adam(0.02)}, by_layer(hidden="second", out="first")
+            {"second": recipe(refresh_factors_every=4), "first": optax.adam(0.02)},
+            by_layer(hidden="second", out="first"),
         ),
         strict=False,
     ),
@@ -144,8 +152,8 @@ CASES = {
             OBJECTIVE, *CONCRETE, learning_rate=0.5, step_damping=1.0
         )
     ),
-    "apply_if_finite": Case(lambda: optax.apply_if_finite(recipe(), 3)),
-    "MultiSteps": Case(lambda: optax.MultiSteps(recipe(), 2), strict=False),
+    "apply_if_finite": Case(lambda: optax.apply_if_finite(recipe(refresh_factors_every=4), 3)),
+    "MultiSteps": Case(lambda: optax.MultiSteps(recipe(refresh_factors_every=4), 2), strict=False),
 }
 
 
