@@ -1,7 +1,7 @@
 """What an update must know of a batch, and how it was made."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.tree_util import Partial
@@ -103,7 +103,8 @@ class Curvature(NamedTuple):
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names in `factors`."""
-        return self.lazy_factors.func.blocks
+        factors_of: Any = self.lazy_factors.func
+        return factors_of.blocks
 
     def with_factors(self, factors: dict[str, Factors | Diagonal]) -> "Curvature":
         """The same with these factors, such as its own: computed now, they free what they read."""

@@ -52,7 +52,7 @@ class Observed(NamedTuple):
     """The factors' average after an update."""
 
     factors: Named
-    count: Count  # of observations
+    times: Count  # it has seen factors
     usable: Flag  # whether the batch is: false where its factors were seen and are not finite
 
 
@@ -74,9 +74,10 @@ def observe(
         found = curvature.factors
         new = {name: found[name] for name in before.factors}
         usable = before.usable & all_finite(new)
-        count = before.count + 1
-        average = moving_average(before.factors, new, count, decay), count
-        return jnp.array(False), Observed(*keep_if(usable, average, before[:2]), usable)
+        times = before.times + 1
+        average = moving_average(before.factors, new, times, decay)
+        factors, times = keep_if(usable, (average, times), before[:2])
+        return jnp.array(False), Observed(factors, times, usable)
 
     if isinstance(every, int) and every == 1:
         return once(None)[1]
