@@ -24,7 +24,8 @@ class FactorsOf:
     compute: Callable[..., dict[str, Any]]
 
     def __call__(self, *read: PyTree) -> dict[str, Any]:
-        found = self.compute(*read)
+        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(read))
+        found = jax.eval_shape(self.compute, *read) if abstract else self.compute(*read)
         return {name: found[name] for name in self.blocks}
 
 
