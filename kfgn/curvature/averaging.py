@@ -28,9 +28,10 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     batch; so are the factors of "kflr", "kfac" and "empirical". Those of
     "kfra" are the mean of what each micro-batch's own recursion gives. Of a sum of
     objectives all is that of the whole batch where micro-batches have its proportions. The
-    gradients that go with it need the same weights, as `curvature.gradient` has.
+    gradients that go with it need the same weights, as `curvature.gradient` has. Factors
+    that wait keep what they read of a micro-batch: computed at once, they free it.
 
-        curvatures.append(curvature)              # for each micro-batch
+        curvatures.append(curvature.with_factors(curvature.factors))  # for each micro-batch
         optimizer.update(mean_grads, state, params, curvature=kfgn.average_curvature(curvatures))
 
     Raises:
