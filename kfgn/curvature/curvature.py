@@ -1,7 +1,7 @@
 """What an update must know of a batch, and how it was made."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.tree_util import Partial
@@ -10,7 +10,7 @@ from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, Scalar
 from kfgn.curvature.factors import Diagonal, Factors, check_sharing
-from kfgn.curvature.lazy_factors import known
+from kfgn.curvature.lazy_factors import blocks_of, evaluate, known
 from kfgn.curvature.methods import METHODS, method_of
 from kfgn.model.factor_size import check_factor_size
 
@@ -98,13 +98,12 @@ class Curvature(NamedTuple):
     @property
     def factors(self) -> dict[str, Factors | Diagonal]:
         """By layer, diagonals by parameter; computed anew whenever they are asked for."""
-        return self.lazy_factors()
+        return evaluate(self.lazy_factors, self.value.ndim)
 
     @property
     def blocks(self) -> tuple[str, ...]:
         """The names in `factors`."""
-        factors_of: Any = self.lazy_factors.func
-        return factors_of.blocks
+        return blocks_of(self.lazy_factors)
 
     def with_factors(self, factors: dict[str, Factors | Diagonal]) -> "Curvature":
         """The same with these factors, such as its own: computed now, they free what they read."""

@@ -24,9 +24,29 @@ class FactorsOf:
     compute: Callable[..., dict[str, Any]]
 
     def __call__(self, *read: PyTree) -> dict[str, Any]:
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(read))
-        found = jax.eval_shape(self.compute, *read) if abstract else self.compute(*read)
-        return {name: found[name] for name in self.blocks}
+        return self.compute(*read)
+
+
+def evaluate(lazy: Partial, stacked: int) -> dict[str, Any]:
+    """The factors, in their order; of so many axes of curvatures, as `jax.vmap` stacks them.
+
+    Those of shapes are shapes.
+    """
+
+    def run(lazy: Partial) -> dict[str, Any]:
+        return lazy()
+
+    for _ in range(stacked):
+        run = jax.vmap(run)
+    abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(lazy))
+    found = jax.eval_shape(run, lazy) if abstract else run(lazy)
+    return {name: found[name] for name in blocks_of(lazy)}
+
+
+def blocks_of(lazy: Partial) -> tuple[str, ...]:
+    """The names of the factors."""
+    factors_of: Any = lazy.func
+    return factors_of.blocks
 
 
 def lazily(factors_of: Callable[[], dict[str, Any]]) -> Partial:

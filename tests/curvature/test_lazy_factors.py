@@ -13,6 +13,11 @@ from kfgn.curvature.lazy_factors import known
 from tests.tables.small import LOSS, OBJECTIVE, assert_close, make_batch, make_params, network
 
 
+def assert_equal_shapes(actual, expected):
+    of = jax.tree.map(lambda x: (x.shape, x.dtype), (actual, expected))
+    assert of[0] == of[1]
+
+
 def scaled(params, inputs):
     return network(params, inputs) * jnp.exp(params["scale"])
 
@@ -68,8 +73,11 @@ def test_lazy_factors_equal_eager_ones(name, monkeypatch):
     assert_close(jax.jit(lambda c: c)(at_once).factors, expected, 0)
     several = jax.tree.map(lambda *x: jnp.stack(x), arguments, setting(objective, seed=1))
     curvatures = jax.jit(jax.vmap(function))(*several)  # what reads the key has it in common
-    of_first = jax.tree.map(lambda x: x[0], jax.jit(jax.vmap(lambda c: c.factors))(curvatures))
-    assert_close(of_first, expected, 1e-6)
+    for found in (jax.jit(jax.vmap(lambda c: c.factors))(curvatures), read(curvatures)):
+        assert_close(jax.tree.map(lambda x: x[0], found), expected, 1e-6)
+    mean = jax.jit(jax.vmap(lambda c: kfgn.average_curvature([c, c])))(curvatures)
+    assert_close(mean.factors, read(curvatures), 1e-6)
+    assert_equal_shapes(jax.eval_shape(function, *arguments).factors, expected)
 
 
 def test_gradient_of_one_output_needs_no_second_backward_pass():

@@ -113,8 +113,8 @@ def test_factors_are_computed_where_they_are_due(name, jits, counted):
 
 @pytest.mark.parametrize("make", [recipe, kronecker], ids=["recipe", "kronecker"])
 def test_average_counts_observations(make, x64):
-    """Its weights are `max(0.15, 1/t)` of the t-th batch observed; the others leave no trace."""
-    tx = make(refresh_factors_every=EVERY, decay=0.85)
+    """Its weights are `max(0.09, 1/t)` of the t-th batch observed; the others leave no trace."""
+    tx = make(refresh_factors_every=EVERY, decay=0.91)
     params = make_params(jnp.float64)
     curvature_fn = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))
     update, state, expected, seen = jax.jit(tx.update), tx.init(params), None, 0
@@ -123,7 +123,7 @@ def test_average_counts_observations(make, x64):
         _, state = update(grads, state, params, curvature=curvature)
         if k in DUE:
             seen += 1
-            beta, new = min(0.85, 1 - 1 / seen), curvature.factors
+            beta, new = min(0.91, 1 - 1 / seen), curvature.factors
             old = expected or new
             expected = jax.tree.map(lambda a, b, c=beta: c * a + (1 - c) * b, old, new)
         # The weights are float32, as all numbers of a state.
