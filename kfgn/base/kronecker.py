@@ -95,7 +95,9 @@ def damped_extremes(q: Left, g: Float[Array, "*S b b"], damping: Scalar) -> tupl
 
 
 def _norm(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
-    return jnp.sqrt(jnp.sum(jnp.square(matrix), axis=(-2, -1)))
+    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    scaled = matrix / jnp.where(largest > 0, largest, 1)  # whose squares are in range
+    return largest[..., 0, 0] * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
 
 
 class Eigen(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Int
 
 from kfgn.base.errors import OptionError
+from kfgn.base.linalg import factor_dtype
 from kfgn.base.types import Array, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
 
@@ -56,12 +57,16 @@ def all_finite(tree: PyTree) -> Flag:
 
     Row sums of matrices are taken by a product: nothing that is not finite
     survives a sum, and a product needs no code of its own compiled per shape.
+    Sums are of the widest dtype: float16's range is soon left by a sum.
     """
+    leaves = jax.tree.leaves(tree)
+    dtype = factor_dtype(*(leaf.dtype for leaf in leaves))
     sums = []
-    for leaf in jax.tree.leaves(tree):
+    for leaf in leaves:
         if leaf.ndim == 2:
-            leaf = leaf @ jnp.ones((leaf.shape[1], 2), leaf.dtype)
-        sums.append(leaf.ravel().astype(jnp.float32))
+            ones = jnp.ones((leaf.shape[1], 2), leaf.dtype)
+            leaf = jnp.matmul(leaf, ones, preferred_element_type=dtype)
+        sums.append(leaf.ravel().astype(dtype))
     return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
 
 
