@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from kfgn.curvature.methods import METHODS
+from tests.documents.pages import ROOT, blocks_of
 
-CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_examples_run_and_are_short():
     ]  # fmt: skip
     scope: dict[str, object] = {}
     for name, section in sections:
-        blocks = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+        blocks = [code for code, _ in blocks_of(section)]
         assert blocks, name
         lines = [
             x for x in blocks[0].splitlines() if x.strip() and not x.startswith(("import", "from"))
