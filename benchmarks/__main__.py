@@ -26,6 +26,7 @@ EXPERIMENTS = {
     "grid": "first-order methods at a grid of rates beside KFRA and KFAC (section 5.1)",
     "versus": "KFRA beside KFAC, setting by setting and seed by seed",
     "peers": "the autoencoder by kfgn and by optax's optimizers, for the same time each",
+    "figure": "draw the README's figure from the results of peers",
     "ablations": "which of the defaults matter",
     "alignment": "how near the approximate updates are to Gauss-Newton's own",
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",

@@ -60,7 +60,7 @@ SHORT = ("kfra", "adam")  # what is trained where no optimizer is named
 # Updates where --updates says nothing. One of second order costs about five gradient steps, so
 # these take similar times: minutes on two CPU cores.
 UPDATES = {"second order": 800, "first order": 4000}
-SHORT_UPDATES = {"second order": 100, "first order": 300}
+SHORT_UPDATES = {"second order": 150, "first order": 450}
 # About so many in a run, unless --eval-every says otherwise.
 EVALUATIONS, SHORT_EVALUATIONS = 100, 20
 
