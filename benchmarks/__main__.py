@@ -15,6 +15,7 @@ FAILED = 2
 EXPERIMENTS = {
     "autoencoder": "train the paper's deep autoencoders",
     "speed": "time the curvature computations",
+    "trainings": "small trainings as users write them, beside Adam",
     "loops": "what KFAC's step costs to compile and to run where a model has loops",
     "sharing": "what weight sharing's products lose",
     "rosenbrock": "gradient descent and Newton's method on Rosenbrock's function",
