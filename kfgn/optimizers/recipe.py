@@ -41,6 +41,7 @@ from kfgn.optimizers.state import (
     number,
     zeros_like,
 )
+from kfgn.optimizers.verdict import Verdict, judge
 from kfgn.optimizers.wrappers import by_curvature
 
 
@@ -139,17 +140,6 @@ BestAlong: TypeAlias = Callable[[Named, Scalar], tuple[list[Direction], Step]]
 Turn: TypeAlias = tuple[Count, Scalar, Scalar, Named, Extremes]
 
 
-class _Verdict(NamedTuple):
-    """What measuring a step found, or what was known before where it was not measured."""
-
-    ratio: Scalar  # ρ, eq. (42)
-    damping: Scalar  # τ for the next update
-    predicted: Scalar
-    actual: Scalar
-    finite: Flag  # false where the objective after the step was found not to be
-    refused: Flag  # the step extrapolates, and the objective would rise
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Recipe:
     preconditioner: Preconditioner
@@ -203,9 +193,9 @@ class _Recipe:
         """
         usable = is_usable(curvature, (gradient, curvature.value))
         # The factors' average, and their damped inverses at γ.
-        known = Observed(state.factors, state.observed, usable)
+        seen_before = Observed(state.factors, state.observed, usable)
         factors, observed, usable = observe(
-            curvature, known, state.count, self.refresh_factors_every, self.decay
+            curvature, seen_before, state.count, self.refresh_factors_every, self.decay
         )
         before = [push(curvature, state.previous)] if self.momentum else []
 
@@ -219,22 +209,32 @@ class _Recipe:
         directions, best = best_along(inverses, gamma)
         step = combine(directions, best.coefficients)
         # The reduction ratio, where it is due or in doubt, and with it τ.
-        verdict = self._judge(state, curvature, best, step, usable)
+        known = state.reduction_ratio, state.step_damping, state.predicted_change
+        verdict = judge(
+            self.step_damping,
+            state.count,
+            Verdict(*known, state.actual_change),
+            curvature,
+            best,
+            step,
+            usable,
+        )
         good = usable & verdict.finite & all_finite((best, step))
-        taken = good & ~verdict.refused
-        step = jax.tree.map(lambda x: jnp.where(taken, x, jnp.zeros_like(x)), step)
-        norms = jnp.sqrt(inner(gradient, gradient)), jnp.where(taken, best.norm, 0)
+        share = jnp.where(good, verdict.share, 0)
+        step = jax.tree.map(lambda x: jnp.where(share > 0, share.astype(x.dtype) * x, 0), step)
+        length = jnp.where(share > 0, share * best.norm.astype(jnp.float32), 0)
+        norms = jnp.sqrt(inner(gradient, gradient)), length
         seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
         numbers = state._replace(factors={}, inverses={}, previous={})
         advanced = numbers._replace(
             count=state.count + 1,
             observed=observed,
             factor_damping=gamma,
-            refused=state.refused + verdict.refused.astype(jnp.int32),
+            refused=state.refused + (verdict.share == 0).astype(jnp.int32),
             still=state.still + (best.predicted == 0).astype(jnp.int32),
             step_damping=verdict.damping,
-            step_size=best.step_size,
-            momentum=best.momentum,
+            step_size=verdict.share * best.step_size,
+            momentum=verdict.share * best.momentum,
             reduction_ratio=verdict.ratio,
             predicted_change=verdict.predicted,
             actual_change=verdict.actual,
@@ -297,41 +297,6 @@ class _Recipe:
 
         start = (jnp.zeros((), jnp.int32), infinite, first, *known)
         return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)[2:]
-
-    def _judge(
-        self, state: ScaleByCurvatureState, curvature: Curvature, best: Step, step: Named,
-        usable: Flag,
-    ) -> _Verdict:  # fmt: skip
-        """Measures the step where its turn has come, or where it extrapolates.
-
-        The previous step is a good second direction as long as it is followed:
-        a coefficient from 0 to 1. Beyond, or against it, the model extrapolates
-        along a direction that the factors did not choose, often after a step
-        that was nearly nothing; where training leaves a plateau such steps can
-        undo all of it. So they are measured whenever they come up, and refused
-        where the objective rises. Measuring every step instead costs more and
-        refuses steps that batches make up for.
-        """
-        tau, doubtful = state.step_damping, best.extrapolates
-        due = self.step_damping.due(state.count + 1) & (best.predicted != 0)
-
-        def measure() -> _Verdict:
-            rise = curvature.displaced(jax.tree.map(jnp.negative, step)) - curvature.value
-            ratio = (rise / best.predicted).astype(jnp.float32)
-            # The mean over the batch is not known better than that.
-            roundoff = 8 * jnp.finfo(rise.dtype).eps * jnp.abs(curvature.value)
-            refused = doubtful & (rise > roundoff)
-            judged = jnp.where(refused, -jnp.inf, ratio)  # the worst of ratios
-            adapted = self.step_damping.adapted(tau, judged)
-            adapted = jnp.where(due | refused, adapted, tau)
-            predicted, actual = (x.astype(jnp.float32) for x in (best.predicted, rise))
-            return _Verdict(ratio, adapted, predicted, actual, jnp.isfinite(rise), refused)
-
-        def keep() -> _Verdict:
-            known = state.reduction_ratio, tau, state.predicted_change, state.actual_change
-            return _Verdict(*known, jnp.array(True), jnp.array(False))
-
-        return jax.lax.cond(usable & (due | doubtful), measure, keep)
 
     def _retreat(self, state: ScaleByCurvatureState) -> ScaleByCurvatureState:
         """Stronger damping after a step whose numbers were not finite.

@@ -145,9 +145,10 @@ class Reference:
             self.inverses = self.invert(self.gamma)
         step, predicted, follows = solve(self.inverses)
         due, extrapolates = self.count % s.tau_period == 0, any(c < 0 or c > 1 for c in follows)
-        if due or extrapolates:
+        if due or extrapolates or done == 0 or self.ratio < -1:
             before, after = OBJECTIVE(params, batch), OBJECTIVE(moved_by(params, step), batch)
             self.ratio = float(after - before) / predicted
+            assert extrapolates or self.ratio >= -1  # no step is cut
             factor = s.omega**s.tau_period
             self.tau *= factor if due and self.ratio > s.high else 1
             refused = extrapolates and self.ratio < 0
@@ -226,6 +227,32 @@ def beside_reference(settings: Settings, params: Any, updates: int) -> Any:
         gammas.append(reference.gamma)
         params = optax.apply_updates(params, step)
     return taus, gammas, reference
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_there_is_no_curvature_steps_are_cut(seed):
+    """Behind the bend of a Huber loss; cubed outputs make the gradient large as well."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    batch = jax.random.normal(keys[0], (16, 4)), jax.random.normal(keys[1], (16, 2))
+    w = 2 * jax.random.normal(keys[2], (4, 2))
+    objective = kfgn.Objective(lambda w, x: (x @ w) ** 3, kfgn.losses.huber())
+    optimizer, measured = kfgn.make(objective, w, batch)
+
+    @jax.jit
+    def step(w, state):
+        (value, grads), curvature = measured(w, batch)
+        updates, state = optimizer.update(grads, state, w, curvature=curvature)
+        return updates, state, value
+
+    state, values = optimizer.init(w), []
+    for k in range(8):
+        updates, state, value = step(w, state)
+        values.append(float(value))
+        if k == 0:
+            numbers = kfgn.diagnostics.record(state)
+            assert numbers["actual_change"] > -numbers["predicted_change"] > 0  # of all of it
+        w = optax.apply_updates(w, updates)
+    assert max(values) == values[0] and values[-1] < 0.2 * values[0], values
 
 
 @pytest.mark.parametrize("inverse", ["factored", "eigen"])

@@ -1,0 +1,96 @@
+"""Whether a step is taken: what measuring the objective after it says."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfgn.base.types import Named, Scalar
+from kfgn.curvature.curvature import Curvature
+from kfgn.optimizers.damping import StepDamping
+from kfgn.optimizers.quadratic_model import Step
+from kfgn.optimizers.state import Count, Flag, number
+
+#: Steps that raise the objective are cut to a quarter until they are too short to matter.
+_CUT, _LEAST = 0.25, 0.25**10
+
+
+class Verdict(NamedTuple):
+    """What measuring a step found, or what was known before where it was not measured."""
+
+    ratio: Scalar  # ρ, eq. (42)
+    damping: Scalar  # τ for the next update
+    predicted: Scalar
+    actual: Scalar
+    finite: Flag | bool = True  # false where the objective after the step was found not to be
+    share: Scalar | float = 1.0  # of the step, that is taken: 0 where it is refused
+
+
+def judge(
+    rule: StepDamping,
+    count: Count,
+    before: Verdict,
+    curvature: Curvature,
+    best: Step,
+    step: Named,
+    usable: Flag,
+) -> Verdict:
+    """Measures the step where its turn has come, where it extrapolates, or is a first one.
+
+    The previous step is a good second direction as long as it is followed:
+    a coefficient from 0 to 1. Beyond, or against it, the model extrapolates
+    along a direction that the factors did not choose, often after a step
+    that was nearly nothing; where training leaves a plateau such steps can
+    undo all of it. So they are measured whenever they come up, and refused
+    where the objective rises. Measuring every step instead costs more and
+    refuses steps that batches make up for.
+
+    Where the model has no curvature, as behind the bend of a Huber loss, nothing but τ
+    bounds a step. One that is measured and raises the objective by more than was promised
+    as its fall is cut until the objective falls; so are those after it, until one is not.
+
+    Args:
+      rule: of τ.
+      count: updates made.
+      before: what is known.
+      curvature: of the batch.
+      best: the step by the quadratic model.
+      step: the same by parameter name, to be subtracted.
+      usable: whether the batch is.
+    """
+    doubtful = best.extrapolates
+    due = rule.due(count + 1) & (best.predicted != 0)
+    wary = (count == 0) | ~(before.ratio >= -1)
+    # The mean over the batch is not known better than that.
+    roundoff = 8 * jnp.finfo(curvature.value.dtype).eps * jnp.abs(curvature.value)
+
+    def is_fine(share: Scalar, rise: Scalar) -> Flag:
+        promised = -best.predicted.astype(roundoff.dtype)
+        return rise <= jnp.where((share == 1) & ~doubtful, promised, 0) + roundoff
+
+    def turn(carry: tuple[Scalar, Scalar, Scalar]) -> tuple[Scalar, Scalar, Scalar]:
+        before, _, first = carry
+        share = _CUT * before
+        moved = jax.tree.map(lambda x: -share.astype(x.dtype) * x, step)
+        rise = curvature.displaced(moved) - curvature.value
+        return share, rise, jnp.where(share == 1, rise, first)
+
+    def goes_on(carry: tuple[Scalar, Scalar, Scalar]) -> Flag:
+        share, rise, _ = carry
+        return (share > 1) | (~is_fine(share, rise) & ~doubtful & (share > _LEAST))
+
+    def measure() -> Verdict:
+        start = number(1 / _CUT), *[jnp.full_like(roundoff, jnp.inf)] * 2
+        share, rise, first = jax.lax.while_loop(goes_on, turn, start)
+        share = jnp.where(is_fine(share, rise), share, 0)
+        ratio = (first / best.predicted).astype(jnp.float32)
+        judged = jnp.where(share == 0, -jnp.inf, ratio)  # the worst of ratios
+        adapted = rule.adapted(before.damping, judged)
+        adapted = jnp.where(due | (share < 1), adapted, before.damping)
+        predicted, actual = (x.astype(jnp.float32) for x in (best.predicted, first))
+        return Verdict(ratio, adapted, predicted, actual, jnp.isfinite(rise), share)
+
+    def keep() -> Verdict:
+        return before._replace(finite=jnp.array(True), share=number(1))
+
+    return jax.lax.cond(usable & (due | doubtful | wary), measure, keep)
