@@ -3,7 +3,9 @@
 from kfgn.objective.elementwise import (
     half_squared_error,
     huber,
+    masked,
     poisson_negative_log_likelihood,
+    quantile,
     sigmoid_binary_cross_entropy,
 )
 from kfgn.objective.gaussian import gaussian_negative_log_likelihood
@@ -16,7 +18,9 @@ __all__ = [
     "gaussian_negative_log_likelihood",
     "half_squared_error",
     "huber",
+    "masked",
     "poisson_negative_log_likelihood",
+    "quantile",
     "sigmoid_binary_cross_entropy",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",

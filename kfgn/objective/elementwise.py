@@ -1,25 +1,37 @@
 """The losses that are sums over the outputs, whose Hessian is diagonal, with closed forms."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
+from kfgn.base.devices import AxisName
 from kfgn.base.errors import LossError, OptionError
-from kfgn.base.types import Array, Scalar
+from kfgn.base.types import Array
 from kfgn.objective.loss import Loss, require_array, require_shape
 
 
-class _Elementwise(Loss):
-    """A sum over the outputs, one array, with a target for each."""
+class Elementwise(Loss):
+    """A sum over the outputs, one array, of `entries(outputs, target)`, with a target for each."""
+
+    def __init__(
+        self,
+        entries: Callable[[Array, Any], Array],
+        name: str,
+        sample: Callable[[Array, Array], Any] | None = None,
+    ) -> None:
+        super().__init__(lambda o, y: jnp.sum(entries(o, y)), name, True, sample)
+        self.entries = entries
 
     def check_shapes(self, outputs: Array, targets: Any) -> None:
         require_array(self, outputs)
         require_shape(self, targets, outputs.shape, outputs.shape)
 
 
-class _HalfSquaredError(_Elementwise):
+class _HalfSquaredError(Elementwise):
     """`½ sum_k (o_k - y_k)²` of one example, twice as small as optax's `squared_error`.
 
     The output Hessian is the identity (footnote 5); targets are drawn from N(o, I).
@@ -31,19 +43,19 @@ class _HalfSquaredError(_Elementwise):
     """
 
     def __init__(self) -> None:
-        def value(outputs: Array, target: Array) -> Scalar:
-            return 0.5 * jnp.sum(jnp.square(outputs - target))
+        def entries(outputs: Array, target: Array) -> Array:
+            return 0.5 * jnp.square(outputs - target)
 
         def sample(key: Array, outputs: Array) -> Array:
             return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
 
-        super().__init__(value, "half_squared_error", True, sample)
+        super().__init__(entries, "half_squared_error", sample)
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
         return jnp.ones_like(outputs).ravel()
 
 
-class _SigmoidBinaryCrossEntropy(_Elementwise):
+class _SigmoidBinaryCrossEntropy(Elementwise):
     """`sum_k log(1 + exp o_k) - o_k y_k`, optax's loss of that name, summed over the outputs.
 
     The cross-entropy of Bernoulli outputs given by their logits o; targets in [0, 1].
@@ -56,17 +68,17 @@ class _SigmoidBinaryCrossEntropy(_Elementwise):
     """
 
     def __init__(self) -> None:
-        def value(outputs: Array, target: Array) -> Scalar:
+        def entries(outputs: Array, target: Array) -> Array:
             infinite = jnp.isinf(outputs)
             o = jnp.where(infinite, 0, outputs)
             certain = target == (outputs > 0).astype(target.dtype)  # 0 log 0 = 0
             finite = jax.nn.softplus(o) - o * target
-            return jnp.sum(jnp.where(infinite, jnp.where(certain, 0, jnp.inf), finite))
+            return jnp.where(infinite, jnp.where(certain, 0, jnp.inf), finite)
 
         def sample(key: Array, outputs: Array) -> Array:
             return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
 
-        super().__init__(value, "sigmoid_binary_cross_entropy", True, sample)
+        super().__init__(entries, "sigmoid_binary_cross_entropy", sample)
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
         # sigmoid(o) sigmoid(-o), without the cancellation of p (1 - p) at p near 1.
@@ -81,7 +93,7 @@ class _SigmoidBinaryCrossEntropy(_Elementwise):
             )
 
 
-class _PoissonNegativeLogLikelihood(_Elementwise):
+class _PoissonNegativeLogLikelihood(Elementwise):
     """`sum_k exp(o_k) - o_k y_k`, of counts y with the rates exp(o), without `log y!`.
 
     The output Hessian is `diag(exp o)`, and does not depend on the counts.
@@ -93,14 +105,14 @@ class _PoissonNegativeLogLikelihood(_Elementwise):
     """
 
     def __init__(self) -> None:
-        def value(outputs: Array, target: Array) -> Scalar:
+        def entries(outputs: Array, target: Array) -> Array:
             never = (outputs == -jnp.inf) & (target == 0)  # a rate of 0
-            return jnp.sum(jnp.exp(outputs) - jnp.where(never, 0, outputs) * target)
+            return jnp.exp(outputs) - jnp.where(never, 0, outputs) * target
 
         def sample(key: Array, outputs: Array) -> Array:
             return jax.random.poisson(key, jnp.exp(outputs)).astype(outputs.dtype)
 
-        super().__init__(value, "poisson_negative_log_likelihood", True, sample)
+        super().__init__(entries, "poisson_negative_log_likelihood", sample)
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
         return jnp.exp(outputs).ravel()
@@ -113,14 +125,14 @@ class _PoissonNegativeLogLikelihood(_Elementwise):
             )
 
 
-class _Huber(_Elementwise):
+class _Huber(Elementwise):
     def __init__(self, delta: float) -> None:
-        def value(outputs: Array, target: Array) -> Scalar:
+        def entries(outputs: Array, target: Array) -> Array:
             error = outputs - target
             inside = jnp.clip(error, -delta, delta)
-            return jnp.sum(inside * (error - 0.5 * inside))
+            return inside * (error - 0.5 * inside)
 
-        super().__init__(value, f"huber({delta:g})", True)
+        super().__init__(entries, f"huber({delta:g})")
         self.delta = delta
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
@@ -147,9 +159,140 @@ def huber(delta: float = 1.0) -> Loss:
     >>> float(loss(outputs, jnp.zeros(2))), loss.hessian(outputs, jnp.zeros(2)).tolist()
     (2.625, [[1.0, 0.0], [0.0, 0.0]])
     """
-    if not (isinstance(delta, int | float) and delta > 0):
-        raise OptionError(f"delta must be a positive number, found {delta!r}")
+    _check_width("delta", delta)
     return _Huber(delta)
+
+
+def _check_width(name: str, value: Any) -> None:
+    if not (isinstance(value, int | float) and value > 0):
+        raise OptionError(f"{name} must be a positive number, found {value!r}")
+
+
+class _Quantile(Elementwise):
+    def __init__(self, levels: np.ndarray, width: float) -> None:
+        def entries(outputs: Array, target: Array) -> Array:
+            error, q = target - outputs, levels.astype(outputs.dtype)
+            slope = jnp.clip(error / width, q - 1, q)
+            return slope * (error - 0.5 * width * slope)
+
+        super().__init__(entries, f"quantile({levels.tolist()}, {width:g})")
+        self.levels, self.width = levels, width
+
+    def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
+        slope, q = (target - outputs) / self.width, self.levels.astype(outputs.dtype)
+        inside = (slope >= q - 1) & (slope <= q)
+        return (inside.astype(outputs.dtype) / self.width).ravel()
+
+    def check_shapes(self, outputs: Array, targets: Any) -> None:
+        super().check_shapes(outputs, targets)
+        if self.levels.ndim and (not outputs.shape or outputs.shape[-1] != self.levels.size):
+            raise LossError(
+                f"{self.name}: expected an output for each of the {self.levels.size} levels, "
+                f"along the last axis, found outputs of shape {outputs.shape}"
+            )
+
+
+def quantile(level: float | Sequence[float], width: float = 0.1) -> Loss:
+    """`sum_k q r_k` where `r_k > 0`, else `(q - 1) r_k`, of `r = y - o`, rounded at 0.
+
+    The pinball loss, whose minimum is the quantile of level q, has no curvature. Where
+    `(q - 1) w <= r_k <= q w` a parabola of second derivative `1 / w` joins both lines
+    (its Moreau envelope), and the output Hessian is 0 elsewhere.
+
+    Args:
+      level: q between 0 and 1; or several, one for each output along the last axis.
+      width: w, in the targets' units.
+
+    Returns:
+      The loss.
+
+    Raises:
+      OptionError: a level that is not between 0 and 1, or a width that is not positive.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> loss, target = kfgn.losses.quantile([0.1, 0.9], width=0.2), jnp.array([1.0, 1.0])
+    >>> round(float(loss(jnp.zeros(2), target)), 6)  # 0.1 + 0.9 - 0.1 (0.01 + 0.81)
+    0.918
+    """
+    levels = np.asarray(level, float)
+    if levels.ndim > 1 or not np.all((levels > 0) & (levels < 1)):
+        raise OptionError(f"level must be between 0 and 1, or several such, found {level!r}")
+    _check_width("width", width)
+    return _Quantile(levels, width)
+
+
+class _Masked(Elementwise):
+    """The entries of a loss that a mask among the targets `(y, mask)` keeps."""
+
+    def __init__(self, loss: Elementwise) -> None:
+        def entries(outputs: Array, target: tuple[Array, Array]) -> Array:
+            o, y, mask = _shown(outputs, target)
+            return jnp.where(mask, loss.entries(o, y), 0)
+
+        super().__init__(entries, f"masked({loss.name})", loss._sample)
+        self.loss = loss
+
+    def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
+        o, y, mask = _shown(outputs, target)
+        return jnp.where(mask.ravel(), self.loss.second_derivatives(o, y), 0)
+
+    def sampled_gradients(
+        self, key: Array, outputs: Array, targets: Any, axis_name: AxisName | None = None
+    ) -> Float[Array, "N K"]:
+        o, y, mask = _shown(outputs, targets)
+        drawn = self.loss.sampled_gradients(key, o, y, axis_name)
+        return jnp.where(mask.reshape(drawn.shape), drawn, 0)
+
+    def check_shapes(self, outputs: Array, targets: Any) -> None:
+        require_array(self, outputs)
+        pair = isinstance(targets, tuple | list) and len(targets) == 2
+        if not pair or getattr(targets[1], "shape", None) != outputs.shape:
+            raise LossError(
+                f"{self.name}: expected targets (y, mask), and a mask of the outputs' shape "
+                f"{outputs.shape}, found {targets}"
+            )
+        self.loss.check_shapes(outputs, targets[0])
+
+    def check_targets(self, outputs: Array, targets: Any) -> None:
+        self.loss.check_targets(outputs, _shown(outputs, targets)[1])
+
+
+def _shown(outputs: Array, target: Any) -> tuple[Array, Array, Array]:
+    """Outputs and targets, zeros where they are masked, and the mask."""
+    y, mask = target
+    mask = jnp.asarray(mask, bool)
+    return jnp.where(mask, outputs, 0), jnp.where(mask, y, jnp.zeros_like(y)), mask
+
+
+def masked(loss: Loss) -> Loss:
+    """A loss that is a sum over the outputs, of those alone that a mask keeps.
+
+    Targets are `(y, mask)`, both of the outputs' shape: missing values, or padding of
+    series and sets. What is masked may be anything, NaN included, and counts for nothing.
+
+    Args:
+      loss: `half_squared_error`, `sigmoid_binary_cross_entropy`,
+        `poisson_negative_log_likelihood`, `huber(...)` or `quantile(...)`.
+
+    Returns:
+      The loss.
+
+    Raises:
+      LossError: the loss is another one.
+
+    >>> import jax.numpy as jnp, kfgn
+    >>> loss = kfgn.losses.masked(kfgn.losses.half_squared_error)
+    >>> target = jnp.array([1.0, jnp.nan]), jnp.array([True, False])
+    >>> float(loss(jnp.zeros(2), target)), loss.hessian(jnp.zeros(2), target).tolist()
+    (0.5, [[1.0, 0.0], [0.0, 0.0]])
+    """
+    if not isinstance(loss, Elementwise):
+        raise LossError(
+            f"masked takes a loss that is a sum over the outputs, found {loss!r}; the "
+            "cross-entropies of classes have ignore_index, and a loss of your own, of "
+            "kfgn.losses.from_function, can read a mask among its targets"
+        )
+    return _Masked(loss)
 
 
 half_squared_error = _HalfSquaredError()

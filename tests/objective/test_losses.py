@@ -17,8 +17,9 @@ LOSSES = table.LOSSES | table.MORE_LOSSES
 
 # The shape of one example's outputs, the last axis being the classes.
 SHAPES = {name: [(3,)] for name in LOSSES}
-for name in ("squared_error", "sigmoid", "pseudo_huber", "poisson", "huber"):
+for name in ("squared_error", "sigmoid", "pseudo_huber", "poisson", "huber", "masked"):
     SHAPES[name] += [(), (2, 3)]
+SHAPES["quantile"] += [(2, 3)]
 SOFTMAX = ("one_hot", "soft_labels", "integer_labels", "ignoring", "smoothed", "weighted")
 for name in (*SOFTMAX, "all_options"):
     SHAPES[name] += [(2, 3)]
@@ -120,6 +121,7 @@ LIKELIHOODS = [
     ("integer_labels", (3,)),
     ("integer_labels", (2, 3)),
     ("poisson", (2, 2)),
+    ("masked", (2, 2)),
 ]
 LIKELIHOODS += [(name, (2, 3)) for name in ("ignoring", "smoothed", "weighted", "all_options")]
 
@@ -130,7 +132,7 @@ def test_sampled_gradients(name, shape):
     """At targets drawn from the model, gradients have mean 0 and the Hessian as covariance."""
     samples, loss = 20_000, LOSSES[name].loss
     outputs, targets = make_batch(name, shape, count=1)
-    repeated, labels = (jnp.repeat(x, samples, axis=0) for x in (outputs, targets))
+    repeated, labels = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (outputs, targets))
     found = jax.jit(loss.sampled_gradients)(jax.random.key(4), repeated, labels)
     gradients = np.asarray(found)
     assert gradients.shape == (samples, outputs.size)

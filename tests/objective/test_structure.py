@@ -186,6 +186,41 @@ def test_gaussian_with_learned_variance():
         kfgn.Objective(lambda p, x: x, loss)({}, (mean, targets))
 
 
-def test_huber_checks_its_delta():
-    with pytest.raises(kfgn.errors.OptionError, match="positive number, found 0"):
-        kfgn.losses.huber(0)
+losses, OptionError, LossError = kfgn.losses, kfgn.errors.OptionError, kfgn.errors.LossError
+OUTPUTS = jnp.zeros((4, 3))
+BAD = {
+    "delta": (lambda: losses.huber(0), OptionError, "positive number, found 0"),
+    "width": (lambda: losses.quantile(0.5, -1), OptionError, "width must be a positive number"),
+    "level": (lambda: losses.quantile([0.5, 1.5]), OptionError, "level must be between 0 and 1"),
+    "levels": (
+        lambda: of(losses.quantile([0.5, 0.9]), OUTPUTS), LossError, "each of the 2 levels"
+    ),
+    "what is masked": (
+        lambda: losses.masked(losses.softmax_cross_entropy), LossError, "have ignore_index"
+    ),
+    "no mask": (
+        lambda: of(losses.masked(losses.huber()), OUTPUTS), LossError, r"expected targets \(y, mask"
+    ),
+    "masked counts": (
+        lambda: of(losses.masked(losses.poisson_negative_log_likelihood),
+                   (OUTPUTS - 1, OUTPUTS.at[1].set(1))), LossError, "must not be negative, found -1"
+    ),
+}  # fmt: skip
+
+
+def of(loss, targets):
+    return kfgn.Objective(lambda p, x: x + p, loss)(jnp.zeros(()), (OUTPUTS, targets))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_losses(name):
+    make, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_what_is_masked_counts_for_nothing():
+    """Not even where negative or NaN, also in a mask of numbers."""
+    loss = losses.masked(losses.poisson_negative_log_likelihood)
+    targets = jnp.full((4, 3), -1.0).at[1].set(jnp.nan), jnp.zeros((4, 3))
+    assert float(of(loss, targets)) == 0

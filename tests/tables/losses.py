@@ -110,6 +110,25 @@ def _huber(outputs, target):
     return jnp.sum(jnp.where(error <= 1.5, 0.5 * error**2, 1.5 * (error - 0.75)))
 
 
+def _pinball(outputs, target):
+    """The pinball loss with a parabola between its lines, that meets them in value and slope."""
+    error, q, w = target - outputs, jnp.asarray((0.2, 0.5, 0.9)), 1.5
+    line = jnp.where(error > q * w, q * (error - 0.5 * q * w), error**2 / (2 * w))
+    low = (q - 1) * w
+    return jnp.sum(jnp.where(error < low, (q - 1) * (error - 0.5 * low), line))
+
+
+def _mask(key, outputs):
+    """Targets of which some are missing."""
+    keep = jnp.arange(outputs.size).reshape(outputs.shape) % 3 != 1
+    return jnp.where(keep, _counts(key, outputs), jnp.nan), keep
+
+
+def _masked_poisson(outputs, target):
+    y = jnp.where(target[1], target[0], 0.0)
+    return jnp.sum(jnp.where(target[1], jnp.exp(outputs) - y * outputs, 0.0))
+
+
 def pseudo_huber(outputs, target):
     """Convex, with a Hessian that depends on the residual."""
     return jnp.sum(jnp.sqrt(1 + (outputs - target) ** 2) - 1)
@@ -195,4 +214,8 @@ MORE_LOSSES: dict[str, LossRow] = {
     ),
     "poisson": LossRow(kfgn.losses.poisson_negative_log_likelihood, _poisson, _counts),
     "huber": LossRow(kfgn.losses.huber(1.5), _huber, _normal),
+    "quantile": LossRow(kfgn.losses.quantile((0.2, 0.5, 0.9), 1.5), _pinball, _normal),
+    "masked": LossRow(
+        kfgn.losses.masked(kfgn.losses.poisson_negative_log_likelihood), _masked_poisson, _mask
+    ),
 }
