@@ -10,6 +10,7 @@ from kfgn.optimizers.damping import (
     StepDamping,
 )
 from kfgn.optimizers.hessian_free import scale_by_conjugate_gradient
+from kfgn.optimizers.multi_steps import multi_steps
 from kfgn.optimizers.newton import scale_by_newton
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS, PRESETS
 from kfgn.optimizers.recipe import scale_by_curvature
@@ -33,6 +34,7 @@ __all__ = [
     "StepDamping",
     "average_parameters",
     "clip_by_curvature",
+    "multi_steps",
     "scale_by_conjugate_gradient",
     "scale_by_curvature",
     "scale_by_kronecker",

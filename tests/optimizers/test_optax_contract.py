@@ -103,6 +103,7 @@ CASES = {
         ),
         strict=False,
     ),
+    "multi_steps": Case(lambda: kfgn.transforms.multi_steps(recipe(), BLOCKS, 2)),
     "kronecker in a trust region": Case(
         lambda: optax.chain(kronecker(), optax.scale(-0.5), kfgn.transforms.clip_by_curvature(1e-2))
     ),
@@ -379,6 +380,30 @@ def test_multi_steps_averages_gradients_and_keeps_the_last_curvature(first):
     expected, _ = update_once(kronecker(), params, mean, last)
     assert_close(updates, expected, 1e-5)
     assert int(state.gradient_step) == 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_multi_steps_are_steps_of_the_whole_batch(broken, x64):
+    """Micro-batches of unequal size, one of them perhaps not finite, and two updates."""
+    params, (inputs, labels) = make_params(jnp.float64), make_batch(jnp.float64)
+    parts = [slice(0, 3), slice(3, 4), slice(4, len(labels))]
+    micro = [(inputs[part], labels[part]) for part in parts]
+    tx = kfgn.transforms.multi_steps(kronecker(), BLOCKS, len(micro) + broken)
+    update, measured = jax.jit(tx.update), jax.jit(lambda p, b: measure("kflr", p, b))
+    state, alone, whole = tx.init(params), kronecker(), kronecker().init(params)
+    for _ in range(2):
+        if broken:
+            (_, grads), curvature = measured(params, (jnp.nan * inputs[:2], labels[:2]))
+            _, state = update(grads, state, params, curvature=curvature)
+        for k, batch in enumerate(micro):
+            (_, grads), curvature = measured(params, batch)
+            step, state = update(grads, state, params, curvature=curvature)
+            assert k == 2 or not any(jnp.any(leaf) for leaf in jax.tree.leaves(step))
+        (_, grads), curvature = measured(params, (inputs, labels))
+        expected, whole = alone.update(grads, whole, params, curvature=curvature)
+        assert_close(step, expected, 1e-12)
+        params = optax.apply_updates(params, step)
+    assert_close(state.inner.factors, whole.factors, 1e-12)
 
 
 def test_average_decay_averages_the_parameters():
