@@ -26,6 +26,9 @@ class Elementwise(Loss):
         super().__init__(lambda o, y: jnp.sum(entries(o, y)), name, True, sample)
         self.entries = entries
 
+    def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
+        raise NotImplementedError  # each has its own
+
     def check_shapes(self, outputs: Array, targets: Any) -> None:
         require_array(self, outputs)
         require_shape(self, targets, outputs.shape, outputs.shape)

@@ -210,10 +210,11 @@ class _Recipe:
         step = combine(directions, best.coefficients)
         # The reduction ratio, where it is due or in doubt, and with it τ.
         known = state.reduction_ratio, state.step_damping, state.predicted_change
+        all_of_it = jnp.array(True), number(1)
         verdict = judge(
             self.step_damping,
             state.count,
-            Verdict(*known, state.actual_change),
+            Verdict(*known, state.actual_change, *all_of_it),
             curvature,
             best,
             step,

@@ -22,8 +22,8 @@ class Verdict(NamedTuple):
     damping: Scalar  # τ for the next update
     predicted: Scalar
     actual: Scalar
-    finite: Flag | bool = True  # false where the objective after the step was found not to be
-    share: Scalar | float = 1.0  # of the step, that is taken: 0 where it is refused
+    finite: Flag  # false where the objective after the step was found not to be
+    share: Scalar  # of the step, that is taken: 0 where it is refused
 
 
 def judge(
@@ -80,7 +80,8 @@ def judge(
         return (share > 1) | (~is_fine(share, rise) & ~doubtful & (share > _LEAST))
 
     def measure() -> Verdict:
-        start = number(1 / _CUT), *[jnp.full_like(roundoff, jnp.inf)] * 2
+        unknown = jnp.full_like(roundoff, jnp.inf)
+        start = number(1 / _CUT), unknown, unknown
         share, rise, first = jax.lax.while_loop(goes_on, turn, start)
         share = jnp.where(is_fine(share, rise), share, 0)
         ratio = (first / best.predicted).astype(jnp.float32)
@@ -91,6 +92,6 @@ def judge(
         return Verdict(ratio, adapted, predicted, actual, jnp.isfinite(rise), share)
 
     def keep() -> Verdict:
-        return before._replace(finite=jnp.array(True), share=number(1))
+        return before
 
     return jax.lax.cond(usable & (due | doubtful | wary), measure, keep)

@@ -38,7 +38,7 @@ def supervised(module: nn.Module, data: Any, seed: int, loss: kfgn.losses.Loss, 
 
 def classifier(seed: int) -> Task:
     """Two hidden layers of rectifiers."""
-    layers = [nn.Dense(128), nn.relu, nn.Dense(64), nn.relu, nn.Dense(CLASSES)]
+    layers: list[Any] = [nn.Dense(128), nn.relu, nn.Dense(64), nn.relu, nn.Dense(CLASSES)]
     return supervised(nn.Sequential(layers), digits(), seed, cross_entropy, 256)
 
 

@@ -82,7 +82,7 @@ def graphs(seed: int) -> Task:
 
 def poisson(seed: int) -> Task:
     """-Δu = f in the unit square, u = 0 on its boundary: two objectives of one network."""
-    network = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(32), nn.tanh, nn.Dense(1)])
+    network: Any = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(32), nn.tanh, nn.Dense(1)])
     params = network.init(jax.random.key(seed), jnp.zeros((1, 2)))
 
     def laplacian(params: Any, points: jax.Array) -> jax.Array:
@@ -123,7 +123,7 @@ def rewards(seed: int) -> Task:
     rng = np.random.default_rng(seed)
     reward_of = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
     contexts = jnp.asarray(rng.normal(size=(1024, 8)), jnp.float32)
-    policy = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(5)])
+    policy: Any = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(5)])
     params = started(policy, contexts, seed)
     objective = kfgn.Objective(policy.apply, cross_entropy, mean_over="examples")
 

@@ -2,6 +2,7 @@
 
 import functools
 from pydoc_data.topics import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def adding(seed: int) -> Task:
     class Recurrent(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return nn.Dense(1)(nn.RNN(nn.GRUCell(32))(x)[:, -1])
+            states: Any = nn.RNN(nn.GRUCell(32))(x)
+            return nn.Dense(1)(states[:, -1])
 
     rng = np.random.default_rng(seed)
     numbers, marks = rng.uniform(size=(2000, 40)), np.zeros((2000, 40))
@@ -77,7 +79,8 @@ def lstm(seed: int) -> Task:
     class Rows(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            return nn.Dense(CLASSES)(nn.RNN(nn.OptimizedLSTMCell(32))(x)[:, -1])
+            states: Any = nn.RNN(nn.OptimizedLSTMCell(32))(x)
+            return nn.Dense(CLASSES)(states[:, -1])
 
     images, labels = digits()
     return supervised(Rows(), (images.reshape(-1, 8, 8), labels), seed, cross_entropy, 128)
