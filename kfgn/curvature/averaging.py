@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -14,9 +15,9 @@ from kfgn.base.devices import AxisName
 from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import is_diagonal
 from kfgn.base.linalg import factor_dtype, total
-from kfgn.base.types import Array, Scalar
+from kfgn.base.types import Array, Scalar, Shape
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
-from kfgn.curvature.factors import Factors
+from kfgn.curvature.factors import Factors, diagonal_blocks, on_diagonals
 from kfgn.curvature.lazy_factors import FactorsOf
 from kfgn.model.unite import United
 
@@ -65,7 +66,8 @@ def summed(curvatures: list[Curvature], united: United, settings: CurvatureSetti
     # With "gradient" parameters in no layer have no block in any term.
     lone = [n for n in united.reasons if any(n in c.blocks for c in curvatures)]
     names = tuple((term.names, term.turned) for term in united.terms.values())
-    factors_of = FactorsOf((*united.layers, *lone), _SummedFactors(names))
+    shapes = {n: (x.activation_shape, x.pre_activation_shape) for n, x in united.layers.items()}
+    factors_of = FactorsOf((*united.layers, *lone), _SummedFactors(names, shapes))
     return _combined(curvatures, weights, factors_of, settings)
 
 
@@ -76,6 +78,7 @@ def _mean_factors(weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]
 @dataclasses.dataclass(frozen=True, eq=False)
 class _SummedFactors:
     names: tuple[tuple[dict[str, str], frozenset[str]], ...]  # of each term, as `Term` has them
+    shapes: dict[str, tuple[Shape, Shape]]  # of the sum's factors
 
     def __call__(self, weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
         shared: dict[str, list[Factors]] = {}
@@ -85,8 +88,12 @@ class _SummedFactors:
                 scale = weight.astype(jax.tree.leaves(factor)[0].dtype)
                 if name in names:
                     q, g = cast(Factors, factor)
-                    own = Factors(scale * g, q) if name in turned else Factors(q, scale * g)
-                    shared.setdefault(names[name], []).append(own)
+                    left, right = (q, is_diagonal(q, g)), (scale * g, False)
+                    if name in turned:
+                        left, right = right, left
+                    shapes = self.shapes[names[name]]
+                    fitted = Factors(_fitted(*left, shapes[0]), _fitted(*right, shapes[1]))
+                    shared.setdefault(names[name], []).append(fitted)
                 else:
                     scaled = {factor._fields[-1]: scale * factor[-1]}
                     lone.setdefault(name, []).append(factor._replace(**scaled))
@@ -105,10 +112,7 @@ def merged(parts: Sequence[Factors]) -> Factors:
     """
     if len(parts) == 1:
         return parts[0]
-    if not all(is_diagonal(*part) for part in parts):
-        parts = [part._replace(activation=_as_matrix(*part)) for part in parts]
-    diagonal = is_diagonal(*parts[0])
-    traces = [(jnp.sum(q, -1) if diagonal else _traces(q), _traces(g)) for q, g in parts]
+    traces = [traces_of(part) for part in parts]
     norm = jnp.sqrt(total(q * g for q, g in traces))
     norm = jnp.where(norm > 0, norm, 1)
     pairs = list(zip(parts, traces, strict=True))
@@ -122,12 +126,24 @@ def merged(parts: Sequence[Factors]) -> Factors:
     )
 
 
-def _traces(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
-    return jnp.trace(matrix, axis1=-2, axis2=-1)
+def traces_of(part: Factors) -> tuple[Float[Array, "*S"], Float[Array, "*S"]]:
+    """The traces of both factors of every slot, all of its blocks together."""
+    q, g = part
+    left = jnp.sum(q, axis=-1) if is_diagonal(q, g) else jnp.trace(q, axis1=-2, axis2=-1)
+    right = jnp.trace(g, axis1=-2, axis2=-1)
+    if left.shape != right.shape:
+        left, right = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (left, right))
+    return left, right
 
 
-def _as_matrix(q: Array, g: Array) -> Array:
-    return q[..., None] * jnp.eye(q.shape[-1], dtype=q.dtype) if is_diagonal(q, g) else q
+def _fitted(factor: Array, diagonal: bool, shape: Shape) -> Array:
+    """The same in the shape of the sum's: a diagonal as a matrix, all perhaps cut into blocks."""
+    blocks = math.prod(shape[-4:-2]) if len(shape) > 3 else 1
+    if diagonal and factor.shape != shape:
+        factor = on_diagonals(factor.reshape(-1, factor.shape[-1]), blocks)
+    elif factor.size != math.prod(shape):
+        factor = diagonal_blocks(factor.reshape(-1, *factor.shape[-2:]), blocks)
+    return factor.reshape(shape)
 
 
 def _combined(

@@ -94,7 +94,7 @@ def activation_moments(
     def of(slot: dict[str, Use], blocks: int) -> Array:
         if _sharing(layer, sharing) == "expand" and all(u.form.indexed for u in slot.values()):
             counts = _counts(layer, slot, values, dtype, weights, importance)
-            return counts if layer.indexed else _on_diagonals(counts, blocks)
+            return counts if layer.indexed else on_diagonals(counts, blocks)
         if _sharing(layer, sharing) == "reduce":
             count = sum(use.form.positions for use in slot.values())
             pooled = {n: _pooled(use, values[n], dtype) for n, use in slot.items()}
@@ -148,9 +148,9 @@ def walked_moments(
         if _sharing(layer, sharing) == "reduce":
             rows = weights[layer.name].rows if layer.name in weights else jnp.ones((1, 1))
             row = (layer.first.kernel.factor * rows[0, 0].astype(summed.dtype)) ** 2
-            return _diagonal_blocks(summed * row if layer.indexed else summed, blocks)
+            return diagonal_blocks(summed * row if layer.indexed else summed, blocks)
         count = total(_places(use, weights.get(n)) for n, use in slot.items())
-        return _diagonal_blocks(summed / count, blocks)
+        return diagonal_blocks(summed / count, blocks)
 
     return _of_both(layer, 1, of)
 
@@ -259,13 +259,13 @@ def _cut(rows: Float[Array, "*N d"], blocks: int) -> Float[Array, "*N blocks b"]
     return padded.reshape(*rows.shape[:-1], blocks, width)
 
 
-def _on_diagonals(vectors: Float[Array, "s d"], blocks: int) -> Float[Array, "s*blocks b b"]:
+def on_diagonals(vectors: Float[Array, "s d"], blocks: int) -> Float[Array, "s*blocks b b"]:
     """The blocks of diagonal matrices."""
     cut = _cut(vectors, blocks).reshape(vectors.shape[0] * blocks, -1)
     return cut[:, :, None] * jnp.eye(cut.shape[1], dtype=cut.dtype)
 
 
-def _diagonal_blocks(matrices: Float[Array, "s d d"], blocks: int) -> Float[Array, "s*blocks b b"]:
+def diagonal_blocks(matrices: Float[Array, "s d d"], blocks: int) -> Float[Array, "s*blocks b b"]:
     """The blocks on the diagonals of matrices."""
     if blocks == 1:
         return matrices

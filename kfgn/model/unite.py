@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kfgn.base.devices import AxisName
-from kfgn.base.errors import OptionError
 from kfgn.base.types import Batch, Number, PyTree, Scalar
 from kfgn.model.carried import carry
 from kfgn.model.factor_size import limited
@@ -74,11 +73,6 @@ def unite(
         sources = (inputs, targets, graph, names, frozenset[str](), examples, of_data, data)
         term = Term(objective, 1.0, *sources)
         return United({"": term}, layers, graph.reasons)
-    if large_factors not in ("raise", "whole"):
-        raise OptionError(
-            f"a sum of objectives has whole factors: large_factors must be 'raise', found "
-            f"{large_factors!r}"
-        )
     batches, read = objective.batches(batch), {}
     for name, own in batches.items():
         with named_term(name):
@@ -92,11 +86,14 @@ def unite(
     }
     graphs = _alike_graphs(build)
     layers, keys = _layers_of_all(graphs)
+    within = limited(layers, large_factors, factor_limit)
     terms = {}
     for name, (inputs, targets) in read.items():
         graph, whole = graphs[name], objective.terms[name]
         names = {own: keys[layer.parameters] for own, layer in graph.layers.items()}
         turned = frozenset(n for n, u in names.items() if _is_turned(graph.layers[n], layers[u]))
+        cut = {n: _cut(x, within[names[n]], n in turned) for n, x in graph.layers.items()}
+        graph = dataclasses.replace(graph, layers=cut)
         examples = examples_of(whole, batches[name], axis_name)
         weight = objective.weights[name]
         sources = (inputs, targets, graph, names, turned, examples, *carried[name])
@@ -107,7 +104,14 @@ def unite(
         for n, reason in graph.reasons.items():
             if n not in inside and (n not in reasons or UNMET not in reason):
                 reasons[n] = reason
-    return United(terms, limited(layers, large_factors, factor_limit), reasons)
+    return United(terms, within, reasons)
+
+
+def _cut(own: Layer, whole: Layer, turned: bool) -> Layer:
+    """A term's layer with factors in blocks as the sum's has them, unless its Q is a diagonal."""
+    if own.indexed != whole.indexed:
+        return own
+    return dataclasses.replace(own, splits=whole.splits[::-1] if turned else whole.splits)
 
 
 def _alike_graphs(build: Mapping[str, Any]) -> dict[str, Graph]:

@@ -69,6 +69,48 @@ def test_blocks_are_those_of_the_whole_factor(treatment, rows):
             np.testing.assert_allclose(blocks, expected, rtol=1e-12, atol=1e-14)
 
 
+def sum_of_uses():
+    """A tied table, one that is looked up alone, and one that is a kernel alone, transposed."""
+    square = kfgn.losses.half_squared_error
+    terms = {
+        "tied": LIKELIHOOD,
+        "looked up": kfgn.Objective(lambda p, x: p["table"][x[:, 0]], square),
+        "kernel": kfgn.Objective(lambda p, x: jnp.tanh(x @ p["table"].T), square),
+    }
+    batch = {
+        "tied": LAST,
+        "looked up": (TOKENS[:3], numbers(3, 3, WIDTH)),
+        "kernel": (numbers(4, 7, WIDTH), numbers(5, 7, VOCABULARY)),
+    }
+    return kfgn.sum_of(terms, {"kernel": 3.0}), batch
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("terms", [["tied", "looked up", "kernel"], ["looked up", "kernel"]])
+@pytest.mark.parametrize(("treatment", "rows"), [("split", 3), ("diagonal", 1)])
+def test_blocks_of_sums(terms, treatment, rows):
+    """Those of the merged factors, whichever way each term sees the table."""
+    whole, batches = sum_of_uses()
+    objective = kfgn.sum_of({n: whole.terms[n] for n in terms}, {"kernel": 3.0})
+    batch, names = {n: batches[n] for n in terms}, ["table", "hidden"][: len(terms) - 1]
+    used = {n: PARAMS[n] for n in names}
+
+    def measured(**options):
+        function = kfgn.value_grad_and_curvature(objective, "kflr", **options)
+        return jax.jit(function)(used, batch)[1].factors
+
+    options = {"large_factors": treatment, "factor_limit": 3}
+    expected, found = measured(), measured(**options)
+    for name in names:
+        for own, other in zip(found[name], expected[name], strict=True):
+            blocks = own.reshape(-1, *own.shape[-2:])
+            wanted = diagonal_blocks(np.asarray(other), rows)
+            np.testing.assert_allclose(blocks, wanted, rtol=1e-12, atol=1e-14)
+    tx = kfgn.kflr(objective, used, batch, **options)
+    shapes = jax.tree.map(jnp.shape, optax.tree.get(tx.init(used), "factors"))
+    assert shapes == jax.tree.map(jnp.shape, found)
+
+
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("inverse", ["factored", "eigen"])
 def test_direction_is_that_of_the_blocks(inverse):

@@ -339,8 +339,8 @@ def test_bad_input():
     edge = batch["boundary"]
     with pytest.raises(errors.LayerError, match=r"'a/w' .*meets data"):
         kfgn.layers.find_blocks(mixed, params, {"net": edge, "odd": edge}, unassigned="raise")
-    with pytest.raises(errors.OptionError, match="large_factors must be 'raise'"):
-        kfgn.layers.find_blocks(objective, params, batch, large_factors="split")
+    with pytest.raises(errors.LayerError, match="at most 3 rows are formed"):
+        kfgn.layers.find_blocks(objective, params, batch, factor_limit=3)
 
 
 @pytest.mark.usefixtures("x64")
