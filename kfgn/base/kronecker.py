@@ -9,6 +9,7 @@ then has one axis less than G.
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
@@ -98,6 +99,68 @@ def _norm(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
     largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     scaled = matrix / jnp.where(largest > 0, largest, 1)  # whose squares are in range
     return largest[..., 0, 0] * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
+
+
+class TwoTermInverse(NamedTuple):
+    """`K ⊗ R diag(w) (K ⊗ R)'`, the inverse of a sum of two Kronecker products."""
+
+    left: Left  # K; the vector of a diagonal
+    right: Float[Array, "*S b b"]  # R
+    weights: Float[Array, "*S a b"]  # w
+
+
+def two_term_inverse(
+    first: tuple[Left, Array], second: tuple[Left, Array], damping: Scalar
+) -> TwoTermInverse:
+    """`((q + ω√k I) ⊗ (g + √k/ω I) + p ⊗ h)^-1`, exactly (Martens & Grosse 2015, appendix B).
+
+    (q, g) is the smaller of both products, by its trace, so that the damping k, which is that
+    of eq. (36), adds little to the other one: nothing where the smaller one vanishes. One
+    basis diagonalizes both left factors, `K'(q + ω√k I)K = I` and `K'pK = diag(s)`, and
+    another both right ones, with t; then `w = 1 / (1 + s t')`.
+    """
+    larger = _trace_of(*first) > _trace_of(*second)
+    q, g, p, h = (
+        jnp.where(larger, b, a) for a, b in zip((*first, *second), (*second, *first), strict=True)
+    )
+    root, balance = jnp.sqrt(damping).astype(q.dtype), factor_balance(q, g)
+    if is_diagonal(q, g):
+        left = 1 / jnp.sqrt(q + (balance * root)[..., None])
+        s = p * jnp.square(left)
+    else:
+        left, s = _both_diagonal(q, p, balance * root)
+    right, t = _both_diagonal(g, h, root / balance)
+    return TwoTermInverse(left, right, 1 / (1 + s[..., :, None] * t[..., None, :]))
+
+
+def two_term_matvec(inverse: TwoTermInverse, v: Float[Array, "*S a b"]) -> Float[Array, "*S a b"]:
+    """The inverse times `vec(v)`, as a matrix like `v`."""
+    k, r, weights = inverse
+    vector = is_diagonal(k, r)
+    turned = k[..., None] * v if vector else matmul(jnp.swapaxes(k, -1, -2), v)
+    scaled = weights * matmul(turned, r)
+    back = k[..., None] * scaled if vector else matmul(k, scaled)
+    return matmul(back, jnp.swapaxes(r, -1, -2))
+
+
+def _both_diagonal(
+    a: Float[Array, "*S d d"], b: Float[Array, "*S d d"], shift: Float[Array, "*S"]
+) -> tuple[Float[Array, "*S d d"], Float[Array, "*S d"]]:
+    """K and s with `K'(a + shift I)K = I` and `K'bK = diag(s)`."""
+    identity = jnp.eye(a.shape[-1], dtype=a.dtype)
+    lower = jnp.linalg.cholesky(a + shift[..., None, None] * identity)
+    inverse = jax.lax.linalg.triangular_solve(
+        lower, jnp.broadcast_to(identity, a.shape), left_side=True, lower=True
+    )
+    turned = jnp.swapaxes(inverse, -1, -2)
+    s, vectors = jnp.linalg.eigh(matmul(matmul(inverse, b), turned))
+    return matmul(turned, vectors), jnp.maximum(s, 0)
+
+
+def _trace_of(q: Left, g: Array) -> Scalar:
+    """Of the whole product, all blocks together."""
+    left = jnp.sum(q, axis=-1) if is_diagonal(q, g) else jnp.trace(q, axis1=-2, axis2=-1)
+    return jnp.sum(left * jnp.trace(g, axis1=-2, axis2=-1))
 
 
 class Eigen(NamedTuple):

@@ -17,8 +17,8 @@ from kfgn.base.kronecker import is_diagonal
 from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Scalar, Shape
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
-from kfgn.curvature.factors import Factors, diagonal_blocks, on_diagonals
-from kfgn.curvature.lazy_factors import FactorsOf
+from kfgn.curvature.factors import Factors, TwoTerms, diagonal_blocks, on_diagonals
+from kfgn.curvature.lazy_factors import FactorsOf, unmerged
 from kfgn.model.unite import United
 
 
@@ -56,7 +56,7 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
 
     examples = total(c.examples for c in curvatures)
     weights = [c.examples / jnp.where(examples == 0, 1, examples) for c in curvatures]
-    factors_of = FactorsOf(curvatures[0].blocks, _mean_factors)
+    factors_of = FactorsOf(curvatures[0].blocks, _MeanFactors(curvatures[0].blocks))
     return _combined(curvatures, weights, factors_of, first)
 
 
@@ -67,18 +67,32 @@ def summed(curvatures: list[Curvature], united: United, settings: CurvatureSetti
     lone = [n for n in united.reasons if any(n in c.blocks for c in curvatures)]
     names = tuple((term.names, term.turned) for term in united.terms.values())
     shapes = {n: (x.activation_shape, x.pre_activation_shape) for n, x in united.layers.items()}
-    factors_of = FactorsOf((*united.layers, *lone), _SummedFactors(names, shapes))
+    blocks = (*united.layers, *lone)
+    factors_of = FactorsOf(blocks, _SummedFactors(blocks, names, shapes))
     return _combined(curvatures, weights, factors_of, settings)
 
 
-def _mean_factors(weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
-    return jax.tree.map(lambda *x: _weighted(weights, x), *(part() for part in parts))
+@dataclasses.dataclass(frozen=True)
+class _MeanFactors:
+    blocks: tuple[str, ...]
+
+    def __call__(self, weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
+        return jax.tree.map(lambda *x: _weighted(weights, x), *(part() for part in parts))
+
+    def apart(self, weights: list[Scalar], parts: list[Partial]) -> Partial:
+        return Partial(FactorsOf(self.blocks, self), weights, list(map(unmerged, parts)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _SummedFactors:
+    blocks: tuple[str, ...]
     names: tuple[tuple[dict[str, str], frozenset[str]], ...]  # of each term, as `Term` has them
     shapes: dict[str, tuple[Shape, Shape]]  # of the sum's factors
+    merges: bool = True
+
+    def apart(self, *read: Any) -> Partial:
+        """What does not merge them."""
+        return Partial(FactorsOf(self.blocks, dataclasses.replace(self, merges=False)), *read)
 
     def __call__(self, weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
         shared: dict[str, list[Factors]] = {}
@@ -102,7 +116,10 @@ class _SummedFactors:
             whole = total(x[-1] for x in found)
             factors[name] = found[0]._replace(**{found[0]._fields[-1]: whole})
         # What is alone in one term and in a layer of another is in a layer of the sum.
-        return factors | {name: merged(own) for name, own in shared.items()}
+        return factors | {
+            name: merged(own) if self.merges or len(own) == 1 else TwoTerms(own[0], merged(own[1:]))
+            for name, own in shared.items()
+        }
 
 
 def merged(parts: Sequence[Factors]) -> Factors:

@@ -9,8 +9,8 @@ from jax.tree_util import Partial
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
 from kfgn.base.types import Array, Scalar
-from kfgn.curvature.factors import Diagonal, Factors, check_sharing
-from kfgn.curvature.lazy_factors import blocks_of, evaluate, known
+from kfgn.curvature.factors import Diagonal, Factors, TwoTerms, check_sharing
+from kfgn.curvature.lazy_factors import blocks_of, evaluate, known, unmerged
 from kfgn.curvature.methods import METHODS, method_of
 from kfgn.model.factor_size import check_factor_size
 
@@ -99,6 +99,14 @@ class Curvature(NamedTuple):
     def factors(self) -> dict[str, Factors | Diagonal]:
         """By layer, diagonals by parameter; computed anew whenever they are asked for."""
         return evaluate(self.lazy_factors, self.value.ndim)
+
+    @property
+    def terms(self) -> dict[str, Factors | TwoTerms | Diagonal]:
+        """The factors, where layers in several terms of a sum of objectives are not merged.
+
+        Such a layer has the factors of its first term, and the merged ones of the others.
+        """
+        return evaluate(unmerged(self.lazy_factors), self.value.ndim)
 
     @property
     def blocks(self) -> tuple[str, ...]:

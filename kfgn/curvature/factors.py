@@ -54,6 +54,13 @@ class Factors(NamedTuple):
     pre_activation: Float[Array, "*S d_out d_out"]  # G, eq. (25) or (26)
 
 
+class TwoTerms(NamedTuple):
+    """A sum of two Kronecker products, of a layer in several terms of a sum of objectives."""
+
+    first: Factors
+    second: Factors
+
+
 class Diagonal(NamedTuple):
     """The exact diagonal of the Gauss-Newton matrix for a parameter in no layer.
 

@@ -49,6 +49,13 @@ def blocks_of(lazy: Partial) -> tuple[str, ...]:
     return factors_of.blocks
 
 
+def unmerged(lazy: Partial) -> Partial:
+    """The same, with the layers of a sum of objectives in two terms where they would be merged."""
+    factors_of: Any = lazy.func
+    apart = getattr(factors_of.compute, "apart", None)
+    return lazy if apart is None else apart(*lazy.args)
+
+
 def lazily(factors_of: Callable[[], dict[str, Any]]) -> Partial:
     """The factors of a function that may read any arrays: traced now, and with it its errors.
 

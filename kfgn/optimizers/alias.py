@@ -66,7 +66,9 @@ def optimizer(
       refresh_factors_every: updates between looks at a batch's factors, which are not
         computed otherwise. The first ten updates have one each.
       refresh_inverse_every: updates between inversions of the factors.
-      inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35).
+      inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35); "two-term", for a
+        sum of objectives, inverts the sum of two Kronecker products that a layer in several
+        terms has, instead of one that stands for them.
       momentum: let the quadratic model weigh the previous step in too (Martens
         & Grosse 2015, section 7), at the cost of one more linear pass. A step
         that goes against it, or more than once along it, extrapolates: it is

@@ -1,5 +1,6 @@
 """The static description of an objective's layers that transformations are built from."""
 
+import collections
 import dataclasses
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class LayerBlocks:
       shapes: of all parameters.
       treatment: of those in no layer, as in `find_blocks`.
       l2: the weight η of the objective's penalty.
+      shared: layers in several terms of a sum of objectives.
 
     >>> import jax.numpy as jnp, kfgn
     >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error, l2=0.1)
@@ -38,6 +40,7 @@ class LayerBlocks:
     shapes: dict[str, Shape] = dataclasses.field(default_factory=dict)
     treatment: str = "raise"
     l2: Number = 0.0
+    shared: frozenset[str] = frozenset()
 
     def present(self, leaves: Named) -> dict[str, Block]:
         """What is preconditioned of the leaves: layers, and parameters that have a diagonal.
@@ -133,7 +136,11 @@ def find_blocks(
         with named_term(name):
             require_batch(term.objective, params, (term.inputs, term.targets))
     shapes = {name: leaf.shape for name, leaf in named_leaves(params).items()}
-    return LayerBlocks(united.layers, tuple(united.reasons), shapes, unassigned, objective.l2)
+    terms = collections.Counter(n for term in united.terms.values() for n in term.names.values())
+    shared = frozenset(name for name, count in terms.items() if count > 1)
+    return LayerBlocks(
+        united.layers, tuple(united.reasons), shapes, unassigned, objective.l2, shared
+    )
 
 
 def require_curvature(curvature: Curvature | None, blocks: LayerBlocks, leaves: Named) -> Curvature:

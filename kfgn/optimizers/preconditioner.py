@@ -1,7 +1,7 @@
 """The Kronecker-factored preconditioner: averages of factors, their inverses, directions."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,21 +12,24 @@ from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import (
     Eigen,
     FactoredInverse,
+    TwoTermInverse,
     apply_eigen,
     damped_extremes,
     eigen,
     factored_inverses,
     kronecker_matvec,
+    two_term_inverse,
+    two_term_matvec,
 )
-from kfgn.base.linalg import factor_dtype
+from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.curvature import Curvature
-from kfgn.curvature.factors import Diagonal, Factors
+from kfgn.curvature.factors import Diagonal, Factors, TwoTerms
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.state import Count, Flag, all_finite, keep_if, number, zeros_like
 
-INVERSES = ("factored", "eigen")
+INVERSES = ("factored", "eigen", "two-term")
 
 
 def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None) -> PyTree:
@@ -71,8 +74,9 @@ def observe(
     """
 
     def once(_: Any) -> tuple[Flag, Observed]:
-        found = curvature.factors
-        new = {name: found[name] for name in before.factors}
+        two_term = any(isinstance(f, TwoTerms) for f in before.factors.values())
+        new = _read(curvature, before.factors, two_term)
+        _require_alike(new, before.factors)
         usable = before.usable & all_finite(new)
         times = before.times + 1
         average = moving_average(before.factors, new, times, decay)
@@ -83,6 +87,22 @@ def observe(
         return once(None)[1]
     due = before.usable & ((updates < OBSERVED_FIRST) | (updates % every == 0))
     return jax.lax.while_loop(lambda carry: carry[0], once, (due, before))[1]
+
+
+def _read(curvature: Curvature, names: Iterable[str], two_term: bool) -> Named:
+    found = curvature.terms if two_term else curvature.factors
+    return {name: found[name] for name in names}
+
+
+def _require_alike(new: Named, known: Named) -> None:
+    """Raises OptionError where a curvature has merged what an optimizer keeps in two terms."""
+    for name, factors in new.items():
+        if not isinstance(factors, type(known[name])):
+            raise OptionError(
+                f'inverse="two-term" needs the terms of layer {name!r} apart, and the curvature '
+                "has them merged: pass what kfgn.value_grad_and_curvature returned, or the "
+                "average of such, without with_factors or multi_steps"
+            )
 
 
 def refresh_due(count: Count, every: int | Array) -> Flag:
@@ -100,7 +120,8 @@ class Preconditioner:
 
     Args:
       blocks: all layers of the objective.
-      inverse: "factored" (eq. 36, Cholesky) or "eigen" (eq. 35, exact).
+      inverse: "factored" (eq. 36, Cholesky), "eigen" (eq. 35, exact), or "two-term", which is
+        "factored" but where a layer is in several terms of a sum of objectives.
     """
 
     blocks: LayerBlocks
@@ -123,19 +144,21 @@ class Preconditioner:
                 factors[name] = Diagonal(jnp.zeros(leaves[name].shape, dtype))
             else:
                 shapes = block.activation_shape, block.pre_activation_shape
-                factors[name] = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
+                zeros = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
+                two_term = self.inverse == "two-term" and name in self.blocks.shared
+                factors[name] = TwoTerms(zeros, zeros_like(zeros)) if two_term else zeros
         damping = jnp.ones((), jnp.float32)
         inverses = jax.eval_shape(lambda f: self.invert(self._parts(f), damping), factors)
         return factors, zeros_like(inverses)
 
     def _parts(self, factors: Named) -> Named:
-        if self.inverse == "factored":
+        if self.inverse != "eigen":
             return factors
         return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
 
     def decompose(self, factors: Named, old: Named, due: Flag) -> Named:
         """What does not depend on the damping, recomputed where it is due."""
-        if self.inverse == "factored":
+        if self.inverse != "eigen":
             return factors
         return jax.lax.cond(due, lambda: self._parts(factors), lambda: old)
 
@@ -144,9 +167,14 @@ class Preconditioner:
         if self.inverse == "eigen":
             return decomposed
         kronecker = {n: f for n, f in decomposed.items() if isinstance(f, Factors)}
-        lone = {n: f.diagonal for n, f in decomposed.items() if n not in kronecker}
+        lone = {n: f.diagonal for n, f in decomposed.items() if isinstance(f, Diagonal)}
+        sums = {
+            n: two_term_inverse(*f, damping)
+            for n, f in decomposed.items()
+            if isinstance(f, TwoTerms)
+        }
         diagonals = {n: Diagonal(1 / (d + damping.astype(d.dtype))) for n, d in lone.items()}
-        return factored_inverses(kronecker, damping) | diagonals
+        return factored_inverses(kronecker, damping) | diagonals | sums
 
     def extremes(self, decomposed: Named, damping: Scalar) -> tuple[Scalar, Scalar]:
         """The factors' largest eigenvalue, and the greatest condition of a damped block.
@@ -157,6 +185,9 @@ class Preconditioner:
         for part in decomposed.values():
             if isinstance(part, Factors):
                 top, condition = damped_extremes(*part, damping)
+            elif isinstance(part, TwoTerms):
+                both = [damped_extremes(*f, damping) for f in part]
+                top, condition = (total(x) for x in zip(*both, strict=True))
             else:
                 low, top = _range(part)
                 k = damping.astype(top.dtype)
@@ -181,15 +212,17 @@ class Preconditioner:
     def _solve(self, inverse: Any, damping: Scalar, matrix: Array) -> Array:
         if isinstance(inverse, FactoredInverse):
             return kronecker_matvec(*inverse, matrix)
+        if isinstance(inverse, TwoTermInverse):
+            return two_term_matvec(inverse, matrix)
         if isinstance(inverse, Eigen):
             return apply_eigen(inverse, damping, matrix)
         scale = inverse.diagonal
-        return matrix * (scale if self.inverse == "factored" else 1 / (scale + damping))
+        return matrix * (scale if self.inverse != "eigen" else 1 / (scale + damping))
 
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
-        factors = curvature.factors
-        parts = self._parts({n: factors[n] for n in self.blocks.present(leaves)})
+        names = self.blocks.present(leaves)
+        parts = self._parts(_read(curvature, names, self.inverse == "two-term"))
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
 
