@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -46,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": 0,
+        "jax_traceback_in_locations_limit": 0,  # what is compiled need not tell where it is from
     }
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -67,8 +69,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A test is of a row if it is marked `row` with the name of the parameter that names it;
     "a row with another loss" is of that row.
     """
+    rows: list[pytest.Item] = []
     for item in items:
         group, mark = f"{item.path.parent.name}/{item.path.stem}", item.get_closest_marker("row")
         if mark and hasattr(item, "callspec") and mark.args[0] in item.callspec.params:
             group = f"{item.callspec.params[mark.args[0]]}".partition(" with ")[0]
+            rows.append(item)
         item.add_marker(pytest.mark.xdist_group(group))
+    # The many short groups come last, so that no worker waits for the others at the end.
+    items.sort(key=set(rows).__contains__)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: garbage is looked for in what tests make, and not too often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
