@@ -33,6 +33,7 @@ from kfgn.model.made_up import (
     Values,
     examples,
     made_up,
+    on_host,
     on_made_up_values,
     real_values,
     shaken_value,
@@ -269,8 +270,13 @@ def _trial(
     programs: dict[int, Program], values: str, draw: Draw, leaves: list[Any], inputs: list[Any]
 ) -> _Trial:
     """The outputs of some examples, and of what becomes of them; the draw is of what is traced."""
-    leaves = jax.device_put(leaves)
-    fixed = {n: [*_made_up_known(p, draw, len(leaves)), *leaves] for n, p in programs.items()}
+    known = {n: _made_up_known(p, draw, len(leaves)) for n, p in programs.items()}
+    shaken = (
+        {COUNT: list(map(shaken_value, [*known[COUNT], *leaves]))},
+        list(map(shaken_value, inputs)),
+    )
+    known, leaves = jax.device_put((known, leaves))
+    fixed = {n: [*known[n], *leaves] for n in programs}
     follow = set[str].intersection(*(set(p.names) for n, p in programs.items() if n > 1))
 
     def of(rows: list[int], fixed: Any = fixed, inputs: Any = inputs) -> Outputs:
@@ -279,7 +285,6 @@ def _trial(
         named = zip(program.names, found, strict=True)
         return {name: np.asarray(x) for name, x in named if name in follow}
 
-    shaken = {COUNT: list(map(shaken_value, fixed[COUNT]))}, list(map(shaken_value, inputs))
     together, changed = of(_FIRST), [(rows, of(rows)) for rows in _CHANGES]
     smaller = [(rows, of(rows)) for rows in _SMALLER if len(rows) in programs]
     return _Trial(values, together, changed, of([0, 0, 0]), of(_FIRST, *shaken), smaller)
@@ -288,9 +293,8 @@ def _trial(
 def _made_up_known(program: Program, draw: Draw, start: int) -> list[Any]:
     """What a program closes over; what is traced is made up, alike for all sizes of the batch."""
     place = itertools.count(start)
-    return jax.device_put(
-        [made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
-    )
+    known = [made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
+    return list(map(on_host, known))
 
 
 def change_of(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from kfgn.base.trees import named_leaves
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.layer import Layer
 from tests.tables.architectures import LOSSES, ROWS, Case, Row, make_targets
+from tests.tables.rows import raveled
 
 
 def row_of(name: str) -> Row:
@@ -84,7 +85,7 @@ def truth(name: str) -> Truth:
     case, _, (inputs, targets), graph = setting(name)
     base, _, loss = name.partition(" with ")
     reference = LOSSES[loss or ROWS[base].loss].reference
-    flat, unravel = ravel_pytree(case.params)
+    flat, unravel = raveled(case.params)
     layers = [(n, u) for layer in graph.layers.values() for n, u in layer.uses.items()]
     read = [use.input for _, use in layers]
     chosen = [(n, use) for n, use in layers if use.choice is not None]

@@ -84,6 +84,7 @@ class Row:
     def case(self, count: int = 3, seed: int = 0) -> Case:
         inputs = self.inputs(np.random.default_rng([seed, 1]), count)
         inputs = jax.tree.map(lambda a: a.astype(self.dtype) if _is_real(a) else a, inputs)
+        inputs = jax.device_put(inputs)  # numpy's arrays till here: no program for each shape
         model, shapes = self.build(inputs)
         return Case(model, fill(shapes, seed, self.dtype), inputs)
 
@@ -118,6 +119,18 @@ def affine_blocks(*prefixes: str) -> dict[str, tuple[str, ...]]:
 # Parameters.
 
 
+def raveled(params: PyTree) -> tuple[np.ndarray, Callable[[Array], PyTree]]:
+    """All parameters in one vector, and the way back; as `ravel_pytree`, but with no programs."""
+    leaves, tree = jax.tree.flatten(params)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+
+    def back(vector: Array) -> PyTree:
+        parts = zip(jnp.split(vector, ends), leaves, strict=True)
+        return jax.tree.unflatten(tree, [part.reshape(leaf.shape) for part, leaf in parts])
+
+    return np.concatenate([np.ravel(leaf) for leaf in leaves]), back
+
+
 def fill(shapes: PyTree, seed: int, dtype: Any) -> PyTree:
     """Values for every real leaf, none of them near zero; scales are positive."""
     rng = np.random.default_rng([seed, 2])
@@ -126,10 +139,11 @@ def fill(shapes: PyTree, seed: int, dtype: Any) -> PyTree:
         if not hasattr(leaf, "shape") or not _is_real(leaf):
             return leaf
         if path_name(path).rpartition("/")[2] in ("scale", "var", "g"):
-            return jnp.asarray(rng.uniform(0.6, 1.4, leaf.shape), dtype)
+            return jax.device_put(np.asarray(rng.uniform(0.6, 1.4, leaf.shape), dtype))
         signs = rng.choice([-1.0, 1.0], leaf.shape)
         fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 4
-        return jnp.asarray(signs * rng.uniform(0.6, 1.8, leaf.shape) / fan_in**0.5, dtype)
+        values = signs * rng.uniform(0.6, 1.8, leaf.shape) / fan_in**0.5
+        return jax.device_put(np.asarray(values, dtype))
 
     return jax.tree_util.tree_map_with_path(value, shapes)
 
@@ -199,7 +213,7 @@ def from_equinox(make: Callable[[Array], eqx.Module]) -> Build:
 
 def normal(*shape: int) -> Callable:
     """One array of normal inputs, of the given shape for an example."""
-    return lambda rng, count: jnp.asarray(rng.normal(size=(count, *shape)))
+    return lambda rng, count: rng.normal(size=(count, *shape))
 
 
 def tokens(vocabulary: int, *shape: int) -> Callable:
@@ -208,7 +222,7 @@ def tokens(vocabulary: int, *shape: int) -> Callable:
     def make(rng, count):
         size = count * int(np.prod(shape))
         drawn = rng.permutation(np.arange(size) % vocabulary)
-        return jnp.asarray(drawn.reshape(count, *shape), jnp.int32)
+        return drawn.reshape(count, *shape).astype(np.int32)
 
     return make
 
