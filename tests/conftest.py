@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     settings = {
         "jax_disable_most_optimizations": True,
         "jax_compilation_cache_dir": os.environ["JAX_COMPILATION_CACHE_DIR"],
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 0.1,  # less is compiled as fast as read
         "jax_persistent_cache_min_entry_size_bytes": 0,
         "jax_traceback_in_locations_limit": 0,  # what is compiled need not tell where it is from
     }
