@@ -156,6 +156,8 @@ def _of_term(
     method = method_of(settings.method)
     model = linearize(graph, term.read, params, data, targets, method.probes)
     weights = importance(targets, axis_name)
+    counted = {n: w.counted(weights, axis_name) for n, w in model.weights.items()}
+    model = model._replace(weights=counted)
     request = Request(
         model, settings.samples, settings.sharing, settings.spatial, key, axis_name, weights
     )

@@ -188,10 +188,10 @@ def over_positions(
     as often as examples route it there.
     """
     entries = entries_of(use)
-    if use.choice is not None and weights is not None and weights.route is not None:
+    if use.choice is not None and weights is not None and weights.often is not None:
         own = matrix[entries[0][:, :, None], entries[0][:, None, :]]
-        often = jnp.mean(weights.route, axis=0)
-        return jnp.einsum("st,top->sop", often.astype(own.dtype), own, precision=PRECISION)
+        often = weights.often.astype(own.dtype)
+        return jnp.einsum("st,top->sop", often, own, precision=PRECISION)
     if entries.shape == (1, 1, len(matrix)) and np.all(np.diff(entries) == 1):
         return matrix[None]
     if _sharing(layer, sharing) == "reduce":

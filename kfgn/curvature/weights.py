@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.devices import AxisName, mean_over_devices
+from kfgn.base.linalg import weighed
 from kfgn.base.types import Array
 from kfgn.model.graph import Graph
 
@@ -21,6 +23,16 @@ class Weights(NamedTuple):
     rows: Float[Array, "s i"]
     columns: Float[Array, "s o"]
     route: Float[Array, "N s t"] | None = None  # ones where data chooses the group s
+    often: Float[Array, "s t"] | None = None  # their mean over the batch
+
+    def counted(
+        self, importance: Float[Array, " N"] | None, axis_name: AxisName | None
+    ) -> "Weights":
+        """With how often positions are routed to a group, in a batch of weighted examples."""
+        if self.route is None:
+            return self
+        often = jnp.mean(weighed(importance, self.route), axis=0)
+        return self._replace(often=mean_over_devices(often, axis_name))
 
     def routed(self, rows: Float[Array, "N s t d"]) -> Float[Array, "N s t d"]:
         """Rows of all positions, at the groups that they are routed to."""
@@ -29,8 +41,8 @@ class Weights(NamedTuple):
     @property
     def positions(self) -> Float[Array, "s 1 1"] | float:
         """How many an example routes to a group, in the mean."""
-        assert self.route is not None
-        mean = jnp.mean(jnp.sum(self.route, axis=2), axis=0)
+        assert self.often is not None
+        mean = jnp.sum(self.often, axis=1)
         return jnp.where(mean > 0, mean, 1)[:, None, None]
 
 

@@ -118,6 +118,38 @@ def test_weight_two_is_twice(method, over):
     assert found[-1] == (8 if over == "weights" else 6)
 
 
+@pytest.mark.parametrize("method", ["kfra", "kflr", "empirical"])
+def test_routed_examples(method):
+    """Experts count the weights of what is routed to them, also over an axis of devices."""
+    keys = jax.random.split(jax.random.key(2), 4)
+    params = {
+        "experts": jax.random.normal(keys[0], (2, 3, 3)),
+        "out": jax.random.normal(keys[1], (3, 2)),
+    }
+
+    def routed(params, inputs):
+        h = jnp.tanh(jnp.einsum("nti,ntio->nto", inputs["x"], params["experts"][inputs["index"]]))
+        return jnp.sum(h, axis=1) @ params["out"]
+
+    index = jnp.array([[0, 0], [0, 1], [1, 1], [0, 0], [0, 1], [0, 0]])
+    inputs = {"x": jax.random.normal(keys[2], (6, 2, 3)), "index": index}
+    targets = jax.random.normal(keys[3], (6, 2))
+    objective = kfgn.Objective(routed, kfgn.losses.half_squared_error)
+    times = jnp.array([2, 1, 3, 0, 2, 0])
+    repeated = jnp.repeat(jnp.arange(6), times, total_repeat_length=8)
+    found = seen(objective, method, (inputs, targets, times), params)
+    twice = part((inputs, targets), repeated)
+    close(found, seen(objective, method, twice, params))
+    function = kfgn.value_grad_and_curvature(objective, method, axis_name="devices")
+    halves = jax.tree.map(lambda a: a.reshape(2, 4, *a.shape[1:]), twice)
+
+    @jax.jit
+    def spread(halves):
+        return jax.vmap(lambda b: function(params, b)[1].factors, axis_name="devices")(halves)
+
+    close(part(spread(halves), 0), found[2])
+
+
 @pytest.mark.parametrize("spatial", ["joint", "homogeneous"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_positions(spatial, sharing):
