@@ -50,10 +50,7 @@ def _nodes(term: Term, params: PyTree) -> tuple[Node, ...] | None:
 
 
 def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:
-    form = use.form
-    product = 2 * form.groups * form.positions * form.d_in * form.d_out
-    if form.indexed:
-        product = size(use.output)
+    form, product = use.form, _product(use)
     if use.input is None or not at.graph.is_active(use.input):
         product = 0  # no layer is before it
     summed = layer.indexed and layer.activation_size == 1 == form.turns == len(layer.uses)
@@ -62,8 +59,10 @@ def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:
     return UseCost(
         activation=at.examples * form.groups * form.positions * square,
         column=at.examples * (moment + product),
-        # Of one iteration of a loop; the product is that of all.
+        # Of one iteration of a loop; the product is that of all. With a kernel that data
+        # chooses, every example has its own.
         congruence=product
+        * (1 if use.choice is None else at.examples)
         * sum(size(v) for v in (use.input, use.output) if v is not None)
         // form.turns,
         columns=at.columns,
@@ -75,10 +74,16 @@ def forward_cost(of: Node | Use) -> int:
     use = of.use if isinstance(of, Node) else of
     if use is None:
         return sum(_equation_cost(e) for e in of.equations if not keeps_order(e))
+    return _product(use)
+
+
+def _product(use: Use) -> int:
+    """Of one example with the kernels; a position that data routes meets one of them."""
     form = use.form
     if form.indexed:
         return size(use.output)
-    return 2 * form.groups * form.positions * form.d_in * form.d_out
+    groups = form.groups if use.choice is None else 1
+    return 2 * groups * form.positions * form.d_in * form.d_out
 
 
 def node_cost(node: Node, count: int) -> int:

@@ -50,6 +50,7 @@ class Totals(NamedTuple):
     largest: int  # entries per example of the largest value that "kfra" goes through, 0 for none
     matrix_bytes: int  # of the matrix over that value's entries
     feasible: bool  # whether "kfra" forms a matrix as large as that, and unrolls the loops
+    unrolls: bool  # whether there are loops, which "kfra" unrolls
     too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms
 
 
@@ -160,17 +161,28 @@ def _together(rows: Sequence[Row]) -> Row:
 
 
 def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
+    flops = {n: sum(t.flops[n] for t in totals) for n in METHODS}
+    inversion, gradient = sum(row.inversion for row in rows), sum(t.gradient for t in totals)
     return totals[0]._replace(
         bytes=sum(row.bytes for row in rows),
         between={n: sum(t.between[n] for t in totals) for n in METHODS},
-        flops={n: sum(t.flops[n] for t in totals) for n in METHODS},
-        inversion=sum(row.inversion for row in rows),
+        flops=flops,
+        inversion=inversion,
+        gradient=gradient,
+        update=_updates(flops, inversion, gradient),
         columns=sum(t.columns for t in totals),
         too_large=tuple(dict.fromkeys(text for t in totals for text in t.too_large)),
         largest=max(t.largest for t in totals),
         matrix_bytes=max(t.matrix_bytes for t in totals),
         feasible=all(t.feasible for t in totals),
+        unrolls=any(t.unrolls for t in totals),
     )
+
+
+def _updates(flops: dict[str, int], inversion: int, gradient: int) -> dict[str, float]:
+    """What an update takes in gradients: one, half of one for the solve and the quadratic
+    model each, the factors, and a fifth of the inversion."""
+    return {n: 2 + (f + inversion / 5) / max(gradient, 1) for n, f in flops.items()}
 
 
 def _row(at: Setting, layer: Layer) -> Row:
@@ -209,13 +221,12 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
         flops=flops,
         inversion=inversion,
         gradient=gradient,
-        # A gradient, half of one for the solve and the quadratic model each, the factors,
-        # and a fifth of the inversion.
-        update={n: 2 + (f + inversion / 5) / max(gradient, 1) for n, f in flops.items()},
+        update=_updates(flops, inversion, gradient),
         columns=at.columns,
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
         feasible=at.nodes is not None and largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
+        unrolls=bool(at.graph.model.loops),
         too_large=tuple(
             too_large(name, layer, side, most_rows(layer))
             for name, layer in at.graph.layers.items()

@@ -42,7 +42,8 @@ def make(
       objective, params, batch: as for `kfgn.kfra`; only shapes matter.
       method: "kfra", "kflr", "kfac", or "auto": the most exact of "kflr", "kfra" and
         "kfac", in that order, among those whose update is predicted to take at most
-        1.5 times the cheapest one's, by the costs that `kfgn.inspect` shows.
+        1.5 times the cheapest one's, by the costs that `kfgn.inspect` shows; "kfra",
+        which unrolls loops, only where there are none, or no other can be taken.
       options: of `kfgn.kfra` and of `kfgn.value_grad_and_curvature`; those that both
         have go to both.
 
@@ -72,8 +73,10 @@ def make(
     totals = inspection_of(objective, params, batch).totals
     able = _able(objective, totals, options)
     if method == "auto":
-        least = min(totals.update[n] for n in able)
-        method = next(n for n in able if totals.update[n] <= _ALIKE * least)
+        # Loops that stay loops compile in a time that does not grow with their length.
+        kept = [n for n in able if n != "kfra" or not totals.unrolls] or able
+        least = min(totals.update[n] for n in kept)
+        method = next(n for n in kept if totals.update[n] <= _ALIKE * least)
     elif method == "kfra" and "kfra" not in able:
         raise ModelError(
             f'method "kfra" would form a matrix of {totals.largest:,} x {totals.largest:,} '

@@ -49,6 +49,55 @@ def test_auto_takes_the_most_exact_method_that_is_cheap():
     assert chosen(kfgn.make(*tokens), *tokens[1:]) != "kfra"
 
 
+def routed():
+    """An expert for each example, whose mean matrix comes back through it alone."""
+
+    def model(p, x):
+        h = jnp.tanh(x["rows"] @ p["in"])
+        return jnp.einsum("ni,nio->no", h, p["experts"][x["index"]])
+
+    params = {"in": jnp.zeros((32, 32)), "experts": jnp.zeros((4, 32, 32))}
+    inputs = {"rows": jnp.zeros((64, 32)), "index": jnp.zeros(64, jnp.int32)}
+    return kfgn.Objective(model, SQUARED), shapes(params), shapes((inputs, jnp.zeros((64, 32))))
+
+
+def recurrent():
+    """A loop, which a mean matrix unrolls."""
+
+    def model(p, x):
+        def step(h, x):
+            return jnp.tanh(h @ p["w"] + x), None
+
+        return jax.lax.scan(step, jnp.zeros_like(x[:, 0]), jnp.swapaxes(x, 0, 1))[0] @ p["out"]
+
+    params = {"w": jnp.zeros((16, 16)), "out": jnp.zeros((16, 24))}
+    batch = jnp.zeros((4096, 6, 16)), jnp.zeros((4096, 24))
+    return kfgn.Objective(model, SQUARED), shapes(params), shapes(batch)
+
+
+def test_auto_leaves_out_what_goes_through_experts_and_loops_one_by_one():
+    objective, params, batch = routed()
+    found = kfgn.inspect(objective, params, batch, file=io.StringIO()).totals.update
+    assert found["kfra"] > 3 * found["kfac"]
+    assert chosen(kfgn.make(objective, params, batch), params, batch) == "kfac"
+    objective, params, batch = recurrent()
+    found = kfgn.inspect(objective, params, batch, file=io.StringIO()).totals.update
+    assert found["kfra"] < found["kfac"]
+    assert chosen(kfgn.make(objective, params, batch), params, batch) == "kfac"
+
+
+def test_costs_of_sums_are_those_of_all_terms():
+    objective, params, batch = wide(8)
+    both = kfgn.inspect(
+        kfgn.sum_of([objective] * 2), params, (batch, batch), file=io.StringIO()
+    ).totals
+    one = kfgn.inspect(objective, params, batch, file=io.StringIO()).totals
+    assert both.gradient == 2 * one.gradient and both.inversion == one.inversion
+    less = one.inversion / 5 / one.gradient / 2  # the factors are inverted once
+    for method, update in one.update.items():
+        assert both.update[method] == pytest.approx(update - less)
+
+
 def test_a_dear_method_is_said_with_the_cheaper_one():
     objective, params, batch = attention()
     with pytest.warns(kfgn.errors.CostWarning, match=r"'kfra' .* method 'kfac' is predicted"):
