@@ -12,12 +12,13 @@ from jax.tree_util import Partial
 from jaxtyping import Float
 
 from kfgn.base.devices import AxisName
+from kfgn.base.diagonals import diagonal_blocks, on_diagonals
 from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import is_diagonal
 from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Scalar, Shape
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
-from kfgn.curvature.factors import Factors, TwoTerms, diagonal_blocks, on_diagonals
+from kfgn.curvature.factors import Factors, TwoTerms
 from kfgn.curvature.lazy_factors import FactorsOf, unmerged
 from kfgn.model.unite import United
 

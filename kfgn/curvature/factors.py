@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kfgn.base.checks import check_choice
+from kfgn.base.diagonals import cut, diagonal_blocks, on_diagonals
 from kfgn.base.linalg import (
     PRECISION,
     map_examples,
@@ -258,34 +259,11 @@ def _trace(matrix: Float[Array, "*S d d"], each: bool) -> Array:
     return traces[..., None, None] if each else jnp.sum(traces)
 
 
-def _cut(rows: Float[Array, "*N d"], blocks: int) -> Float[Array, "*N blocks b"]:
-    """The last axis in so many equal parts, with zeros behind it."""
-    width = -(-rows.shape[-1] // blocks)
-    beyond = blocks * width - rows.shape[-1]
-    padded = jnp.pad(rows, (*[(0, 0)] * (rows.ndim - 1), (0, beyond)))
-    return padded.reshape(*rows.shape[:-1], blocks, width)
-
-
-def on_diagonals(vectors: Float[Array, "s d"], blocks: int) -> Float[Array, "s*blocks b b"]:
-    """The blocks of diagonal matrices."""
-    cut = _cut(vectors, blocks).reshape(vectors.shape[0] * blocks, -1)
-    return cut[:, :, None] * jnp.eye(cut.shape[1], dtype=cut.dtype)
-
-
-def diagonal_blocks(matrices: Float[Array, "s d d"], blocks: int) -> Float[Array, "s*blocks b b"]:
-    """The blocks on the diagonals of matrices."""
-    if blocks == 1:
-        return matrices
-    cut = _cut(_cut(matrices, blocks).transpose(0, 2, 3, 1), blocks)  # `[s, l, b, k, a]`
-    found = jnp.einsum("skbka->skab", cut)
-    return found.reshape(-1, *found.shape[2:])
-
-
 def _moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*blocks b b"]:
     """`sum_nt r_nst r_nst' / N` of rows, or the blocks on its diagonal."""
     if blocks > 1:
-        cut = _cut(rows, blocks).swapaxes(2, 3)
-        rows = cut.reshape(len(cut), -1, *cut.shape[3:])
+        parts = cut(rows, blocks).swapaxes(2, 3)
+        rows = parts.reshape(len(parts), -1, *parts.shape[3:])
     count, groups, positions, width = rows.shape
     if width == 1:
         return jnp.sum(jnp.square(rows), axis=(0, 2))[..., None] / count
