@@ -1,6 +1,6 @@
 """kfgn: curvature of neural networks and second-order optimization for JAX."""
 
-from kfgn import diagnostics, errors, layers, losses, solvers, transforms
+from kfgn import diagnostics, errors, layers, losses, posterior, solvers, transforms
 from kfgn.curvature import (
     Curvature,
     average_curvature,
@@ -30,6 +30,7 @@ __all__ = [
     "layers",
     "losses",
     "make",
+    "posterior",
     "solvers",
     "sum_of",
     "transforms",

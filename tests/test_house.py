@@ -19,6 +19,7 @@ ROOT = Path(kfgn.__file__).parent
 ROOMS = ("base", "objective", "model", "curvature", "optimizers")
 BENEATH = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)}
 BENEATH["diagnostics"] = BENEATH["curvature"] | {"diagnostics"}
+BENEATH["posterior"] = BENEATH["curvature"] | {"posterior"}
 BENEATH["optimizers"] |= {"diagnostics"}  # which know what methods cost
 #: The public modules, by attribute of kfgn.
 PUBLIC = {"kfgn": kfgn} | {

@@ -1,17 +1,31 @@
-"""Looking: what kfgn sees in a model, derivatives checked, negative curvature, updates."""
+"""Looking: what kfgn sees in a model, derivatives checked, spectra, updates."""
 
 from kfgn.diagnostics.inspect import Inspection, inspect
 from kfgn.diagnostics.negative_curvature import NegativeCurvature, negative_curvature
 from kfgn.diagnostics.record import record
+from kfgn.diagnostics.spectra import (
+    SpectralDensity,
+    Spectrum,
+    cosine,
+    largest_eigenvalues,
+    spectral_density,
+    spectrum,
+)
 from kfgn.diagnostics.taylor import CheckResult, curvature_check, gradient_check
 
 __all__ = [
     "CheckResult",
     "Inspection",
     "NegativeCurvature",
+    "SpectralDensity",
+    "Spectrum",
+    "cosine",
     "curvature_check",
     "gradient_check",
     "inspect",
+    "largest_eigenvalues",
     "negative_curvature",
     "record",
+    "spectral_density",
+    "spectrum",
 ]

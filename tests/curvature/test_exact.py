@@ -10,15 +10,7 @@ import numpy as np
 import pytest
 
 import kfgn
-from tests.tables.comparison import (
-    L2,
-    OPERATORS,
-    by_path,
-    close,
-    compare,
-    operators_of,
-    setting,
-)
+from tests.tables.comparison import L2, OPERATORS, by_path, close, compare, setting
 from tests.tables.dense import submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import MODELS, dense
@@ -37,12 +29,7 @@ every_row = pytest.mark.parametrize(
     ("model", "loss"), ROWS, ids=[f"{model}-{loss}" for model, loss in ROWS]
 )
 every_operator = pytest.mark.parametrize("kind", OPERATORS)
-# What is made of the gradients alone knows no structure; that of every layer kind has
-# `test_empirical_fisher`.
-every_matrix = pytest.mark.parametrize(
-    ("model", "kind"),
-    [(model, kind) for model in MODELS for kind in operators_of(model)],
-)
+every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def chosen(condition):
@@ -71,7 +58,8 @@ def test_pre_activation_matrices(model, loss, kind):
         close(found[name], submatrix(dense, place.pre_activation), name)
 
 
-@every_matrix
+@every_model
+@every_operator
 def test_blocks(model, kind):
     """Blocks, their diagonals and products, on the row-major vec of kernel and bias."""
     _, _, truth, index, _, direction, ours = compare(model)
@@ -87,7 +75,8 @@ def test_blocks(model, kind):
     close(product, expected.reshape(place.shape), name)
 
 
-@every_matrix
+@every_model
+@every_operator
 def test_full_products(model, kind):
     """The R-operator with the whole matrix, eq. (13)."""
     case, _, truth, _, own, direction, ours = compare(model)

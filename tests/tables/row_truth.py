@@ -157,10 +157,8 @@ def truth(name: str) -> Truth:
 
 @functools.cache
 def results(name: str) -> dict[str, Any]:
-    """What kfgn says, by what was asked; "reduce" where a kernel is used at several positions."""
-    case, objective, batch, graph = setting(name)
-    layers = graph.layers.values()
-    shared = any(layer.positions(k) > 1 for layer in layers for k in range(len(layer.slots)))
+    """What kfgn says, by what was asked."""
+    case, objective, batch, _ = setting(name)
 
     @jax.jit
     def everything(params, batch):
@@ -181,9 +179,10 @@ def results(name: str) -> dict[str, Any]:
         }
         if name not in ROWS:  # a second loss goes the same ways to these
             return found
-        if shared:
-            found["reduce"] = factors("kflr", batch, sharing="reduce")[1].factors
-        return found | {"hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch)}
+        return found | {
+            "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
+            "reduce": factors("kflr", batch, sharing="reduce")[1].factors,
+        }
 
     return jax.tree.map(np.asarray, everything(case.params, batch))
 
