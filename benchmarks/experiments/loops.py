@@ -32,7 +32,8 @@ class Recurrent(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.Dense(CLASSES)(nn.RNN(nn.GRUCell(WIDTH))(x)[:, -1])
+        states: Any = nn.RNN(nn.GRUCell(WIDTH))(x)
+        return nn.Dense(CLASSES)(states[:, -1])
 
 
 class Block(nn.Module):

@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 
 import kfgn
-from tests.tables.comparison import L2, OPERATORS, by_path, close, compare, setting
+from tests.tables.comparison import (
+    L2,
+    OPERATORS,
+    by_path,
+    close,
+    compare,
+    operators_of,
+    setting,
+)
 from tests.tables.dense import submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import MODELS, dense
@@ -29,7 +37,12 @@ every_row = pytest.mark.parametrize(
     ("model", "loss"), ROWS, ids=[f"{model}-{loss}" for model, loss in ROWS]
 )
 every_operator = pytest.mark.parametrize("kind", OPERATORS)
-every_model = pytest.mark.parametrize("model", MODELS)
+# What is made of the gradients alone knows no structure; that of every layer kind has
+# `test_empirical_fisher`.
+every_matrix = pytest.mark.parametrize(
+    ("model", "kind"),
+    [(model, kind) for model in MODELS for kind in operators_of(model)],
+)
 
 
 def chosen(condition):
@@ -58,8 +71,7 @@ def test_pre_activation_matrices(model, loss, kind):
         close(found[name], submatrix(dense, place.pre_activation), name)
 
 
-@every_model
-@every_operator
+@every_matrix
 def test_blocks(model, kind):
     """Blocks, their diagonals and products, on the row-major vec of kernel and bias."""
     _, _, truth, index, _, direction, ours = compare(model)
@@ -75,8 +87,7 @@ def test_blocks(model, kind):
     close(product, expected.reshape(place.shape), name)
 
 
-@every_model
-@every_operator
+@every_matrix
 def test_full_products(model, kind):
     """The R-operator with the whole matrix, eq. (13)."""
     case, _, truth, _, own, direction, ours = compare(model)

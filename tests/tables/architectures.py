@@ -83,22 +83,17 @@ def make_targets(name: str, case: Case | None = None, seed: int = 7, loss: str =
     return LOSSES[loss or ROWS[name].loss].targets(jax.random.key(seed), outputs)
 
 
-#: A row of every kind once more, under another loss. The recursions know the loss by its
-#: Hessian and gradient in the outputs alone, and the rows' own losses already go with every
-#: structure, so one second loss each is enough: a full Hessian that depends on the outputs
-#: (softmax) or a diagonal one (sigmoid).
+#: A row for each way that curvature passes a model, once more under another loss. The
+#: recursions know the loss by its Hessian and gradient in the outputs alone, and the rows'
+#: own losses already go with every structure, so one second loss each is enough: a full
+#: Hessian that depends on the outputs (softmax) or a diagonal one (sigmoid).
 WITH_SOFTMAX = """
-    conv_1d conv_2d_groups conv_2d_channels_first conv_transpose_2d layer_norm group_norm
-    positions_added scalar_scale one_plus_scale matmul_transposed kernel_halved checkpoint
-    custom_jvp weight_norm tied scan_layers rnn_scan swiglu_sequence siamese unet
-    attention_cross equinox dropout
+    conv_2d_groups layer_norm scalar_scale custom_jvp weight_norm tied scan_layers siamese
+    attention_cross
 """
 WITH_SIGMOID = """
-    conv_1d_strided conv_2d_depthwise conv_3d dense_sequence dense_grid dense_general embed
-    embed_tied embed_with_positions rms_norm batch_norm token_prepended vector_scale
-    matmul_left einsum_heads bias_subtracted vmap_inside custom_vjp weight_standardized
-    tied_transposed map_positions linen_simple_cell residual dense_concatenation max_pool
-    resnet nnx frozen
+    conv_1d_strided dense_sequence embed_tied token_prepended einsum_heads custom_vjp
+    tied_transposed max_pool resnet
 """
 SECOND_LOSS: dict[str, str] = dict.fromkeys(WITH_SOFTMAX.split(), "softmax_cross_entropy")
 SECOND_LOSS |= dict.fromkeys(WITH_SIGMOID.split(), "sigmoid_binary_cross_entropy")

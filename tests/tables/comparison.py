@@ -74,7 +74,8 @@ def compare(model: str, loss: str | None = None) -> Comparison:
     index, own = indices(case), own_entries(case)
     direction = np.zeros(truth.gradient.shape)
     direction[own] = np.random.default_rng(3).normal(size=own.shape)
-    everything = jax.jit(functools.partial(_everything, objective, loss is None))
+    kinds = operators_of(model) if loss is None else ()
+    everything = jax.jit(functools.partial(_everything, objective, kinds))
     ours = everything(
         case.params,
         (inputs, targets),
@@ -83,6 +84,15 @@ def compare(model: str, loss: str | None = None) -> Comparison:
     )
     ours = jax.tree.map(np.asarray, ours)
     return Comparison(case, targets, truth, index, own, direction, ours)
+
+
+# Those with an answer to the questions about chunks and calls without jit.
+WITH_FISHER = ("tanh", "several_depths", "gated", "residual")
+
+
+def operators_of(model: str) -> tuple[str, ...]:
+    """Those whose blocks and products a model is compared in."""
+    return tuple(OPERATORS) if model in WITH_FISHER else ("hessian", "gauss_newton")
 
 
 def _everything(objective, whole, params, batch, vector, matrices):
@@ -113,6 +123,7 @@ def _everything(objective, whole, params, batch, vector, matrices):
     }
     if not whole:
         return result
+    operators = {kind: operators[kind] for kind in whole}
     for kind, operator in operators.items():
         result[f"block_{kind}"] = operator.blocks(params, batch)
         result[f"{kind}_diagonal"] = operator.diagonal(params, batch)

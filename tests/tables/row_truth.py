@@ -157,8 +157,10 @@ def truth(name: str) -> Truth:
 
 @functools.cache
 def results(name: str) -> dict[str, Any]:
-    """What kfgn says, by what was asked."""
-    case, objective, batch, _ = setting(name)
+    """What kfgn says, by what was asked; "reduce" where a kernel is used at several positions."""
+    case, objective, batch, graph = setting(name)
+    layers = graph.layers.values()
+    shared = any(layer.positions(k) > 1 for layer in layers for k in range(len(layer.slots)))
 
     @jax.jit
     def everything(params, batch):
@@ -179,10 +181,9 @@ def results(name: str) -> dict[str, Any]:
         }
         if name not in ROWS:  # a second loss goes the same ways to these
             return found
-        return found | {
-            "hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch),
-            "reduce": factors("kflr", batch, sharing="reduce")[1].factors,
-        }
+        if shared:
+            found["reduce"] = factors("kflr", batch, sharing="reduce")[1].factors
+        return found | {"hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch)}
 
     return jax.tree.map(np.asarray, everything(case.params, batch))
 
