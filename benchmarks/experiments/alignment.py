@@ -83,9 +83,8 @@ def main(arguments: Sequence[str]) -> None:
             rows += [Row(*row) for row in run.measure(own, train)]
             run.tick(f"{name}, batch {size}, seed {seed}")
         said = {"conjugate gradients": SOLVER, "l2": 1e-5}
-        measured = [row._asdict() for row in rows]
         tables = [_table(rows, given.batches), _by_layer(rows, most)]
-        run.record(measured, tables, {"alignment": _plot(rows, most, given.data)}, said)
+        run.record(_compact(rows), tables, {"alignment": _plot(rows, most, given.data)}, said)
 
 
 class _Training:
@@ -156,6 +155,18 @@ def _by_layers(direction: Any, exact: Any):
 def _cosine(a: Any, b: Any) -> jax.Array:
     tree = optax.tree_utils
     return tree.tree_vdot(a, b) / (tree.tree_norm(a) * tree.tree_norm(b))
+
+
+def _compact(rows: list[Row]) -> list[dict[str, Any]]:
+    """A look at a training each: its cosines by method and inverse, reference, layer."""
+    found: dict[Any, Any] = {}
+    for r in rows:
+        look = found.setdefault(
+            r[:5], {**dict(zip(Row._fields, r[:5], strict=False)), "cosines": {}}
+        )
+        of_method = look["cosines"].setdefault(f"{r.method}, {r.inverse}", {})
+        of_method.setdefault(r.reference, {})[r.layer] = r.cosine
+    return list(found.values())
 
 
 def _mean(rows: list[Row], *, ranged: bool = False, **wanted: Any) -> str | None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from benchmarks.harness.arguments import settings
 from benchmarks.harness.display import Ticker, make_console, progress, write_tables
 from benchmarks.harness.ledger import Ledger
-from benchmarks.harness.record import environment, heading, write_json, writing
+from benchmarks.harness.record import environment, heading, save_figure, write_json, writing
 
 
 class Experiment:
@@ -64,10 +64,10 @@ class Experiment:
         report = {**heading(self.name, self.arguments), "settings": said}
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "results.json", {**report, "measured": measured})
+            write_json(folder / "results.json", report, measured=measured)
             write_tables(folder / "table.txt", tables)
             for name, figure in figures.items():
-                figure.savefig(folder / f"{name}.png", dpi=130)
+                save_figure(folder / f"{name}.png", figure)
         if not quiet:
             for shown in tables:
                 self.console.print(shown)

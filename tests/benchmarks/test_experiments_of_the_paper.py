@@ -12,16 +12,17 @@ pytestmark = pytest.mark.loose_dtypes  # optax's Adam and L-BFGS promote dtypes
 
 
 def test_alignment(tmp_path):
-    rows = measured(
+    looks = measured(
         tmp_path, "alignment", "--data", "digits", "--layers", "8,4", "--batches", "20",
         "--probes", "0,1", "--trained-by", "kfra", "--seeds", "2",
     )  # fmt: skip
-    assert {(row["update"], row["seed"]) for row in rows} == {(0, 0), (0, 1), (1, 0), (1, 1)}
-    first, second = ([row["cosine"] for row in rows if row["seed"] == seed] for seed in (0, 1))
+    assert {(x["update"], x["seed"]) for x in looks} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    first, second = ([x["cosines"] for x in looks if x["seed"] == seed] for seed in (0, 1))
     assert first != second
-    assert all(-1.0001 <= row["cosine"] <= 1.0001 for row in rows)
+    found = [layers for x in looks for by in x["cosines"].values() for layers in by.values()]
+    assert all(-1.0001 <= cosine <= 1.0001 for layers in found for cosine in layers.values())
     # At the start the damping dominates, and all directions are near the gradient.
-    assert all(row["cosine"] > 0.5 for row in rows if row["layer"] == "whole")
+    assert all(layers["whole"] > 0.5 for layers in found if "whole" in layers)
 
 
 def test_ranks(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from benchmarks.experiments.autoencoder.training import Result
 from benchmarks.harness.arguments import RESULTS
 from benchmarks.harness.display import figure, table, write_tables
 from benchmarks.harness.plots import COLORS, Curve, against
-from benchmarks.harness.record import cores
+from benchmarks.harness.record import cores, save_figure
 from benchmarks.harness.runs import RunFolder
 from benchmarks.harness.tasks import Task
 
@@ -117,7 +117,7 @@ def plot_losses(
     figure, grid = against(curves, UP, {"update": "updates", "seconds": where}, title)
     if curves:
         grid[0, 0].legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+    save_figure(path, figure)
 
 
 def plot_reconstructions(path: Path, results: Sequence[Result], task: Task) -> None:
@@ -131,7 +131,7 @@ def plot_reconstructions(path: Path, results: Sequence[Result], task: Task) -> N
             outputs: Any = task.model.apply(result.params, originals)
             logits = task.dataset.loss == "sigmoid_binary_cross_entropy"
             rows[result.name] = np.asarray(jax.nn.sigmoid(outputs) if logits else outputs)
-    _images(rows, task.dataset.image_shape).savefig(path, dpi=130)
+    save_figure(path, _images(rows, task.dataset.image_shape))
 
 
 def _images(rows: Mapping[str, np.ndarray], shape: Sequence[int]) -> Figure:
