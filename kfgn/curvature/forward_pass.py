@@ -39,6 +39,7 @@ class Linearized(NamedTuple):
     weights: dict[str, Weights]  # of uses whose kernels are functions of their parameters' entries
     inputs: PyTree
     statistics: list[Array]  # of the batch, as in `Graph.forward`
+    products: list[Array]  # likewise
     aux: PyTree
     alone: dict[str, Array] | None = None  # derivatives of an only output at every probe
 
@@ -76,9 +77,11 @@ class Linearized(NamedTuple):
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
         axes = varying_axes(self.params)
         whole = examples is None or self.examples <= examples
-        chosen, held, targets, outputs = (self.inputs, self.statistics, self.targets, self.outputs)
+        known = self.inputs, self.statistics, self.products, self.outputs
+        targets = self.targets
         if examples is not None and not whole:
-            (chosen, held, outputs), targets = spread((chosen, held, outputs), targets, examples)
+            known, targets = spread(known, targets, examples)
+        chosen, held, products, outputs = known
         if self.push is None:
             if held:
                 objective = held_objective(objective, self.graph)
@@ -88,7 +91,8 @@ class Linearized(NamedTuple):
             probes = tuple((n, x.shape, x.dtype) for n, x in self.probes.items())
             return Partial(_LinearPass(shapes, probes, axes), self.push), outputs, targets
         outputs, push = jax.linearize(
-            lambda p, z: self.graph.forward(p, chosen, z, statistics=held)[0], self.params, {}
+            lambda p, z: self.graph.forward(p, chosen, z, statistics=held, products=products)[0],
+            *(self.params, {}),
         )
         return Partial(_LinearPass(shapes, (), axes), push), outputs, targets
 
@@ -108,7 +112,7 @@ def linearize(
     read = graph.model
     # What walks backwards goes through every value; else only a layer's inputs are looked at.
     looked_at = used_values(graph) if with_probes else needed_values(graph)
-    keep = [*looked_at, *read.statistics, *(read.aux.atoms if read.aux else ())]
+    keep = [*looked_at, *read.statistics, *graph.products, *(read.aux.atoms if read.aux else ())]
 
     def forward(leaves: dict[str, Array], probes: dict[str, Array]) -> tuple[PyTree, list[Array]]:
         return graph.forward(leaves, inputs, probes, keep)
@@ -122,7 +126,7 @@ def linearize(
     loss = loss_of(objective.loss, targets)
     check_outputs(loss, outputs, inputs, targets)
     values = {v: x for v, x in zip(keep, kept, strict=True) if variables([v])}
-    statistics = [values[v] for v in read.statistics]
+    statistics, products = ([values[v] for v in vs] for vs in (read.statistics, graph.products))
     aux = None
     if read.aux:
         alone = None in read.aux.axes and read.axis_name is None
@@ -131,7 +135,7 @@ def linearize(
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, leaves))))
     weights = weights_of(graph, leaves, values, dtype)
     found = graph, leaves, values, outputs, targets, loss, push, back, probes, weights
-    model = Linearized(*found, inputs, statistics, aux)
+    model = Linearized(*found, inputs, statistics, products, aux)
     if not with_probes or sum(x[0].size for x in jax.tree.leaves(outputs)) != 1:
         return model
     met = {graph.model.parameters[n] for n in graph.reasons}.intersection(graph.model.reached)

@@ -45,6 +45,19 @@ from kfgn.objective.objective import Objective
 
 # The rows of the largest block that a parameter in no layer gets of its own.
 OWN_ROWS = 1024
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+@jax.custom_jvp
+def _replaced(computed: Array, value: Array) -> Array:
+    """The value, with the derivative of what is computed."""
+    del computed
+    return value
+
+
+@_replaced.defjvp
+def _replaced_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
+    return primals[1], tangents[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,6 +142,7 @@ class Graph:
         *,
         statistics: list[Array] | None = None,
         exact: bool = False,
+        products: list[Array] | None = None,
     ) -> tuple[PyTree, list[Array]]:
         """The outputs of a batch and the values of `keep`, each with a leading `N`.
 
@@ -139,7 +153,8 @@ class Graph:
 
         Statistics of the batch are those of these examples, or are given, `[N, ...]` in
         the order of `model.statistics`. They have a derivative if `exact`: effects have
-        then run before.
+        then run before. Those of `products` that are given are not computed; their
+        derivatives are.
         """
         refuse_explicit_axes(params, inputs)
         model = self.model
@@ -153,19 +168,30 @@ class Graph:
         if statistics is not None:
             equations = [e for e in equations if not model.is_collective(e)]
 
-        def one(leaves: list[Array], probes: dict[str, Array], given: list[Array]) -> Any:
+        def one(
+            leaves: list[Array], probes: dict[str, Array], given: list[Array], known: list[Array]
+        ) -> Any:
             env = {**shared, **dict(zip(model.inputs, leaves, strict=True))}
             env |= zip(model.statistics, given, strict=bool(given))
+            products = dict(zip(self.products, known, strict=bool(known)))
             at = {use.output: probes[n] for n, use in self.uses.items() if n in probes}
             for equation in equations:
                 evaluate_with([equation], env, model.loops, at, keep)
+                made = products.keys() & equation.outvars
+                env |= {v: _replaced(whole(env[v], v), products[v]) for v in made}
                 if model.is_collective(equation) and not exact:
                     env |= {v: jax.lax.stop_gradient(env[v]) for v in equation.outvars}
             return tuple([whole(read(env, v), v) for v in atoms] for atoms in (model.outputs, keep))
 
         run = jax.vmap(one, axis_name=model.axis_name)
-        outputs, kept = run(jax.tree.leaves(inputs), probes or {}, statistics or [])
+        outputs, kept = run(jax.tree.leaves(inputs), probes or {}, statistics or [], products or [])
         return jax.tree.unflatten(model.output_tree, outputs), kept
+
+    @functools.cached_property
+    def products(self) -> tuple[Var, ...]:
+        """The values outside of loops that take most of a forward pass."""
+        equations = (e for e in self.model.jaxpr.eqns if e.primitive.name in _PRODUCTS)
+        return tuple(v for e in equations for v in e.outvars if self.is_active(v))
 
     @functools.cached_property
     def held(self) -> Callable[[PyTree, tuple[PyTree, list[Array]]], PyTree]:

@@ -276,9 +276,10 @@ def test_bfloat16(method, stored):
 
 
 @float64
-def test_quadratic_model_of_some_examples():
+@pytest.mark.parametrize("name", ["tanh", "attention", "selected"])
+def test_quadratic_model_of_some_examples(name):
     """Spread evenly over the batch, with their own outputs and targets."""
-    case, objective, (inputs, targets) = setting("tanh", count=9)
+    case, objective, (inputs, targets) = setting(name, count=9)
     batch = (inputs, targets)
     direction = jax.tree.map(jnp.ones_like, case.params)
     named = named_leaves(direction)
@@ -297,3 +298,21 @@ def test_quadratic_model_of_some_examples():
     close(pushed, expected)
     close(curved, expected_curved)
     close(jax.flatten_util.ravel_pytree(gradient)[0], jax.flatten_util.ravel_pytree(whole[0])[0])
+
+
+def test_quadratic_model_runs_no_products_forward_again():
+    """Two of the batch, and three of the linear pass: the pre-activations are known."""
+    model = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]  # noqa: E731
+    objective = kfgn.Objective(model, kfgn.losses.softmax_cross_entropy)
+    function = kfgn.value_grad_and_curvature(objective, "empirical", model_examples=8)
+    params, batch = (
+        {"a": jnp.ones((5, 7)), "b": jnp.ones((7, 3))},
+        (jnp.ones((64, 5)), jnp.ones((64, 3))),
+    )
+
+    def value_and_push(params, batch):
+        curvature = function(params, batch)[1]
+        return curvature.value, curvature.linearized(params)
+
+    text = jax.jit(value_and_push).lower(params, batch).compile().as_text()
+    assert text.count(" dot(") == 5
