@@ -27,6 +27,7 @@ from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms
 from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.optimizers.periods import observation_due
 from kfgn.optimizers.state import Count, Flag, all_finite, keep_if, number, zeros_like
 
 INVERSES = ("factored", "eigen", "two-term")
@@ -45,10 +46,6 @@ def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None)
         return b.astype(a.dtype) + beta * (a - b.astype(a.dtype))
 
     return jax.tree.map(average, old, new)
-
-
-#: How many updates observe the factors at the start, whatever comes later.
-OBSERVED_FIRST = 10
 
 
 class Observed(NamedTuple):
@@ -85,7 +82,7 @@ def observe(
 
     if isinstance(every, int) and every == 1:
         return once(None)[1]
-    due = before.usable & ((updates < OBSERVED_FIRST) | (updates % every == 0))
+    due = before.usable & observation_due(updates, every)
     return jax.lax.while_loop(lambda carry: carry[0], once, (due, before))[1]
 
 
@@ -103,15 +100,6 @@ def _require_alike(new: Named, known: Named) -> None:
                 "has them merged: pass what kfgn.value_grad_and_curvature returned, or the "
                 "average of such, without with_factors or multi_steps"
             )
-
-
-def refresh_due(count: Count, every: int | Array) -> Flag:
-    """Whether to invert after `count` updates: every so often, and always at the start.
-
-    The moving average moves fastest at the start, so the first `every` updates
-    each get fresh inverses.
-    """
-    return (count % every == 0) | (count < every)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

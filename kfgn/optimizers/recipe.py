@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfgn.base.checks import check_decay, check_flag, check_whole
+from kfgn.base.checks import check_decay, check_flag
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
@@ -26,7 +26,8 @@ from kfgn.optimizers.damping import (
     as_rule,
 )
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.preconditioner import Observed, Preconditioner, observe, refresh_due
+from kfgn.optimizers.periods import Periods, check_period, inversion_due
+from kfgn.optimizers.preconditioner import Observed, Preconditioner, observe
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
 from kfgn.optimizers.state import (
@@ -35,23 +36,16 @@ from kfgn.optimizers.state import (
     Metrics,
     all_finite,
     counter,
+    is_finite,
     is_usable,
     keep_if,
     no_metrics,
     number,
+    zero_unless,
     zeros_like,
 )
 from kfgn.optimizers.verdict import Verdict, judge
 from kfgn.optimizers.wrappers import by_curvature
-
-
-class Periods(NamedTuple):
-    """Updates between looks at the factors, inversions of them, and adaptions of both dampings."""
-
-    refresh_factors_every: Count
-    refresh_inverse_every: Count
-    step_damping_period: Count
-    factor_damping_period: Count
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -82,8 +76,8 @@ def scale_by_curvature(
     *,
     factor_damping: Number | FactorDamping | None = None,
     step_damping: Number | StepDamping = 2.0,
-    decay: Number | None = 0.85,
-    refresh_factors_every: int | Array = 1,
+    decay: Number | None = 0.7,
+    refresh_factors_every: int | Array = 5,
     refresh_inverse_every: int | Array = 5,
     inverse: str = "factored",
     momentum: bool = True,
@@ -121,8 +115,8 @@ def scale_by_curvature(
             f"factors may be singular; found {gamma.least}"
         )
     check_decay("decay", decay)
-    check_whole("refresh_factors_every", refresh_factors_every, 1, traced=True)
-    check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
+    check_period("refresh_factors_every", refresh_factors_every)
+    check_period("refresh_inverse_every", refresh_inverse_every)
     check_flag("momentum", momentum)
     preconditioner = Preconditioner(blocks, inverse)
     every = refresh_factors_every, refresh_inverse_every
@@ -191,40 +185,37 @@ class _Recipe:
         The large arrays never pass through a conditional, which would copy
         them: selections fuse into the operations that make the arrays.
         """
-        usable = is_usable(curvature, (gradient, curvature.value))
+        squared = inner(gradient, gradient)
+        usable = is_usable(curvature, curvature.value) & is_finite(gradient, squared)
         # The factors' average, and their damped inverses at γ.
         seen_before = Observed(state.factors, state.observed, usable)
         factors, observed, usable = observe(
             curvature, seen_before, state.count, self.refresh_factors_every, self.decay
         )
-        before = [push(curvature, state.previous)] if self.momentum else []
+        along = [push(curvature, state.previous)] if self.momentum else []
 
         def best_along(inverses: Named, gamma: Scalar) -> tuple[list[Direction], Step]:
             # The direction, and the step by the quadratic model of the full matrix.
             direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
-            directions = [push(curvature, direction), *before]
+            directions = [push(curvature, direction), *along]
             return directions, best_step(curvature, directions, state.step_damping + self.l2)
 
         gamma, inverses, extremes = self._invert(state, factors, best_along, usable)
         directions, best = best_along(inverses, gamma)
-        step = combine(directions, best.coefficients)
+        # A step of finite norm is finite, where its dtype holds that norm.
+        most = min((float(jnp.finfo(x.dtype).max) for x in gradient.values()), default=0)
+        fine = usable & all_finite(best) & (best.norm <= most)
+        step = zero_unless(fine, combine(directions, best.coefficients))
+        if self.momentum:  # what will be the previous step, so that it is made only once
+            step = keep_if(usable, step, state.previous)
         # The reduction ratio, where it is due or in doubt, and with it τ.
         known = state.reduction_ratio, state.step_damping, state.predicted_change
-        all_of_it = jnp.array(True), number(1)
-        verdict = judge(
-            self.step_damping,
-            state.count,
-            Verdict(*known, state.actual_change, *all_of_it),
-            curvature,
-            best,
-            step,
-            usable,
-        )
-        good = usable & verdict.finite & all_finite((best, step))
+        before = Verdict(*known, state.actual_change, jnp.array(True), number(1))
+        verdict, step = judge(self.step_damping, state.count, before, curvature, best, step, fine)
+        good = fine & verdict.finite
         share = jnp.where(good, verdict.share, 0)
-        step = jax.tree.map(lambda x: jnp.where(share > 0, share.astype(x.dtype) * x, 0), step)
         length = jnp.where(share > 0, share * best.norm.astype(jnp.float32), 0)
-        norms = jnp.sqrt(inner(gradient, gradient)), length
+        norms = jnp.sqrt(squared), length
         seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
         numbers = state._replace(factors={}, inverses={}, previous={})
         advanced = numbers._replace(
@@ -245,9 +236,8 @@ class _Recipe:
         empty = (curvature.examples == 0).astype(jnp.int32)
         skipped = numbers._replace(skipped=state.skipped + 1 - empty, still=state.still + empty)
         failed = keep_if(usable, self._retreat(skipped), skipped)
-        previous = keep_if(usable, step, state.previous) if self.momentum else {}
-        state = keep_if(good, advanced, failed)
-        return step, state._replace(factors=factors, inverses=inverses, previous=previous)
+        state = keep_if(good, advanced, failed)._replace(factors=factors, inverses=inverses)
+        return zero_unless(usable, step), state._replace(previous=step if self.momentum else {})
 
     def _invert(
         self, state: ScaleByCurvatureState, factors: Named, best_along: BestAlong, usable: Flag
@@ -260,7 +250,7 @@ class _Recipe:
         rule = self.factor_damping
         candidates = rule.candidates(state.factor_damping, state.step_damping)
         k = len(candidates)
-        refresh = usable & refresh_due(state.count, self.refresh_inverse_every)
+        refresh = usable & inversion_due(state.count, self.refresh_inverse_every)
         # Counted before the update, as refreshes are, so that both fall together.
         search = usable & (state.count > 0) & rule.due(state.count) if k > 1 else jnp.array(False)
         due = search | refresh

@@ -70,6 +70,12 @@ def all_finite(tree: PyTree) -> Flag:
     return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
 
 
+def is_finite(tree: PyTree, squared: Scalar) -> Flag:
+    """`all_finite` of a tree whose sum of squares is known: looked at only where that overflows."""
+    finite = jnp.isfinite(squared)
+    return jax.lax.cond(finite, lambda: jnp.array(True), lambda: all_finite(tree))
+
+
 def is_usable(curvature: Curvature, read: PyTree) -> Flag:
     """Whether what is read of a batch is finite, and its weights not all zero."""
     return all_finite(read) & (curvature.examples > 0)
@@ -78,6 +84,11 @@ def is_usable(curvature: Curvature, read: PyTree) -> Flag:
 def keep_if(condition: Flag, new: PyTree, old: PyTree) -> PyTree:
     """`new` where the condition holds, else `old`, for two pytrees alike."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def zero_unless(condition: Flag, tree: PyTree) -> PyTree:
+    """The tree where the condition holds, else zeros."""
+    return jax.tree.map(lambda x: jnp.where(condition, x, jnp.zeros_like(x)), tree)
 
 
 def stay(step: PyTree, state: Any) -> tuple[PyTree, Any]:

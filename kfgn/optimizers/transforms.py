@@ -17,19 +17,18 @@ from kfgn.base.checks import (
     check_flag,
     check_not_negative,
     check_positive,
-    check_whole,
 )
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
+from kfgn.optimizers.periods import check_period, inversion_due
 from kfgn.optimizers.preconditioner import (
     Observed,
     Preconditioner,
     moving_average,
     observe,
-    refresh_due,
 )
 from kfgn.optimizers.quadratic_model import best_step, combine, push
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
@@ -94,8 +93,8 @@ def scale_by_kronecker(
     """
     check_positive("damping", damping)
     check_decay("decay", decay)
-    check_whole("refresh_factors_every", refresh_factors_every, 1, traced=True)
-    check_whole("refresh_inverse_every", refresh_inverse_every, 1, traced=True)
+    check_period("refresh_factors_every", refresh_factors_every)
+    check_period("refresh_inverse_every", refresh_inverse_every)
     preconditioner = Preconditioner(blocks, inverse)
 
     def init(leaves: Named) -> ScaleByKroneckerState:
@@ -113,7 +112,7 @@ def scale_by_kronecker(
 
         def move() -> tuple[Named, ScaleByKroneckerState]:
             total = jnp.asarray(damping)
-            due = refresh_due(state.count, refresh_inverse_every)
+            due = inversion_due(state.count, refresh_inverse_every)
             parts = preconditioner.decompose(factors, state.inverses, due)
             known = state.metrics.largest_eigenvalue, state.metrics.condition
             inverses, extremes = jax.lax.cond(

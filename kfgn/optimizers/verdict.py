@@ -9,7 +9,7 @@ from kfgn.base.types import Named, Scalar
 from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.damping import StepDamping
 from kfgn.optimizers.quadratic_model import Step
-from kfgn.optimizers.state import Count, Flag, number
+from kfgn.optimizers.state import Count, Flag, number, zero_unless
 
 #: Steps that raise the objective are cut to a quarter until they are too short to matter.
 _CUT, _LEAST = 0.25, 0.25**10
@@ -33,8 +33,8 @@ def judge(
     curvature: Curvature,
     best: Step,
     step: Named,
-    usable: Flag,
-) -> Verdict:
+    fine: Flag,
+) -> tuple[Verdict, Named]:
     """Measures the step where its turn has come, where it extrapolates, or is a first one.
 
     The previous step is a good second direction as long as it is followed:
@@ -56,7 +56,11 @@ def judge(
       curvature: of the batch.
       best: the step by the quadratic model.
       step: the same by parameter name, to be subtracted.
-      usable: whether the batch is.
+      fine: whether the batch is usable, and all that is known of the step finite.
+
+    Returns:
+      The verdict, and its share of the step. A loop of no turn or one made both: what passes
+      through it is not copied.
     """
     doubtful = best.extrapolates
     due = rule.due(count + 1) & (best.predicted != 0)
@@ -68,18 +72,20 @@ def judge(
         promised = -best.predicted.astype(roundoff.dtype)
         return rise <= jnp.where((share == 1) & ~doubtful, promised, 0) + roundoff
 
-    def turn(carry: tuple[Scalar, Scalar, Scalar]) -> tuple[Scalar, Scalar, Scalar]:
-        before, _, first = carry
-        share = _CUT * before
-        moved = jax.tree.map(lambda x: -share.astype(x.dtype) * x, step)
-        rise = curvature.displaced(moved) - curvature.value
-        return share, rise, jnp.where(share == 1, rise, first)
-
     def goes_on(carry: tuple[Scalar, Scalar, Scalar]) -> Flag:
         share, rise, _ = carry
         return (share > 1) | (~is_fine(share, rise) & ~doubtful & (share > _LEAST))
 
-    def measure() -> Verdict:
+    def measure(carry: tuple[Flag, Verdict, Named]) -> tuple[Flag, Verdict, Named]:
+        step = carry[2]
+
+        def turn(carry: tuple[Scalar, Scalar, Scalar]) -> tuple[Scalar, Scalar, Scalar]:
+            longer, _, first = carry
+            share = _CUT * longer
+            moved = jax.tree.map(lambda x: -share.astype(x.dtype) * x, step)
+            rise = curvature.displaced(moved) - curvature.value
+            return share, rise, jnp.where(share == 1, rise, first)
+
         unknown = jnp.full_like(roundoff, jnp.inf)
         start = number(1 / _CUT), unknown, unknown
         share, rise, first = jax.lax.while_loop(goes_on, turn, start)
@@ -89,9 +95,10 @@ def judge(
         adapted = rule.adapted(before.damping, judged)
         adapted = jnp.where(due | (share < 1), adapted, before.damping)
         predicted, actual = (x.astype(jnp.float32) for x in (best.predicted, first))
-        return Verdict(ratio, adapted, predicted, actual, jnp.isfinite(rise), share)
+        finite = jnp.isfinite(rise)
+        verdict = Verdict(ratio, adapted, predicted, actual, finite, share)
+        taken = jax.tree.map(lambda x: share.astype(x.dtype) * x, step)
+        return jnp.array(False), verdict, zero_unless(finite & (share > 0), taken)
 
-    def keep() -> Verdict:
-        return before
-
-    return jax.lax.cond(usable & (due | doubtful | wary), measure, keep)
+    start = fine & (due | doubtful | wary), before, step
+    return jax.lax.while_loop(lambda carry: carry[0], measure, start)[1:]
