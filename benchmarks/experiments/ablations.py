@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "thresholds 0.75, 0.75": {
         "step_damping": kfgn.transforms.LevenbergMarquardt(2.0, thresholds=(0.75, 0.75))
     },
+    "factors each update, decay 0.85": {"refresh_factors_every": 1, "decay": 0.85},
+    "periods by cost": {"refresh_factors_every": "auto", "refresh_inverse_every": "auto"},
     "inverses each update": {"refresh_inverse_every": 1},
     "inverses each 20": {"refresh_inverse_every": 20},
     "exact damped inverse": {"inverse": "eigen"},

@@ -20,6 +20,14 @@ from kfgn.model.unite import Term
 from kfgn.objective.objective import require_batch
 from kfgn.objective.weights import loss_of
 
+#: What factors and inverses together add to an update, in gradients, where their periods follow
+#: cost; and the longest that those become.
+SHARE, LONGEST = 0.6, 50
+# A FLOP of an inversion takes as long as so many of a product (measured on two CPU cores).
+_INVERSION = 4
+_MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
+REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
+
 
 class Setting(NamedTuple):
     """What costs depend on besides a layer."""
@@ -47,6 +55,35 @@ def _nodes(term: Term, params: PyTree) -> tuple[Node, ...] | None:
     with contextlib.suppress(LoopError):
         return build_graph(term.read, params, term.data, unroll=True).nodes
     return None
+
+
+def period(refreshed: int, inversion: int, gradient: int) -> int:
+    """Updates between refreshes of factors and inverses, so that they add at most `SHARE`."""
+    least = math.ceil((refreshed + _INVERSION * inversion) / (SHARE * max(gradient, 1)))
+    return min(max(least, 1), LONGEST)
+
+
+def update_cost(
+    factors: int, inversion: int, solve: int, gradient: int, linear: int, every: int
+) -> float:
+    """Of an update that refreshes factors and inverses every so often, in gradients.
+
+    Beside those and the gradient there are the solve, the linear pass of two directions, and
+    every fifth time the objective after the step.
+    """
+    refreshed = (factors + _INVERSION * inversion) / every
+    return 1 + 1 / 15 + (solve + linear + refreshed) / max(gradient, 1)
+
+
+def linear_cost(forward: int, examples: int) -> int:
+    """Of the linear pass of two directions, each twice a forward pass, for the model's examples."""
+    return 4 * forward * min(examples, _MODEL_EXAMPLES)
+
+
+def solve_cost(layer: Layer) -> int:
+    """Of the product of a layer's gradient with both inverses."""
+    a, b = layer.activation_size, layer.d_out
+    return 2 * layer.stack * a * b * (b + (1 if layer.indexed else a))
 
 
 def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:

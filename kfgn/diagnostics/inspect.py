@@ -2,14 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS
-from kfgn.diagnostics.costs import Setting, forward_cost, node_cost, setting, use_cost
+from kfgn.diagnostics.costs import (
+    REFRESH_EVERY,
+    Setting,
+    forward_cost,
+    linear_cost,
+    node_cost,
+    period,
+    setting,
+    solve_cost,
+    update_cost,
+    use_cost,
+)
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 from kfgn.model.equations import size
 from kfgn.model.factor_size import most_rows, too_large
@@ -44,8 +55,12 @@ class Totals(NamedTuple):
     between: dict[str, int]  # FLOPs by method between the layers, which are no block's
     flops: dict[str, int]  # with those
     inversion: int
+    solve: int  # FLOPs of a direction by the inverses
     gradient: int  # FLOPs of the batch's gradient, three times the forward pass
+    linear: int  # FLOPs of the quadratic model, for 256 of the batch's examples
     update: dict[str, float]  # by method, what an update takes, predicted in gradients
+    periods: dict[str, int]  # by method, of factors and inverses, where "auto" sets them
+    update_auto: dict[str, float]  # what an update takes then
     columns: int  # of the output Hessian's root: backward passes that "kflr" makes
     largest: int  # entries per example of the largest value that "kfra" goes through, 0 for none
     matrix_bytes: int  # of the matrix over that value's entries
@@ -148,7 +163,9 @@ def inspection_of(objective: AnyObjective, params: PyTree, batch: Any) -> Inspec
             parts[n].append(row._replace(name=n))
         totals.append(_totals(at, tuple(own.values()), sizes))
     rows = tuple(map(_together, parts.values()))
-    return Inspection(rows, dict(united.reasons), sizes, _of_all(totals, rows))
+    return Inspection(
+        rows, dict(united.reasons), sizes, _of_all(totals, rows, united.layers.values())
+    )
 
 
 def _together(rows: Sequence[Row]) -> Row:
@@ -160,16 +177,15 @@ def _together(rows: Sequence[Row]) -> Row:
     )
 
 
-def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
-    flops = {n: sum(t.flops[n] for t in totals) for n in METHODS}
-    inversion, gradient = sum(row.inversion for row in rows), sum(t.gradient for t in totals)
-    return totals[0]._replace(
+def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Layer]) -> Totals:
+    whole = totals[0]._replace(
         bytes=sum(row.bytes for row in rows),
         between={n: sum(t.between[n] for t in totals) for n in METHODS},
-        flops=flops,
-        inversion=inversion,
-        gradient=gradient,
-        update=_updates(flops, inversion, gradient),
+        flops={n: sum(t.flops[n] for t in totals) for n in METHODS},
+        inversion=sum(row.inversion for row in rows),
+        solve=sum(map(solve_cost, layers)),
+        gradient=sum(t.gradient for t in totals),
+        linear=sum(t.linear for t in totals),
         columns=sum(t.columns for t in totals),
         too_large=tuple(dict.fromkeys(text for t in totals for text in t.too_large)),
         largest=max(t.largest for t in totals),
@@ -177,12 +193,13 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row]) -> Totals:
         feasible=all(t.feasible for t in totals),
         unrolls=any(t.unrolls for t in totals),
     )
-
-
-def _updates(flops: dict[str, int], inversion: int, gradient: int) -> dict[str, float]:
-    """What an update takes in gradients: one, half of one for the solve and the quadratic
-    model each, the factors, and a fifth of the inversion."""
-    return {n: 2 + (f + inversion / 5) / max(gradient, 1) for n, f in flops.items()}
+    costs = whole.inversion, whole.solve, whole.gradient, whole.linear
+    periods = {n: period(f, whole.inversion, whole.gradient) for n, f in whole.flops.items()}
+    return whole._replace(
+        update={n: update_cost(f, *costs, REFRESH_EVERY) for n, f in whole.flops.items()},
+        periods=periods,
+        update_auto={n: update_cost(f, *costs, periods[n]) for n, f in whole.flops.items()},
+    )
 
 
 def _row(at: Setting, layer: Layer) -> Row:
@@ -211,17 +228,19 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
     walk = sum(node_cost(node, at.examples) for node in nodes if node.use is None)
     between = {name: method.flops_between(walk) for name, method in METHODS.items()}
     flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
-    inversion = sum(row.inversion for row in rows)
     forward = sum(map(forward_cost, nodes or at.graph.uses.values()))
-    gradient = 3 * at.examples * forward
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
         bytes=sum(row.bytes for row in rows),
         between=between,
         flops=flops,
-        inversion=inversion,
-        gradient=gradient,
-        update=_updates(flops, inversion, gradient),
+        inversion=sum(row.inversion for row in rows),
+        solve=0,  # of all terms together, as periods and updates are
+        gradient=3 * at.examples * forward,
+        linear=linear_cost(forward, at.examples),
+        update={},
+        periods={},
+        update_auto={},
         columns=at.columns,
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
@@ -292,5 +311,7 @@ def _total_lines(found: Inspection) -> list[str]:
         if total.feasible or total.largest
         else "kfra: has loops to unroll that are longer than it goes",
         "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
+        'by periods "auto": '
+        + ", ".join(f"{n} {x:.1f}, every {total.periods[n]}" for n, x in total.update_auto.items()),
         *total.too_large,
     ]

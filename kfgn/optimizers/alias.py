@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec
 import optax
 
 from kfgn.base.types import Batch, Number, PyTree
+from kfgn.diagnostics.inspect import inspection_of
 from kfgn.objective.sum_of import AnyObjective
 from kfgn.optimizers.damping import FactorDamping, StepDamping
 from kfgn.optimizers.layer_blocks import find_blocks
@@ -29,10 +30,10 @@ def optimizer(
     batch: Batch,
     *,
     learning_rate: Number | optax.Schedule = 0.9,
-    decay: Number | None = 0.85,
+    decay: Number | None = 0.7,
     step_damping: Number | StepDamping = 2.0,
     factor_damping: Number | FactorDamping | None = None,
-    refresh_factors_every: Any = 1,
+    refresh_factors_every: Any = 5,
     refresh_inverse_every: Any = 5,
     inverse: str = "factored",
     momentum: bool = True,
@@ -64,8 +65,11 @@ def optimizer(
         which measures better and saves the search; a number is where
         `kfgn.transforms.Greedy` starts, the paper's search; or any rule.
       refresh_factors_every: updates between looks at a batch's factors, which are not
-        computed otherwise. The first ten updates have one each.
-      refresh_inverse_every: updates between inversions of the factors.
+        computed otherwise. The first ten updates have one each, and of a longer period those
+        after 16, 32, ... "auto" lets the method's cost say, by `kfgn.inspect`: so many that
+        factors and inverses together add at most 0.6 gradients to an update, up to 50.
+      refresh_inverse_every: updates between inversions of the factors, of which the first
+        five have one each, and then likewise; or "auto", for the same number.
       inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35); "two-term", for a
         sum of objectives, inverts the sum of two Kronecker products that a layer in several
         terms has, instead of one that stands for them.
@@ -107,6 +111,11 @@ def optimizer(
     >>> bool(objective(optax.apply_updates(w, updates), batch) < 0.1 * value)
     True
     """
+    periods = (
+        inspection_of(objective, params, batch).totals.periods[method] if str(n) == "auto" else n
+        for n in (refresh_factors_every, refresh_inverse_every)
+    )
+    refresh_factors_every, refresh_inverse_every = periods
     recipe = scale_by_curvature(
         find_blocks(
             *(objective, params, batch),

@@ -188,7 +188,16 @@ def test_totals():
         assert total.flops[method] == first.flops[method] + out.flops[method] + between
     assert total.bytes == (16 + 9 + 16 + 4) * 4
     assert total.inversion == first.inversion + out.inversion == 64 + 27 + 64 + 8
-    assert total.gradient == 3 * 5 * (2 * 4 * 3 + 3 + 2 * 3 * 2)
+    forward = 2 * 4 * 3 + 3 + 2 * 3 * 2
+    assert total.gradient == 3 * 5 * forward
+    assert total.linear == 4 * 5 * forward  # two directions, each through inputs and kernels
+    assert total.solve == 2 * 4 * 3 * (4 + 3) + 2 * 4 * 2 * (4 + 2)
+    for n, factors in total.flops.items():
+        refreshed = (factors + 4 * total.inversion) / total.gradient
+        own = 1 + 1 / 15 + (total.solve + total.linear) / total.gradient
+        assert total.update[n] == pytest.approx(own + refreshed / 5)
+        assert total.update_auto[n] == pytest.approx(own + refreshed / total.periods[n])
+        assert refreshed / total.periods[n] <= 0.6 < refreshed / (total.periods[n] - 1)
     assert (total.parameters, total.columns) == (12 + 6 + 2, 2)
     assert (total.largest, total.matrix_bytes, total.feasible) == (3, 9 * 4, True)
 
@@ -207,7 +216,9 @@ def test_text(monkeypatch):
         "20 parameters, 0 in no block; costs in FLOPs per batch",
         "kflr: 2 column(s) of the output Hessian's root, a backward pass for each",
         "kfra: matrices of up to 3 x 3 (36 B), within the limit of 4 GiB",
-        "an update, in gradients: kfra 2.9, kflr 3.3, kfac 2.9, empirical 2.9",
+        "an update, in gradients: kfra 3.2, kflr 3.3, kfac 3.2, empirical 3.2",
+        'by periods "auto": kfra 3.3, every 4, kflr 3.4, every 4, kfac 3.3, every 4, '
+        "empirical 3.3, every 4",
     ]
     header, first, out, between, total = lines[:5]
     assert len({len(line) for line in (header, first, out, total)}) == 1

@@ -90,6 +90,7 @@ class Settings(NamedTuple):
             learning_rate=1.0,
             momentum=self.momentum,
             decay=self.decay,
+            refresh_factors_every=1,
             refresh_inverse_every=self.refresh,
             factor_damping=None
             if self.gamma is None
