@@ -28,6 +28,12 @@ def holds_rule(equation: Equation) -> bool:
     return any(holds_rule(inner) for body in bodies for inner in body.eqns)
 
 
+def body_of(equation: Equation) -> jex.ClosedJaxpr:
+    """The function that a rule belongs to; its parameter's name differs between jax versions."""
+    (body,) = filter(_is_jaxpr, equation.params.values())
+    return body
+
+
 def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (jex.Jaxpr, jex.ClosedJaxpr))
 
@@ -45,7 +51,7 @@ def check_linear(
       roles: those of its operands; it is differentiated in some of them only.
       flatten: inlines the calls of a closed jaxpr.
     """
-    body = equation.params["call_jaxpr"].jaxpr
+    body = body_of(equation).jaxpr
     # Operands of their own: one value passed twice has two cotangents.
     own, shapes = list(body.invars), [_shape(v.aval) for v in body.invars]
     call = as_function([equation.replace(invars=own)], own, equation.outvars)
