@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
     "cost": "what the factors cost as batch, width, outputs and samples grow",
     "surface": "the error surface of a toy network, and its curvature",
+    "kills": "a training killed at random moments, and what each kill cost",
     "curvature": "where and by how much curvature is negative while a network trains",
 }
 

@@ -10,7 +10,11 @@ from benchmarks.harness.runs import RunFolder
 
 
 class Checkpoint:
-    """The folder ``name`` of a run, with one checkpoint: the next takes its place when written."""
+    """The folder ``name`` of a run, with its last two checkpoints.
+
+    One is complete when orbax has renamed its folder; one that is damaged later is told of and
+    thrown away, and the one before it used.
+    """
 
     def __init__(self, folder: RunFolder, name: str) -> None:
         self.folder, self.name = folder, name
@@ -39,23 +43,33 @@ class Checkpoint:
         path = self.folder.path / self.name
         if not path.exists():
             return None
-        items = ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(like), numbers=ocp.args.JsonRestore()
-        )
-        try:
-            with _manager(path) as manager:
-                update = manager.latest_step()
-                if update is None:
-                    return None
-                stored = manager.restore(update, args=items)
-            seconds = float(stored["numbers"]["seconds"])
-        except (OSError, ValueError, KeyError) as error:
-            raise BenchmarkError(f"cannot read the checkpoint in {path}: {error}") from error
-        self._tried = update
-        return update, seconds, stored["arrays"]
+        found, problem = None, None
+        with _manager(path) as manager:
+            for update in sorted(manager.all_steps(), reverse=True):
+                try:
+                    found = update, *_read(manager, update, like)
+                    break
+                except (OSError, ValueError, KeyError, TypeError) as error:
+                    problem = error
+                    self.folder.report(f"cannot read the checkpoint {path / str(update)}: {error}")
+            if found is None and problem is not None:
+                raise BenchmarkError(f"cannot read the checkpoint in {path}: {problem}")
+            for update in manager.all_steps():
+                if found is not None and update > found[0]:
+                    manager.delete(update)
+        self._tried = found[0] if found else None
+        return found
+
+
+def _read(manager: ocp.CheckpointManager, update: int, like: Any) -> tuple[float, Any]:
+    items = ocp.args.Composite(
+        arrays=ocp.args.StandardRestore(like), numbers=ocp.args.JsonRestore()
+    )
+    stored = manager.restore(update, args=items)
+    return float(stored["numbers"]["seconds"]), stored["arrays"]
 
 
 def _manager(path: Path) -> ocp.CheckpointManager:
     # Not in the background: the next step would write over the buffers it donates.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager(path.absolute(), options=options)

@@ -165,11 +165,11 @@ class Experiment:
         self.sgd_seconds: float | None = None
 
     def _checkpoint_bytes(self) -> int:
-        """About the room that checkpoints need: each run keeps one while it writes the next."""
+        """About the room that checkpoints need: each run keeps two while it writes the next."""
         params, total = self.task.start(self.given.seed), 0
         for optimizer, _, _ in self.prepared:
             kept = (params, jax.eval_shape(optimizer.init, params))
-            total += 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+            total += 3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
         return total + 2**24
 
     def _find_folder(self) -> Path:
