@@ -1,7 +1,9 @@
-"""Matrix products of the factors, each at full precision whatever the default is."""
+"""Matrix products of the factors, each at full precision whatever JAX's default is, or as asked."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -12,9 +14,25 @@ from kfgn.base.devices import vary_shapes, varying_axes
 from kfgn.base.trees import first_of
 from kfgn.base.types import Array, PyTree, Scalar
 
-PRECISION = jax.lax.Precision.HIGHEST
+_precision = ContextVar("precision", default=jax.lax.Precision.HIGHEST)
+PRECISIONS = ("default", "high", "highest")
 # What work that is done for many examples at once may hold.
 _CHUNK_BYTES = 2**26
+
+
+@contextmanager
+def products_at(precision: str) -> Iterator[None]:
+    """Traces products of factors at a precision: of accelerators, TF32 or bfloat16 passes."""
+    token = _precision.set(jax.lax.Precision(precision))
+    try:
+        yield
+    finally:
+        _precision.reset(token)
+
+
+def precision() -> jax.lax.Precision:
+    """Of the products of factors that are traced now."""
+    return _precision.get()
 
 
 def factor_dtype(*dtypes: Any) -> jnp.dtype:
@@ -48,8 +66,8 @@ def total(arrays: Iterable[Array]) -> Array:
 
 
 def matmul(a: Float[Array, "*S i j"], b: Float[Array, "*S j k"]) -> Float[Array, "*S i k"]:
-    """`a @ b` at full precision."""
-    return jnp.matmul(a, b, precision=PRECISION)
+    """`a @ b` at the factors' precision."""
+    return jnp.matmul(a, b, precision=precision())
 
 
 def weighed(weights: Float[Array, " N"] | None, x: Float[Array, "N ..."]) -> Float[Array, "N ..."]:
@@ -61,14 +79,14 @@ def weighed(weights: Float[Array, " N"] | None, x: Float[Array, "N ..."]) -> Flo
 
 def _gram(a: Float[Array, "N D"], b: Float[Array, "N E"]) -> Float[Array, "D E"]:
     """`a'b`, without a transposed copy."""
-    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=PRECISION)
+    return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=precision())
 
 
 def row_products(a: Float[Array, "N s t i"], b: Float[Array, "N s t o"]) -> Float[Array, "s i o"]:
     """`sum_nt a_nst b_nst'`."""
     if a.shape[1] == 1:
         return _gram(a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1]))[None]
-    return jnp.einsum("nsti,nsto->sio", a, b, precision=PRECISION)
+    return jnp.einsum("nsti,nsto->sio", a, b, precision=precision())
 
 
 def second_moment(a: Float[Array, "N D"]) -> Float[Array, "D D"]:

@@ -17,7 +17,7 @@ from kfgn.base.devices import (
     part_of_device,
     vary_like,
 )
-from kfgn.base.linalg import inner
+from kfgn.base.linalg import inner, products_at
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.averaging import summed
@@ -51,6 +51,7 @@ def value_grad_and_curvature(
     unassigned: str = "block",
     large_factors: str = "raise",
     factor_limit: int | None = None,
+    precision: str = "highest",
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[tuple[Any, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
@@ -95,6 +96,10 @@ def value_grad_and_curvature(
         "diagonal". Q of look-ups is a diagonal anyway; that of an embedding tied to the
         output is then a diagonal, the counts of its rows and the output's share.
       factor_limit: None stands for the rows of a factor that takes 2 GiB.
+      precision: of the products that form the factors, as `jax.lax.Precision` has them:
+        "highest" is full float32; on accelerators "high" and "default" allow TF32 or
+        bfloat16 passes, which are faster. Inversions are at the highest, the model's own
+        products as JAX is told.
       axis_name: inside `jax.shard_map`, `jax.pmap` or a named `jax.vmap`, the axis of
         devices over which a batch is spread, or a tuple of them: value, gradient,
         curvature and what an update measures are then those of the whole batch, and
@@ -112,7 +117,7 @@ def value_grad_and_curvature(
     l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
     settings = CurvatureSettings(
         *(method, samples, sharing, spatial, model_examples, unassigned, l2),
-        *(large_factors, factor_limit),
+        *(large_factors, factor_limit, precision),
     )
     chosen = method_of(method)
 
@@ -166,7 +171,7 @@ def _of_term(
     count = part_of_device(settings.model_examples, axis_name)
     push, *pushed = model.quadratic(objective, params, count)
     curvature = Curvature(
-        lazily(lambda: _factors(request, settings)),
+        lazily(products_at(settings.precision)(lambda: _factors(request, settings))),
         value,
         gradient,
         push,

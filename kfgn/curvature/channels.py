@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kfgn.base.devices import vary_like
-from kfgn.base.linalg import PRECISION, matmul, sum_over_examples, total, weighed
+from kfgn.base.linalg import matmul, precision, sum_over_examples, total, weighed
 from kfgn.base.types import Array
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.jacobians import Jacobian, PairBlocks, Slopes, elementwise_slopes
@@ -130,7 +130,7 @@ class Homogeneous(Jacobian):
         def own_positions(signs: Signs, rows: PairBlocks) -> Array:
             sign = signs[self.layout[o].positions].astype(block.dtype)
             pulled = rows[o, i].astype(block.dtype)
-            return jnp.einsum("t,rtc->cr", sign, pulled, precision=PRECISION)
+            return jnp.einsum("t,rtc->cr", sign, pulled, precision=precision())
 
         own = self._mean_of_pulled(own_positions, [i])
         return matmul(own, block) / self.layout[i].positions
@@ -151,7 +151,7 @@ class Homogeneous(Jacobian):
                     rows[o, i].astype(block.dtype),
                     block,
                     rows[p, j].astype(block.dtype),
-                    precision=PRECISION,
+                    precision=precision(),
                 )
                 for (o, p), block in own.items()
             )

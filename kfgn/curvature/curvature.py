@@ -8,6 +8,7 @@ from jax.tree_util import Partial
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
+from kfgn.base.linalg import PRECISIONS
 from kfgn.base.types import Array, Scalar
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms, check_sharing
 from kfgn.curvature.lazy_factors import blocks_of, evaluate, known, unmerged
@@ -42,6 +43,7 @@ class CurvatureSettings:
     l2: float | None  # the objective's; None where it is an array, whose value may be unknown
     large_factors: str = "raise"
     factor_limit: int | None = None
+    precision: str = "highest"
 
     def __post_init__(self) -> None:
         method = method_of(self.method)
@@ -55,6 +57,7 @@ class CurvatureSettings:
             check_whole("model_examples", self.model_examples, 1)
         check_unassigned(self.unassigned)
         check_factor_size(self.large_factors, self.factor_limit)
+        check_choice("precision", self.precision, PRECISIONS)
 
     def require_equal(self, other: "CurvatureSettings", what: str) -> None:
         """Raises OptionError where other settings differ, with the fields that do."""

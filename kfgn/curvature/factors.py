@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from kfgn.base.checks import check_choice
 from kfgn.base.diagonals import cut, diagonal_blocks, on_diagonals
 from kfgn.base.linalg import (
-    PRECISION,
     map_examples,
+    precision,
     second_moment,
     sum_over_examples,
     total,
@@ -192,7 +192,7 @@ def over_positions(
     if use.choice is not None and weights is not None and weights.often is not None:
         own = matrix[entries[0][:, :, None], entries[0][:, None, :]]
         often = weights.often.astype(own.dtype)
-        return jnp.einsum("st,top->sop", often, own, precision=PRECISION)
+        return jnp.einsum("st,top->sop", often, own, precision=precision())
     if entries.shape == (1, 1, len(matrix)) and np.all(np.diff(entries) == 1):
         return matrix[None]
     if _sharing(layer, sharing) == "reduce":
@@ -270,7 +270,7 @@ def _moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*b
     if groups == 1:
         flat = rows.reshape(-1, width)
         return (second_moment(flat) * (positions if positions > 1 else 1))[None]
-    return jnp.einsum("nsti,nstj->sij", rows, rows, precision=PRECISION) / count
+    return jnp.einsum("nsti,nstj->sij", rows, rows, precision=precision()) / count
 
 
 def _bytes_each(use: Use, dtype: Any) -> int:

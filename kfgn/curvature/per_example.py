@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kfgn.base.devices import vary_like
-from kfgn.base.linalg import PRECISION, factor_dtype, map_examples, matmul
+from kfgn.base.linalg import factor_dtype, map_examples, matmul, precision
 from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
@@ -184,7 +184,7 @@ def single_diagonal(use: Use, values: Array, rows: Float[Array, "N D"]) -> Float
     if use.form.groups == 1:
         return (matmul(squares[:, 0].T, curved) / rows.shape[0])[None]
     curved = curved.reshape(rows.shape[0], use.form.groups, use.form.d_out)
-    return jnp.einsum("nsi,nso->sio", squares, curved, precision=PRECISION) / rows.shape[0]
+    return jnp.einsum("nsi,nso->sio", squares, curved, precision=precision()) / rows.shape[0]
 
 
 def shared_diagonal(
@@ -193,7 +193,7 @@ def shared_diagonal(
     """The diagonal of one example's block at several positions."""
     own = np.moveaxis(entries_of(use), 1, 2)  # `[s, o, t]`
     between = matrix[own[..., :, None], own[..., None, :]]
-    return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=PRECISION)
+    return jnp.einsum("sti,spi,sotp->sio", a, a, between, precision=precision())
 
 
 def use_block(
@@ -205,7 +205,7 @@ def use_block(
     if not _is_range(entries, len(matrix)):
         matrix = matrix[entries][:, entries]
     between = matrix.reshape(groups, positions, d_out, groups, positions, d_out)
-    block = jnp.einsum("sti,stoupq,upj->sioujq", a, between, a, precision=PRECISION)
+    block = jnp.einsum("sti,stoupq,upj->sioujq", a, between, a, precision=precision())
     return block.reshape(2 * (groups * use.width * d_out,))
 
 

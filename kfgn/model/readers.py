@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kfgn.base.linalg import PRECISION, matmul
+from kfgn.base.linalg import matmul, precision
 from kfgn.base.types import Array
 from kfgn.model.equations import Equation, is_complex
 from kfgn.model.parameter_path import Source
@@ -135,8 +135,8 @@ def convolution(equation: Equation, side: int, source: Source) -> Form | None:
         counts = jnp.sum(activations(inside)[0, 0], axis=0).reshape(channels, -1)[0]
         split = read_kernel(value).astype(omega.dtype).reshape(groups, channels, -1, d_out)
         omega = omega.reshape(groups, d_out, groups, d_out)
-        moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=PRECISION)
-        result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=PRECISION)
+        moved = jnp.einsum("gcko,gohq->gckhq", split, omega, precision=precision())
+        result = jnp.einsum("gckhq,hdkq,k->gchd", moved, split, counts, precision=precision())
         width = groups * channels
         return result.reshape(width, width) / (data.aval.size // width)
 

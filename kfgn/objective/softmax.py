@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError, OptionError
-from kfgn.base.linalg import PRECISION
+from kfgn.base.linalg import precision
 from kfgn.base.types import Array, Scalar
 from kfgn.objective.loss import Columns, Loss, require_array, require_shape
 
@@ -171,7 +171,7 @@ class _SoftmaxCrossEntropy(Loss):
         p, s = self._probabilities(outputs, targets)
         count, classes = p.shape[0], p.shape[-1]
         first, half = (x.reshape(count, -1, classes) for x in (s * p, jnp.sqrt(s) * p))
-        second = jnp.einsum("nti,ntj->tij", half, half, precision=PRECISION) / count
+        second = jnp.einsum("nti,ntj->tij", half, half, precision=precision()) / count
         blocks = jax.vmap(jnp.diag)(jnp.mean(first, axis=0)) - second
         return jax.scipy.linalg.block_diag(*blocks)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Float
 
-from kfgn.base.linalg import PRECISION
+from kfgn.base.linalg import precision
 from kfgn.base.types import Array
 
 # Entry i of the result depends on entry i of each operand of its shape, and on scalars.
@@ -95,7 +95,7 @@ def semi_definite_root(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
         size_of = left[pivot]
         roundoff = size_of <= floor  # not where it is NaN
         length = jnp.sqrt(jnp.where(roundoff, 1, size_of))
-        known = jnp.matmul(root, root[pivot], precision=PRECISION)
+        known = jnp.matmul(root, root[pivot], precision=precision())
         column = jnp.where(index == pivot, length, (matrix[:, pivot] - known) / length)
         column = jnp.where(roundoff | (left == -jnp.inf), 0, column)
         left = jnp.where(index == pivot, -jnp.inf, left - jnp.square(column))
