@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec
 
 import optax
+from jax.sharding import NamedSharding
 
 from kfgn.base.types import Batch, Number, PyTree
 from kfgn.diagnostics.inspect import inspection_of
@@ -36,6 +37,8 @@ def optimizer(
     refresh_factors_every: Any = 5,
     refresh_inverse_every: Any = 5,
     inverse: str = "factored",
+    factor_sharding: NamedSharding | None = None,
+    stagger: bool = False,
     momentum: bool = True,
     average_decay: Number | None = None,
     unassigned: str = "block",
@@ -73,6 +76,12 @@ def optimizer(
       inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35); "two-term", for a
         sum of objectives, inverts the sum of two Kronecker products that a layer in several
         terms has, instead of one that stands for them.
+      factor_sharding: `jax.sharding.NamedSharding(mesh, PartitionSpec(axis))`, for each device
+        along an axis of a mesh to keep, average and invert a share of the factors, and to
+        solve for that; None for all on every device. Also inside `jax.shard_map` over the axis,
+        where the state's own shardings, as `init` outside makes them, are its specs.
+      stagger: refresh the inverses of some blocks at each update instead of all at every
+        so many, so that updates after the first cost about the same.
       momentum: let the quadratic model weigh the previous step in too (Martens
         & Grosse 2015, section 7), at the cost of one more linear pass. A step
         that goes against it, or more than once along it, extrapolates: it is
@@ -129,6 +138,8 @@ def optimizer(
         refresh_factors_every=refresh_factors_every,
         refresh_inverse_every=refresh_inverse_every,
         inverse=inverse,
+        factor_sharding=factor_sharding,
+        stagger=stagger,
         momentum=momentum,
         warn_after_skipped=warn_after_skipped,
         method=method,

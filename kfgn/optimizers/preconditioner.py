@@ -62,6 +62,8 @@ def observe(
     updates: Count,
     every: int | Array,
     decay: Number | None,
+    preconditioner: "Preconditioner",
+    leaves: Named,
 ) -> Observed:
     """The average with the factors of a batch, which are computed only where that is due.
 
@@ -71,11 +73,12 @@ def observe(
     """
 
     def once(_: Any) -> tuple[Flag, Observed]:
-        two_term = any(isinstance(f, TwoTerms) for f in before.factors.values())
-        new = _read(curvature, before.factors, two_term)
-        _require_alike(new, before.factors)
+        new = _read(curvature, preconditioner.blocks.present(leaves), preconditioner.two_term)
+        if preconditioner.two_term:
+            _require_alike(new, before.factors)
         usable = before.usable & all_finite(new)
         times = before.times + 1
+        new = preconditioner.arranged(new, leaves)
         average = moving_average(before.factors, new, times, decay)
         factors, times = keep_if(usable, (average, times), before[:2])
         return jnp.array(False), Observed(factors, times, usable)
@@ -123,6 +126,11 @@ class Preconditioner:
             )
         check_choice("inverse", self.inverse, INVERSES)
 
+    @property
+    def two_term(self) -> bool:
+        """Whether it keeps the terms of a sum of objectives apart."""
+        return self.inverse == "two-term"
+
     def init(self, leaves: Named) -> tuple[Named, Named]:
         """Zero factors, and zeros in the shapes of inverses, for what is among the leaves."""
         factors: Named = {}
@@ -133,7 +141,7 @@ class Preconditioner:
             else:
                 shapes = block.activation_shape, block.pre_activation_shape
                 zeros = Factors(*(jnp.zeros(shape, dtype) for shape in shapes))
-                two_term = self.inverse == "two-term" and name in self.blocks.shared
+                two_term = self.two_term and name in self.blocks.shared
                 factors[name] = TwoTerms(zeros, zeros_like(zeros)) if two_term else zeros
         damping = jnp.ones((), jnp.float32)
         inverses = jax.eval_shape(lambda f: self.invert(self._parts(f), damping), factors)
@@ -184,20 +192,27 @@ class Preconditioner:
             conditions.append(condition.astype(jnp.float32))
         return jnp.max(jnp.stack(largest)), jnp.max(jnp.stack(conditions))
 
-    def apply(self, inverses: Named, damping: Scalar, gradient: Named) -> Named:
+    def apply(self, inverses: Any, damping: Scalar, gradient: Named) -> Named:
         """The direction `C^-1 g` for every leaf; those without curvature get `g / damping`."""
         direction = {n: leaf / damping.astype(leaf.dtype) for n, leaf in gradient.items()}
-        for name, block in self.blocks.present(gradient).items():
-            inverse = inverses[name]
-            dtype = jax.tree.leaves(inverse)[0].dtype
-            solved = self._solve(
-                inverse, damping.astype(dtype), block.to_matrix(gradient).astype(dtype)
-            )
-            found = block.from_matrix(solved)
+        blocks = self.blocks.present(gradient)
+        for name, solved in self.solved(inverses, damping, gradient).items():
+            found = blocks[name].from_matrix(solved)
             direction |= {n: x.astype(gradient[n].dtype) for n, x in found.items()}
         return direction
 
+    def arranged(self, found: Named, leaves: Named) -> Any:
+        """What there is of the leaves' blocks, as the state keeps it."""
+        return found
+
+    def solved(self, inverses: Any, damping: Scalar, gradient: Named) -> Named:
+        """`C^-1 g` of every block, as a matrix."""
+        blocks = self.blocks.present(gradient).items()
+        return {n: self._solve(inverses[n], damping, x.to_matrix(gradient)) for n, x in blocks}
+
     def _solve(self, inverse: Any, damping: Scalar, matrix: Array) -> Array:
+        dtype = jax.tree.leaves(inverse)[0].dtype
+        damping, matrix = damping.astype(dtype), matrix.astype(dtype)
         if isinstance(inverse, FactoredInverse):
             return kronecker_matvec(*inverse, matrix)
         if isinstance(inverse, TwoTermInverse):
@@ -210,7 +225,7 @@ class Preconditioner:
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
         names = self.blocks.present(leaves)
-        parts = self._parts(_read(curvature, names, self.inverse == "two-term"))
+        parts = self._parts(_read(curvature, names, self.two_term))
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
 

@@ -6,30 +6,25 @@ step damping τ and previous step at once: hence one transformation of pure part
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from kfgn.base.checks import check_decay, check_flag
-from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
-from kfgn.optimizers.damping import (
-    FactorDamping,
-    Following,
-    Greedy,
-    LevenbergMarquardt,
-    StepDamping,
-    as_rule,
-)
+from kfgn.optimizers.damping import FactorDamping, StepDamping, rules_of
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.periods import Periods, check_period, inversion_due
 from kfgn.optimizers.preconditioner import Observed, Preconditioner, observe
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
+from kfgn.optimizers.sharding import preconditioner_of
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
+from kfgn.optimizers.staggered import check_stagger, refresh_in_turns
 from kfgn.optimizers.state import (
     Count,
     Flag,
@@ -80,6 +75,8 @@ def scale_by_curvature(
     refresh_factors_every: int | Array = 5,
     refresh_inverse_every: int | Array = 5,
     inverse: str = "factored",
+    factor_sharding: NamedSharding | None = None,
+    stagger: bool = False,
     momentum: bool = True,
     warn_after_skipped: int | Array | None = 10,
     method: str | None = None,
@@ -89,7 +86,7 @@ def scale_by_curvature(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
       factor_damping, step_damping, decay, refresh_factors_every, refresh_inverse_every,
-        inverse, momentum, warn_after_skipped: as for `kfgn.kfra`.
+        inverse, factor_sharding, stagger, momentum, warn_after_skipped: as for `kfgn.kfra`.
       method: refuse curvatures of another method; None takes any.
 
     Raises:
@@ -105,22 +102,16 @@ def scale_by_curvature(
     >>> bool(objective(w - step, batch) < 1e-6 * value)
     True
     """
-    tau = as_rule("step_damping", step_damping, StepDamping, LevenbergMarquardt)
-    if factor_damping is None:
-        factor_damping = Following()
-    gamma = as_rule("factor_damping", factor_damping, FactorDamping, Greedy).beside(tau)
-    if isinstance(gamma.least, (int, float)) and gamma.least <= 0:
-        raise OptionError(
-            "factor_damping, or the step_damping that it follows, needs a positive minimum: "
-            f"factors may be singular; found {gamma.least}"
-        )
+    tau, gamma = rules_of(step_damping, factor_damping)
     check_decay("decay", decay)
     check_period("refresh_factors_every", refresh_factors_every)
     check_period("refresh_inverse_every", refresh_inverse_every)
     check_flag("momentum", momentum)
-    preconditioner = Preconditioner(blocks, inverse)
+    preconditioner = preconditioner_of(blocks, inverse, factor_sharding)
     every = refresh_factors_every, refresh_inverse_every
-    recipe = _Recipe(preconditioner, gamma, tau, decay, *every, momentum)
+    tried = jax.eval_shape(gamma.candidates, number(), number()).shape[0]
+    check_stagger(stagger, refresh_inverse_every, factor_sharding, tried)
+    recipe = _Recipe(preconditioner, gamma, tau, decay, *every, momentum, stagger)
     settings: dict[str, Any] = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
     settings["warn_after_skipped"] = warn_after_skipped
     return by_curvature(ScaleByCurvatureState, blocks, recipe.init, recipe.advance, **settings)
@@ -143,6 +134,7 @@ class _Recipe:
     refresh_factors_every: int | Array
     refresh_inverse_every: int | Array
     momentum: bool
+    stagger: bool
 
     @property
     def l2(self) -> Number:
@@ -190,7 +182,8 @@ class _Recipe:
         # The factors' average, and their damped inverses at γ.
         seen_before = Observed(state.factors, state.observed, usable)
         factors, observed, usable = observe(
-            curvature, seen_before, state.count, self.refresh_factors_every, self.decay
+            *(curvature, seen_before, state.count, self.refresh_factors_every, self.decay),
+            *(self.preconditioner, gradient),
         )
         along = [push(curvature, state.previous)] if self.momentum else []
 
@@ -250,6 +243,11 @@ class _Recipe:
         rule = self.factor_damping
         candidates = rule.candidates(state.factor_damping, state.step_damping)
         k = len(candidates)
+        known = state.inverses, (state.metrics.largest_eigenvalue, state.metrics.condition)
+        if self.stagger:
+            gamma = jnp.where(usable, candidates[0], state.factor_damping)
+            given = self.preconditioner, factors, known, gamma + self.l2, state.count
+            return gamma, *refresh_in_turns(*given, cast(int, self.refresh_inverse_every), usable)
         refresh = usable & inversion_due(state.count, self.refresh_inverse_every)
         # Counted before the update, as refreshes are, so that both fall together.
         search = usable & (state.count > 0) & rule.due(state.count) if k > 1 else jnp.array(False)
@@ -260,8 +258,6 @@ class _Recipe:
         def inverses_at(gamma: Scalar) -> tuple[Named, Extremes]:
             found = self.preconditioner.invert(parts, gamma + self.l2)
             return found, self.preconditioner.extremes(parts, gamma + self.l2)
-
-        known = state.inverses, (state.metrics.largest_eigenvalue, state.metrics.condition)
 
         if k == 1:  # a loop of its own, with less in it to compile
 

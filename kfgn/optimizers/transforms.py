@@ -6,11 +6,12 @@ batch from the keyword argument `curvature` of `update`. A batch whose numbers
 are not finite changes nothing but the count of skipped updates.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from kfgn.base.checks import (
     check_decay,
@@ -26,12 +27,13 @@ from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.periods import check_period, inversion_due
 from kfgn.optimizers.preconditioner import (
     Observed,
-    Preconditioner,
     moving_average,
     observe,
 )
 from kfgn.optimizers.quadratic_model import best_step, combine, push
+from kfgn.optimizers.sharding import preconditioner_of
 from kfgn.optimizers.skipped import SkippedStreak, no_streak
+from kfgn.optimizers.staggered import check_stagger, refresh_in_turns
 from kfgn.optimizers.state import (
     Count,
     Metrics,
@@ -67,6 +69,8 @@ def scale_by_kronecker(
     refresh_factors_every: int | Array = 1,
     refresh_inverse_every: int | Array = 1,
     inverse: str = "factored",
+    factor_sharding: NamedSharding | None = None,
+    stagger: bool = False,
     warn_after_skipped: int | Array | None = 10,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies by `(Q ⊗ G + damping I)^-1` in every layer, eqs. (34)-(36).
@@ -74,8 +78,8 @@ def scale_by_kronecker(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      decay, refresh_factors_every, refresh_inverse_every, warn_after_skipped: as for
-        `kfgn.kfra`.
+      decay, refresh_factors_every, refresh_inverse_every, factor_sharding, stagger,
+        warn_after_skipped: as for `kfgn.kfra`.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
 
@@ -95,11 +99,21 @@ def scale_by_kronecker(
     check_decay("decay", decay)
     check_period("refresh_factors_every", refresh_factors_every)
     check_period("refresh_inverse_every", refresh_inverse_every)
-    preconditioner = Preconditioner(blocks, inverse)
+    preconditioner = preconditioner_of(blocks, inverse, factor_sharding)
+    check_stagger(stagger, refresh_inverse_every, factor_sharding)
 
     def init(leaves: Named) -> ScaleByKroneckerState:
         start = counter(), counter(), no_streak(), counter(), no_metrics()
         return ScaleByKroneckerState(*start, *preconditioner.init(leaves))
+
+    def refreshed(count: Count, factors: Any, known: Any, total: Scalar) -> Any:
+        if stagger:
+            turn = count, cast(int, refresh_inverse_every), jnp.array(True)
+            return refresh_in_turns(preconditioner, factors, known, total, *turn)
+        due = inversion_due(count, refresh_inverse_every)
+        parts = preconditioner.decompose(factors, known[0], due)
+        new = preconditioner.invert, preconditioner.extremes
+        return jax.lax.cond(due, lambda: tuple(f(parts, total) for f in new), lambda: known)
 
     def advance(
         state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
@@ -107,22 +121,14 @@ def scale_by_kronecker(
         usable = is_usable(curvature, gradient)
         before = Observed(state.factors, state.observed, usable)
         factors, observed, usable = observe(
-            curvature, before, state.count, refresh_factors_every, decay
+            *(curvature, before, state.count, refresh_factors_every, decay),
+            *(preconditioner, gradient),
         )
 
         def move() -> tuple[Named, ScaleByKroneckerState]:
             total = jnp.asarray(damping)
-            due = inversion_due(state.count, refresh_inverse_every)
-            parts = preconditioner.decompose(factors, state.inverses, due)
-            known = state.metrics.largest_eigenvalue, state.metrics.condition
-            inverses, extremes = jax.lax.cond(
-                due,
-                lambda: (
-                    preconditioner.invert(parts, total),
-                    preconditioner.extremes(parts, total),
-                ),
-                lambda: (state.inverses, known),
-            )
+            known = state.inverses, (state.metrics.largest_eigenvalue, state.metrics.condition)
+            inverses, extremes = refreshed(state.count, factors, known, total)
             direction = preconditioner.apply(inverses, total, gradient)
             norms = (jnp.sqrt(inner(x, x)) for x in (gradient, direction))
             seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))

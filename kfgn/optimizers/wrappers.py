@@ -50,7 +50,7 @@ def by_curvature(
         gradient = named_leaves(updates)
         curvature = require_curvature(curvature, blocks, gradient)
         require_settings(curvature, **settings)
-        if hasattr(state, "factors"):
+        if isinstance(getattr(state, "factors", None), dict):
             blocks.check_seen(gradient, state.factors)
         expected: Any = jax.tree.structure(jax.eval_shape(init, gradient))
         if jax.tree.structure(state) != expected:

@@ -7,6 +7,7 @@ from kfgn.optimizers.damping.fixed import Fixed
 from kfgn.optimizers.damping.following import Following
 from kfgn.optimizers.damping.greedy import Greedy
 from kfgn.optimizers.damping.levenberg_marquardt import LevenbergMarquardt
+from kfgn.optimizers.damping.pair import rules_of
 from kfgn.optimizers.damping.rule import Damping, FactorDamping, StepDamping, as_rule
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "LevenbergMarquardt",
     "StepDamping",
     "as_rule",
+    "rules_of",
 ]
