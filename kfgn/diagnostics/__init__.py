@@ -2,6 +2,7 @@
 
 from kfgn.diagnostics.inspect import Inspection, inspect
 from kfgn.diagnostics.negative_curvature import NegativeCurvature, negative_curvature
+from kfgn.diagnostics.per_device import PerDevice
 from kfgn.diagnostics.record import record
 from kfgn.diagnostics.spectra import (
     SpectralDensity,
@@ -17,6 +18,7 @@ __all__ = [
     "CheckResult",
     "Inspection",
     "NegativeCurvature",
+    "PerDevice",
     "SpectralDensity",
     "Spectrum",
     "cosine",

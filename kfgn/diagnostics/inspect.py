@@ -5,6 +5,9 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
+import jax
+
+from kfgn.base.linalg import factor_dtype
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
@@ -21,6 +24,7 @@ from kfgn.diagnostics.costs import (
     update_cost,
     use_cost,
 )
+from kfgn.diagnostics.per_device import PerDevice, per_device
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 from kfgn.model.equations import size
 from kfgn.model.factor_size import most_rows, too_large
@@ -85,12 +89,14 @@ class Inspection:
     unassigned: dict[str, str]  # by path of a parameter without a block: the reason
     shapes: dict[str, Shape]  # of every parameter, by path
     totals: Totals
+    per_device: PerDevice | None = None  # where a mesh was given
 
     def __repr__(self) -> str:
         return f"<Inspection of {len(self.rows)} blocks, {len(self.unassigned)} parameters in none>"
 
     def __str__(self) -> str:
-        return "\n".join([*_block_lines(self), *_unassigned_lines(self), *_total_lines(self)])
+        lines = [*_block_lines(self), *_unassigned_lines(self), *_total_lines(self)]
+        return "\n".join([*lines, str(self.per_device)] if self.per_device else lines)
 
 
 def inspect(
@@ -98,6 +104,7 @@ def inspect(
     params: PyTree,
     batch: Any,
     *,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     file: TextIO | None = None,
 ) -> Inspection:
     """Prints a table of the objective's blocks, from shapes alone, and returns it.
@@ -129,6 +136,8 @@ def inspect(
       objective: the objective.
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: `(inputs, targets)`, likewise; values are checked where there are any.
+      mesh: say as well what an update costs each of these devices, the batch spread over all,
+        and what they send: `PerDevice`.
       file: where to print, standard output if None.
 
     Raises:
@@ -144,7 +153,12 @@ def inspect(
     >>> found.rows[0].activation, found.rows[0].flops["kfac"]
     ((3, 3), 104)
     """
-    print(found := inspection_of(objective, params, batch), file=file)
+    found = inspection_of(objective, params, batch)
+    if mesh is not None:
+        itemsize = factor_dtype(*(x.dtype for x in jax.tree.leaves(params))).itemsize
+        costs = per_device(found.rows, found.totals, found.shapes, mesh.size, itemsize)
+        found = dataclasses.replace(found, per_device=costs)
+    print(found, file=file)
     return found
 
 

@@ -202,6 +202,23 @@ def test_totals():
     assert (total.largest, total.matrix_bytes, total.feasible) == (3, 9 * 4, True)
 
 
+def test_per_device():
+    """Of two devices: half of the work on examples, and no half of a single block."""
+    mesh = jax.sharding.AbstractMesh((2,), ("d",))
+    found = kfgn.inspect(*_two_layers(), mesh=mesh, file=io.StringIO())
+    costs, total = found.per_device, found.totals
+    assert costs.flops["kflr"] == -(-(total.gradient + total.flops["kflr"]) // 2)
+    assert (costs.inversion, costs.inversion_of_share) == (total.inversion,) * 2
+    assert (costs.gradient_bytes, costs.direction_bytes) == (20 * 4,) * 2
+    assert (costs.factor_bytes, costs.state_bytes_of_share) == (total.bytes, 2 * total.bytes)
+    assert str(found).splitlines()[-3:] == [
+        "of 2 devices each, gradient and factors: kfra 528, kflr 643, kfac 548, empirical 548",
+        "all-reduced: 80 B of gradient at every update, 180 B of factors where they are observed",
+        "inversion 163, state 360 B; with factor_sharding 163, 360 B, and 80 B of directions "
+        "gathered",
+    ]
+
+
 def test_text(monkeypatch):
     """The whole of a small table, and its alignment."""
     monkeypatch.setattr(walk, "MATRIX_BYTES", 2**32)
