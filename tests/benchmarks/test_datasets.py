@@ -24,7 +24,7 @@ import kfgn  # noqa: E402
 from benchmarks import datasets  # noqa: E402
 from benchmarks.datasets import base, curves, faces, idx  # noqa: E402
 from benchmarks.datasets.cache import CacheWarning, cached  # noqa: E402
-from benchmarks.datasets.download import fetch  # noqa: E402
+from benchmarks.datasets.download import SizeLimit, fetch  # noqa: E402
 
 REAL_DATA_DIR = os.environ.get(datasets.DATA_DIR_VARIABLE)
 needs_real_data = pytest.mark.skipif(
@@ -494,6 +494,20 @@ def test_download_with_a_wrong_checksum(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(datasets.DataError, match=r"https://host/x\.gz.*MD5 hash.*does not match"):
         fetch("https://host/x.gz", "0" * 32, tmp_path)
     assert list(tmp_path.glob("x.gz")) == []
+
+
+def test_download_that_is_too_long() -> None:
+    """Whether its length is announced or not; what is as long as it may be comes whole."""
+    limit = SizeLimit(2048)
+    with pytest.raises(ValueError, match="larger than 2048 bytes"):
+        limit.total = 2049
+    limit = SizeLimit(2048)
+    limit.update(1024)
+    limit.update(1024)
+    with pytest.raises(ValueError, match="larger than 2048 bytes"):
+        limit.update(1024)
+    limit.reset()
+    limit.update(2048)
 
 
 # ------------------------------------------------------------------ the real data

@@ -37,7 +37,7 @@ def main(problem_path, settings_path):
     """Trains for so many seconds of updates; compiling and evaluating do not count."""
     with open(settings_path) as file:
         settings = json.load(file)
-    problem = np.load(problem_path)
+    problem = np.load(problem_path, allow_pickle=False)
     images, batches = problem["images"], problem["batches"]
     layers = len([name for name in problem.files if name.startswith("kernel")])
     start = [
