@@ -214,7 +214,9 @@ def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:
             "It draws noise for the whole batch with one key that it closes over. Give every "
             "example a key among the inputs, `inputs = (x, jax.random.split(key, len(x)))`, and "
             "draw for each example alone in the model, "
-            "`jax.vmap(lambda key, x: jax.random.bernoulli(key, 0.5, x.shape))(keys, x)`."
+            "`jax.vmap(lambda key, x: jax.random.bernoulli(key, 0.5, x.shape))(keys, x)`. Inside "
+            "of a loop it is enough to draw before it, for all iterations, "
+            "`jax.lax.scan(step, x, jax.random.normal(key, (steps, *x.shape)))`."
         )
     return (
         "The model depends on an example's position in the batch, as in `x * jnp.arange(len(x))` "

@@ -72,7 +72,25 @@ def positions(key):
     return model
 
 
-MODELS = {"autoencoder": autoencoder, "dropout": dropout, "aux": with_aux, "positions": positions}
+def before_a_loop(key):
+    """The remedy for noise that is drawn inside of one."""
+
+    def model(p, x):
+        def layer(h, noise):
+            return jnp.tanh(h @ p["mean"] @ p["mean"].T) + noise, None
+
+        return jax.lax.scan(layer, x @ p["a"], jax.random.normal(key, (2, len(x), 6)))[0][:, :3]
+
+    return model
+
+
+MODELS = {
+    "autoencoder": autoencoder,
+    "dropout": dropout,
+    "aux": with_aux,
+    "positions": positions,
+    "before a loop": before_a_loop,
+}
 
 
 def close(found, expected):
@@ -87,8 +105,10 @@ def test_of_the_users_function(name):
     params, (x, y) = setting()
     if name == "dropout":
         params = Net().init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
-    if name in ("aux", "positions"):
+    if name in ("aux", "positions", "before a loop"):
         del params["spread"]
+    if name == "before a loop":
+        del params["b"]
     has_aux = name == "aux"
 
     @jax.jit
@@ -152,5 +172,6 @@ REFUSED = {
 def test_what_cannot_be_carried(name):
     """It stays an error."""
     params, (x, _) = setting()
-    with pytest.raises(ModelError, match=r"independent|alone"):
+    remedy = "it is enough to draw before it" if name == "loop" else r"independent|alone"
+    with pytest.raises(ModelError, match=remedy):
         carry(kfgn.Objective(REFUSED[name], loss), params, x)
