@@ -38,6 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     A folder for this run keeps what was compiled, for all workers and processes they start.
     """
+    gc.disable()  # till what is imported is frozen
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.TemporaryDirectory(prefix="kfgn-tests-", ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
@@ -82,6 +83,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What is imported stays: garbage is looked for in what tests make, and not too often."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
+    gc.enable()

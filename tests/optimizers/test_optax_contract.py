@@ -71,11 +71,12 @@ CASES = {
     "paper preset": Case(
         lambda: recipe(**kfgn.transforms.PRESETS["paper"]), falls_to=0.99
     ),  # τ starts at 150
-    "no momentum": Case(lambda: recipe(momentum=False)),
-    "eigen": Case(lambda: recipe(inverse="eigen", refresh_inverse_every=1)),
-    "average": Case(lambda: recipe(average_decay=0.95)),
-    "each batch's factors": Case(lambda: recipe(decay=None)),
-    "refresh always": Case(lambda: recipe(refresh_inverse_every=1)),
+    "no momentum, each batch's factors, refresh always": Case(
+        lambda: recipe(momentum=False, decay=None, refresh_inverse_every=1)
+    ),
+    "average": Case(
+        lambda: recipe(average_decay=0.95, learning_rate=optax.linear_schedule(1.0, 0.1, UPDATES))
+    ),
     "factors every 4": Case(lambda: recipe("kflr", refresh_factors_every=4), "kflr"),
     "kronecker, factors every 4": Case(
         lambda: optax.chain(kronecker(refresh_factors_every=4), optax.scale(-0.5))
@@ -86,12 +87,8 @@ CASES = {
             step_damping=kfgn.transforms.Fixed(2.0), factor_damping=kfgn.transforms.Fixed(1.0)
         )
     ),
-    "schedule": Case(lambda: recipe(learning_rate=optax.linear_schedule(1.0, 0.1, UPDATES))),
     "scale_by_curvature": Case(lambda: optax.chain(curvature_parts(), descend())),
     "scale_by_kronecker": Case(lambda: optax.chain(kronecker(), optax.scale(-0.5))),
-    "kronecker eigen": Case(
-        lambda: optax.chain(kronecker(inverse="eigen", decay=None), optax.scale(-0.5))
-    ),
     "kronecker and quadratic": Case(
         lambda: optax.chain(kronecker(), kfgn.transforms.scale_by_quadratic_model(0.1), descend())
     ),
@@ -112,7 +109,11 @@ CASES = {
     ),
     "clip": Case(lambda: optax.chain(optax.clip_by_global_norm(0.1), recipe())),
     "weight decay": Case(
-        lambda: optax.chain(kronecker(), optax.add_decayed_weights(1e-2), optax.scale(-0.5))
+        lambda: optax.chain(
+            kronecker(inverse="eigen", decay=None),
+            optax.add_decayed_weights(1e-2),
+            optax.scale(-0.5),
+        )
     ),
     "masked": Case(
         lambda: optax.chain(
@@ -126,11 +127,6 @@ CASES = {
             by_layer(hidden="second", out="first"),
         ),
         strict=False,
-    ),
-    "inject damping": Case(
-        lambda: optax.chain(
-            inject(kfgn.transforms.scale_by_kronecker)(BLOCKS, 0.1), optax.scale(-0.5)
-        )
     ),
     "inject schedule": Case(
         lambda: optax.chain(
