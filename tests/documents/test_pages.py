@@ -59,3 +59,7 @@ def test_options_table_has_the_defaults_of_the_code():
             values = ast.literal_eval(f"({defaults.replace('`', '')},)")
             found.update(zip(names, values, strict=True))
     assert found == options
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {kfgn.__version__}\n" in (ROOT / "CITATION.cff").read_text()
