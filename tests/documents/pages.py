@@ -25,7 +25,7 @@ def run(path: Path) -> dict[str, Any]:
     scope: dict[str, Any] = {"__name__": path.stem}
     for code, expected in blocks_of(path.read_text()):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            exec(compile(code, str(path.relative_to(ROOT)), "exec"), scope)
+            exec(compile(code, str(path.relative_to(ROOT)), "exec", dont_inherit=True), scope)
         lines = [line.rstrip() for line in printed.getvalue().splitlines()]
         assert expected is None or lines == expected.splitlines(), printed.getvalue()
     return scope

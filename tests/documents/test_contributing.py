@@ -38,4 +38,4 @@ def test_examples_run_and_are_short():
         ]
         assert len(lines) <= 20, (name, len(lines))
         for block in blocks:
-            exec(compile(block, f"CONTRIBUTING.md, {name}", "exec"), scope)
+            exec(compile(block, f"CONTRIBUTING.md, {name}", "exec", dont_inherit=True), scope)

@@ -16,9 +16,13 @@ from tests.documents.pages import ROOT
 SHORTER = {
     "quickstart": {r"adam_step, 400": "adam_step, 40", r"kfra_step, 200": "kfra_step, 20"},
     "blocks": {r"UPDATES = \d+": "UPDATES = 10"},
+    "damping": {r"UPDATES = \d+": "UPDATES = 12", r'    "from 2, the .*\n': ""},
     "saddles": {r"UPDATES = \d+": "UPDATES = 10"},
-    "transformer": {r"UPDATES = .*": 'UPDATES = {"KFLR": 5, "Adam": 5}', r"\(0.003, 0.01, ": "("},
-    "physics": {r"SECONDS = [\d.]+": "SECONDS = 0.05"},
+    "transformer": {
+        r"UPDATES = .*": 'UPDATES = {"KFLR": 5, "Adam": 5}',
+        r"0.003, 0.01, 0.03": "0.01,",
+    },
+    "physics": {r"SECONDS = [\d.]+": "SECONDS = 0.05", r'    "L-BFGS": .*\n': ""},
 }
 
 
@@ -37,7 +41,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         for pattern, replacement in SHORTER[name].items():
             code, count = re.subn(pattern, replacement, code)
             used |= {pattern} if count else set()
-        exec(compile(code, f"{name}.ipynb, cell {number}", "exec"), scope)
+        exec(compile(code, f"{name}.ipynb, cell {number}", "exec", dont_inherit=True), scope)
     assert used == set(SHORTER[name])
     return scope
 
@@ -69,10 +73,17 @@ def test_blocks_are_near_at_the_start(monkeypatch):
     assert abs(at["Hessian"] - at["Gauss-Newton"]).max() > 0.05 * size
 
 
+def test_damping_adapts(monkeypatch):
+    runs = run("damping", monkeypatch)["runs"]
+    ends = {name: records[-1] for name, records in runs.items()}
+    assert ends["from 150"]["step_damping"] < 150 == ends["fixed at 150"]["step_damping"]
+    assert ends["from 0.01"]["loss"] < ends["from 150"]["loss"]
+
+
 def test_saddles_are_left(monkeypatch):
     scope = run("saddles", monkeypatch)
     ends = {name.split(",")[0]: points[-1] for name, points in scope["paths"].items()}
-    assert abs(ends["Newton"]).max() < 1e-3 < abs(ends["KFLR"] - 1).max() < 0.1
+    assert abs(ends["Newton"]).max() < 1e-3 and abs(ends["KFLR"] - 1).max() < 0.1
     assert all(share == 0 for shares in scope["shares"]["relu"] for share in shares)
     assert scope["shares"]["tanh"][0][0] > 0.2 and scope["whole"]["relu"][0] < -0.01
 
