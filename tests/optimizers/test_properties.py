@@ -49,8 +49,8 @@ CASES = st.fixed_dictionaries(
         ),
     }
 )
-#: What has failed once.
-DEAD = {
+#: The smallest there is, whose loss cannot fall: one class.
+SMALLEST = {
     "widths": [1, 1], "examples": 1, "activation": "none", "loss": "classes", "dtype": "float32",
     "bias": False, "method": "kfra", "scale": 1.0, "options": {},
 }  # fmt: skip
@@ -59,7 +59,7 @@ DEAD = {
 @settings(max_examples=4, derandomize=True, deadline=None, database=None,
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(CASES)
-@example(DEAD)
+@example(SMALLEST)
 def test_an_update(case):
     """Exact gradient, factors that are semi-definite, a step that is finite and goes down."""
     if case["options"].get("stagger") and "factor_damping" in case["options"]:
