@@ -19,6 +19,7 @@ from kfgn.optimizers.alias import kfac, kflr, kfra
 
 _ALIASES = {"kflr": kflr, "kfra": kfra, "kfac": kfac}  # the more exact first
 _DEAR = 10.0  # gradients, above which an update is warned of
+_PERIODS = "refresh_factors_every", "refresh_inverse_every"
 _ALIKE = 1.5  # times the least cost, up to which the more exact method is taken
 
 
@@ -72,18 +73,22 @@ def make(
     ours = _split(options)
     totals = inspection_of(objective, params, batch).totals
     able = _able(objective, totals, options)
+    by_cost = all(str(options.get(n)) == "auto" for n in _PERIODS)
+    costs = totals.update_auto if by_cost else totals.update
     if method == "auto":
         # Loops that stay loops compile in a time that does not grow with their length.
         kept = [n for n in able if n != "kfra" or not totals.unrolls] or able
-        least = min(totals.update[n] for n in kept)
-        method = next(n for n in kept if totals.update[n] <= _ALIKE * least)
+        least = min(costs[n] for n in kept)
+        method = next(n for n in kept if costs[n] <= _ALIKE * least)
     elif method == "kfra" and "kfra" not in able:
         raise ModelError(
             f'method "kfra" would form a matrix of {totals.largest:,} x {totals.largest:,} '
             f"entries, above the limit; expected a smaller one: pass "
             f'spatial="homogeneous", or a method among {", ".join(able)}'
         )
-    _warn_of_cost(method, able, totals)
+    others = {f"method {n!r}": costs[n] for n in able if n != method}
+    others[" and ".join(f'{n}="auto"' for n in _PERIODS)] = totals.update_auto[method]
+    _warn_of_cost(method, costs[method], others)
     optimizer = _ALIASES[method](objective, params, batch, **ours[0])
     measured = value_grad_and_curvature(objective, method, **ours[1])
     draws = method_of(method).draws
@@ -120,14 +125,14 @@ def _able(objective: AnyObjective, totals: Totals, options: dict[str, Any]) -> l
     return able
 
 
-def _warn_of_cost(method: str, able: list[str], totals: Totals) -> None:
-    cost = totals.update[method]
-    best = min(able, key=lambda n: totals.update[n])
+def _warn_of_cost(method: str, cost: float, others: dict[str, float]) -> None:
+    """Warns of a dear method, with what is cheapest of the others."""
     if cost <= _DEAR:
         return
-    remedy = "no method is cheaper: take a larger batch, whose gradient costs more"
-    if best != method:
-        remedy = f"method {best!r} is predicted to take {totals.update[best]:.1f}"
+    best = min(others, key=lambda n: others[n])
+    remedy = "nothing is cheaper: take a larger batch, whose gradient costs more"
+    if others[best] < cost:
+        remedy = f"{best} is predicted to take {others[best]:.1f}"
     warnings.warn(
         f"an update by method {method!r} is predicted to take {cost:.0f} times a gradient; "
         f"{remedy}. kfgn.inspect(objective, params, batch) shows where it goes.",
