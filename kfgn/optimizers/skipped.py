@@ -33,8 +33,12 @@ class SkippedStreak(_Streak):
     __slots__ = ()
 
     def __new__(cls, skipped_in_a_row: Any, alarm: Any) -> Self:
-        """The tuple; looks at earlier alarms."""
-        _listen(alarm)
+        """The tuple; looks at earlier alarms, but not at what a comparison of states gives."""
+        if all(
+            jnp.issubdtype(jnp.result_type(n), jnp.integer)
+            for n in jax.tree.leaves(skipped_in_a_row)
+        ):
+            _listen(alarm)
         return super().__new__(cls, skipped_in_a_row, alarm)
 
 

@@ -56,6 +56,14 @@ def test_none_is_silent():
     assert said(jax.jit(step), params, state, [BAD] * 24) == 0
 
 
+def test_states_that_are_compared_say_nothing():
+    _, _, state = prepared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(11):
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, state, state))
+
+
 def test_ten_by_default_with_donated_buffers():
     step, params, state = prepared()
     donating = jax.jit(step, donate_argnums=(0, 1))
