@@ -23,6 +23,7 @@ from kfgn.base.errors import OptionError
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
+from kfgn.optimizers.damping import Fixed
 from kfgn.optimizers.layer_blocks import NO_BLOCKS, LayerBlocks
 from kfgn.optimizers.periods import check_period, inversion_due
 from kfgn.optimizers.preconditioner import (
@@ -46,6 +47,7 @@ from kfgn.optimizers.state import (
     stay,
     zeros_like,
 )
+from kfgn.optimizers.verdict import Verdict, judge
 from kfgn.optimizers.wrappers import by_curvature
 
 
@@ -146,14 +148,20 @@ def scale_by_kronecker(
     return by_curvature(ScaleByKroneckerState, blocks, init, advance, warn_after_skipped)
 
 
+#: When steps of the quadratic model are measured, beside the first: no damping adapts.
+_MEASURED = Fixed(0.0, period=5)
+
+
 class ScaleByQuadraticModelState(NamedTuple):
     """State of `scale_by_quadratic_model`."""
 
+    count: Count  # type: ignore[assignment]  # updates made
     skipped: Count  # updates skipped
     streak: SkippedStreak  # of those, in a row up to now
     step_size: Scalar  # α
     momentum: Scalar  # the coefficient of the previous step
     predicted_change: Scalar  # of the objective, by the model
+    reduction_ratio: Scalar  # actual / predicted change, as last measured
     previous: Named  # the previous step, or nothing without momentum
 
 
@@ -163,7 +171,9 @@ def scale_by_quadratic_model(
     """Scales a direction to the minimum of the quadratic model along it, eq. (40).
 
     The model has the full Gauss-Newton matrix of the batch, so this makes a
-    step size for any direction, not only one of kfgn's.
+    step size for any direction, not only one of kfgn's. The first step, every fifth, and
+    those after one that failed are measured, and cut where the objective rises by more
+    than was promised as its fall, as in `kfgn.transforms.scale_by_curvature`.
 
     Args:
       damping: `τ + η`, added to the Gauss-Newton matrix.
@@ -187,9 +197,8 @@ def scale_by_quadratic_model(
 
     def init(leaves: Named) -> ScaleByQuadraticModelState:
         previous = zeros_like(leaves) if momentum else {}
-        return ScaleByQuadraticModelState(
-            counter(), no_streak(), number(1), number(), number(), previous
-        )
+        numbers = number(1), number(), number(), number(1)
+        return ScaleByQuadraticModelState(counter(), counter(), no_streak(), *numbers, previous)
 
     def advance(
         state: ScaleByQuadraticModelState, gradient: Named, curvature: Curvature, **_: Any
@@ -199,13 +208,19 @@ def scale_by_quadratic_model(
             directions.append(push(curvature, state.previous))
         best = best_step(curvature, directions, jnp.asarray(damping))
         step = combine(directions, best.coefficients)
+        usable = is_usable(curvature, (best, step))
+        known = state.reduction_ratio, number(), state.predicted_change, number()
+        before = Verdict(*known, finite=jnp.array(True), share=number(1))
+        verdict, step = judge(_MEASURED, state.count, before, curvature, best, step, usable)
         moved = state._replace(
-            step_size=best.step_size,
-            momentum=best.momentum,
+            count=state.count + 1,
+            step_size=verdict.share * best.step_size,
+            momentum=verdict.share * best.momentum,
             predicted_change=best.predicted.astype(jnp.float32),
+            reduction_ratio=verdict.ratio,
             previous=step if momentum else {},
         )
-        return guarded(is_usable(curvature, (best, step)), step, moved, state)
+        return guarded(usable & verdict.finite, step, moved, state)
 
     return by_curvature(ScaleByQuadraticModelState, NO_BLOCKS, init, advance)
 

@@ -230,14 +230,22 @@ def beside_reference(settings: Settings, params: Any, updates: int) -> Any:
     return taus, gammas, reference
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_where_there_is_no_curvature_steps_are_cut(seed):
+@pytest.mark.parametrize(("seed", "parts"), [(0, False), (1, False), (2, True)])
+def test_where_there_is_no_curvature_steps_are_cut(seed, parts):
     """Behind the bend of a Huber loss; cubed outputs make the gradient large as well."""
     keys = jax.random.split(jax.random.key(seed), 3)
     batch = jax.random.normal(keys[0], (16, 4)), jax.random.normal(keys[1], (16, 2))
     w = 2 * jax.random.normal(keys[2], (4, 2))
     objective = kfgn.Objective(lambda w, x: (x @ w) ** 3, kfgn.losses.huber())
     optimizer, measured = kfgn.make(objective, w, batch)
+    if parts:
+        optimizer = optax.chain(
+            kfgn.transforms.scale_by_kronecker(
+                kfgn.layers.find_blocks(objective, w, batch), damping=0.1
+            ),
+            kfgn.transforms.scale_by_quadratic_model(damping=0.1, momentum=True),
+            optax.scale_by_learning_rate(0.9),
+        )
 
     @jax.jit
     def step(w, state):
@@ -250,8 +258,7 @@ def test_where_there_is_no_curvature_steps_are_cut(seed):
         updates, state, value = step(w, state)
         values.append(float(value))
         if k == 0:
-            numbers = kfgn.diagnostics.record(state)
-            assert numbers["actual_change"] > -numbers["predicted_change"] > 0  # of all of it
+            assert optax.tree.get(state, "reduction_ratio") < -1  # of the whole step
         w = optax.apply_updates(w, updates)
     assert max(values) == values[0] and values[-1] < 0.2 * values[0], values
 
