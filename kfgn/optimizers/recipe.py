@@ -85,9 +85,8 @@ def scale_by_curvature(
 
     Args:
       blocks: what `kfgn.layers.find_blocks` returned, with the objective's l2.
-      factor_damping, step_damping, decay, refresh_factors_every, refresh_inverse_every,
-        inverse, factor_sharding, stagger, momentum, warn_after_skipped: as for `kfgn.kfra`.
       method: refuse curvatures of another method; None takes any.
+      others: as for `kfgn.kfra`.
 
     Raises:
       OptionError: an option out of its range; in `update`, a curvature made

@@ -80,10 +80,9 @@ def scale_by_kronecker(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      decay, refresh_factors_every, refresh_inverse_every, factor_sharding, stagger,
-        warn_after_skipped: as for `kfgn.kfra`.
       inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
         (exact, two eigendecompositions).
+      others: as for `kfgn.kfra`.
 
     Raises:
       OptionError: an option out of its range.
