@@ -33,8 +33,10 @@ from kfgn.model.equations import (
     variables,
     without_repeats,
 )
+from kfgn.model.guards import unguarded
 from kfgn.model.inline import Value, inline
 from kfgn.model.loops import Loop, Loops, all_equations
+from kfgn.model.primitives import REMAT
 from kfgn.model.reassociate import reassociated
 from kfgn.model.roles import assign_roles, reached_values
 from kfgn.model.statistics import Axis, check_collectives, is_alike, trace
@@ -209,17 +211,21 @@ def flatten_model(
     )
 
 
+_LOOPS = ("scan", *REMAT)
+
+
 def _loop(equation: Equation) -> Loop:
     body = equation.params["jaxpr"]
-    constants = dict(zip(body.jaxpr.constvars, body.consts, strict=True))
-    return Loop(equation, without_repeats(body.jaxpr), constants)
+    body, values = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+    constants = dict(zip(body.constvars, values, strict=True))
+    return Loop(equation, without_repeats(body), constants)
 
 
 def _all_loops(jaxpr: jex.Jaxpr) -> dict[int, Loop]:
-    """Every scan, also in the bodies of others."""
+    """Every loop and region, also in the bodies of others."""
     found: dict[int, Loop] = {}
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
+        if equation.primitive.name in _LOOPS:
             found[id(equation)] = _loop(equation)
             found |= _all_loops(found[id(equation)].body)
     return found
@@ -229,11 +235,11 @@ def _reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role], loops: dict[int, 
     """The jaxpr in another order, and the bodies of loops that are differentiated."""
     for equation in jaxpr.eqns:
         known = [roles[v] for v in variables(equation.invars)]
-        if equation.primitive.name == "scan" and any(map(is_differentiated, known)):
+        if equation.primitive.name in _LOOPS and any(map(is_differentiated, known)):
             loop = _loop(equation)
             flat = _reassociated(loop.body, roles, loops)
             loops[id(equation)] = dataclasses.replace(loop, body=flat)
-    return reassociated(jaxpr, roles)
+    return reassociated(unguarded(jaxpr, roles), roles)
 
 
 _NNX = (

@@ -34,7 +34,7 @@ from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
 from kfgn.model.layer import Layer
 from kfgn.model.layer_kinds import LAYERS
-from kfgn.model.loops import evaluate_with
+from kfgn.model.loops import evaluate_with, innermost
 from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
@@ -268,16 +268,23 @@ def build_graph(
         graph = _read(objective, params, inputs, *options, unroll)
     if unroll and graph.model.loops:
         graph = _read(objective, params, inputs, *options, unroll)
-    elif graph.model.loops and graph.reasons:
+    elif graph.model.loops and (graph.reasons or _may_split(graph)):
         with contextlib.suppress(LoopError):
             other = _read(objective, params, inputs, *options, True)
-            graph = min(graph, other, key=lambda found: len(found.reasons))
+            graph = min(graph, other, key=lambda found: (len(found.reasons), len(found.layers)))
     kept.pop(signature, None)
     bodies = [loop.constants for loop in graph.model.loops.values()]
     known = [x for values in (graph.model.constants, *bodies) for x in values.values()]
     if not any(isinstance(x, jax.core.Tracer) for x in known):
         kept[signature] = graph
     return graph
+
+
+def _may_split(graph: Graph) -> bool:
+    """Whether a bias is added on the other side of a region's border than its product is."""
+    regions = [loop for loop in graph.model.loops.values() if loop.once]
+    border = {v for loop in regions for v in (*loop.body.invars, *loop.equation.outvars)}
+    return any(u.form.additive and innermost(u.input) in border for u in graph.uses.values())
 
 
 def _is_abstract(leaf: Any) -> bool:

@@ -29,8 +29,8 @@ from kfgn.model.equations import (
     is_differentiated,
     joined,
 )
-from kfgn.model.loops import counts_of
-from kfgn.model.primitives import row_of
+from kfgn.model.loops import counts_of, rematerialized
+from kfgn.model.primitives import REMAT, row_of
 
 
 class Value(NamedTuple):
@@ -67,10 +67,11 @@ def _value(env: dict[Var, Value], atom: Any) -> Value:
 def _evaluate(
     equation: Equation, operands: list[Value], bind: Callable, unroll: bool
 ) -> list[Value]:
-    row = row_of(equation)
+    row, name = row_of(equation), equation.primitive.name
+    if name in REMAT and not unroll and _differentiated(operands) and not equation.effects:
+        return _flat_region(equation, operands)
     if row.inlined and row.body in equation.params:
         return inline(equation.params[row.body], operands, bind, unroll)
-    name = equation.primitive.name
     if name == "cond" and _differentiated(operands):
         return _branches(equation, operands, unroll)
     if name == "dot_general" and any(map(_is_number, operands)):
@@ -198,6 +199,19 @@ def _flat_loop(equation: Equation, operands: list[Value]) -> list[Value]:
         unroll=options["unroll"],
     )
     return list(map(Value, [*states, *rows], [*later, *roles[len(carry) :]]))
+
+
+def _flat_region(equation: Equation, operands: list[Value]) -> list[Value]:
+    """The same rematerialized region with a flat body."""
+    body, inside, roles = equation.params["jaxpr"], [v.role for v in operands], list[Role]()
+
+    def region(*arrays: Any) -> list[Any]:
+        results = inline(body, list(map(Value, arrays, inside)), unroll=False)
+        roles[:] = [v.role for v in results]
+        return _arrays(results, body.outvars)
+
+    arrays = _arrays(operands, equation.invars)
+    return list(map(Value, rematerialized(region, equation.params)(*arrays), roles))
 
 
 def _arrays(values: Iterable[Value], atoms: Iterable[Any]) -> list[Any]:

@@ -23,6 +23,10 @@ def of_all_iterations(use: Use, loop: Loop, late: int = 0) -> Use | None:
 
     None where the slices that the loop takes of a parameter are no slots.
     """
+    if loop.once:
+        return dataclasses.replace(
+            use, input=_inside(loop, use.input, ()), output=_inside(loop, use.output, ())
+        )
     turns = np.sort(np.array(loop.order[: loop.length - late], np.int64))
     if not len(turns):
         return None
@@ -59,12 +63,6 @@ def of_all_iterations(use: Use, loop: Loop, late: int = 0) -> Use | None:
         found = _over_rows(form.kernel, value)[turns]
         return found.reshape(-1, *found.shape[2:])
 
-    def inside(v: Any) -> Inside | None:
-        if v is None:
-            return None
-        shape = (loop.length, *v.aval.shape)
-        return Inside(loop, v, jax.ShapeDtypeStruct(shape, v.aval.dtype))
-
     lifted = Form(
         form.kind,
         form.groups * slots,
@@ -79,18 +77,22 @@ def of_all_iterations(use: Use, loop: Loop, late: int = 0) -> Use | None:
         slots=form.slots * slots,
         turns=form.turns * count,
     )
-    output = inside(use.output)
-    assert output is not None
+    output = _inside(loop, use.output, (loop.length,))
     return dataclasses.replace(
         use,
         form=lifted,
         kernel=kernel,
         bias=bias,
-        input=inside(use.input),
+        input=_inside(loop, use.input, (loop.length,)),
         output=output,
         product_shape=output.aval.shape,
         order=None,
     )
+
+
+def _inside(loop: Loop, v: Any, lead: tuple[int, ...]) -> Any:
+    aval = v if v is None else jax.ShapeDtypeStruct((*lead, *v.aval.shape), v.aval.dtype)
+    return v if v is None else Inside(loop, v, aval)
 
 
 def _are_slots(kernel: Source, turns: np.ndarray) -> bool:

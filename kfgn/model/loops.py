@@ -1,11 +1,12 @@
 """Loops that stay loops: a `scan` over parameters as one equation with a body to be read.
 
 Values and gradients inside, of all iterations, have a leading axis `[T]`, which the
-loop itself makes: see `evaluate_with`.
+loop itself makes: see `evaluate_with`. A rematerialized region, as of `jax.checkpoint`, is
+a loop that has one turn and no such axis.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +19,19 @@ from kfgn.model.thin import evaluate_thin, whole
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Loop:
-    """A `scan` whose body holds uses of parameters; the body takes constants, states, rows."""
+    """A `scan` whose body holds uses of parameters; the body takes constants, states, rows.
+
+    Or a region that is rematerialized, of constants alone.
+    """
 
     equation: Equation
     body: jex.Jaxpr
     constants: dict[Var, Any]  # that the body closes over
+
+    @property
+    def once(self) -> bool:
+        """Whether it is a region that is rematerialized."""
+        return self.equation.primitive.name != "scan"
 
     @property
     def length(self) -> int:
@@ -40,7 +49,7 @@ class Loop:
     @property
     def parts(self) -> tuple[int, int]:
         """How many constants the body has, and how many states."""
-        return counts_of(self.equation, self.body)
+        return (len(self.body.invars), 0) if self.once else counts_of(self.equation, self.body)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,12 +130,18 @@ def _run(
     avals = [v.aval for v in body.invars[consts : consts + states]]
     wanted = [v.var for v in kept]
 
-    def step(carry: list[Any], rows: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
-        env = {**loop.constants}
-        env.update(zip(body.invars, [*operands[:consts], *carry, *rows[0]], strict=True))
-        evaluate_with(body.eqns, env, loops, dict(zip(probes, rows[1], strict=True)), wanted)
+    def turn(values: list[Any], added: list[Array]) -> tuple[list[Any], list[Any]]:
+        env = {**loop.constants, **dict(zip(body.invars, values, strict=True))}
+        evaluate_with(body.eqns, env, loops, dict(zip(probes, added, strict=True)), wanted)
         outs = [as_array(whole(read(env, v), v), v.aval) for v in body.outvars]
-        return outs[:states], (outs[states:], [whole(env[v], v) for v in wanted])
+        return outs, [whole(env[v], v) for v in wanted]
+
+    if loop.once:
+        return rematerialized(turn, options)(operands, list(probes.values()))
+
+    def step(carry: list[Any], rows: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
+        outs, found = turn([*operands[:consts], *carry, *rows[0]], rows[1])
+        return outs[:states], (outs[states:], found)
 
     start = [as_array(x, a) for x, a in zip(operands[consts:], avals, strict=False)]
     carry, (outs, rows) = jax.lax.scan(
@@ -138,3 +153,8 @@ def _run(
         unroll=options["unroll"],
     )
     return [*carry, *outs], rows
+
+
+def rematerialized(function: Callable, options: Mapping[str, Any]) -> Callable:
+    """The function under `jax.checkpoint`, as an equation of it has the options."""
+    return jax.checkpoint(function, prevent_cse=options["prevent_cse"], policy=options["policy"])

@@ -83,6 +83,8 @@ _linear = functools.partial(Primitive, linear_in=ALL)
 _moving = functools.partial(_linear, moves=_reshaped)
 _in_order = functools.partial(_moving, keeps_order=True)
 
+REMAT = ("remat", "remat2", "checkpoint")  # the names of `jax.checkpoint`
+
 _ROWS = {
     # Entries moved.
     "reshape squeeze expand_dims": _in_order(),
@@ -116,7 +118,8 @@ _ROWS = {
     "logistic max min pow rem round rsqrt sign sin sinh sqrt square stop_gradient tan tanh "
     "xor and or not eq ne lt le gt ge": Primitive(elementwise=True),
     # Calls.
-    "jit pjit remat remat2 checkpoint": Primitive(body="jaxpr", inlined=True),
+    "jit pjit": Primitive(body="jaxpr", inlined=True),
+    " ".join(REMAT): Primitive(body="jaxpr", inlined=True),
     "closed_call core_call": Primitive(body="call_jaxpr", inlined=True),
     "custom_jvp_call custom_vjp_call": Primitive(body="call_jaxpr"),
     "custom_vjp_call_jaxpr": Primitive(body="fun_jaxpr"),

@@ -104,6 +104,15 @@ def mapped(p, x):
     return jnp.mean(h, 0) @ p["o"]
 
 
+def regions(p, x):
+    """Rematerialized outside of loops, around one, inside of one, and one in the other."""
+    region = lambda h, v: jnp.tanh(h @ p["w"] + v @ p["u"] + p["b"])  # noqa: E731
+    cell, keep = jax.checkpoint(region), jax.checkpoint_policies.dots_saveable
+    step = lambda h, k: (jnp.tanh(cell(h, h) @ k), None)  # noqa: E731
+    layers = jax.checkpoint(lambda h: jax.lax.scan(step, h, p["k"])[0], policy=keep)
+    return layers(cell(cell(zeros(x), x[:, 0]), x[:, 1])) @ p["o"]
+
+
 W = {"w": normal(D, D), "o": normal(D, 2)}
 CELL = W | {"u": normal(D, D), "b": normal(D)}
 MODELS: dict[str, tuple[Callable, dict[str, Any]]] = {
@@ -118,6 +127,7 @@ MODELS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "added": (added, {"b": normal(D), "s": normal(D), "q": normal(4), "o": normal(D, 2)}),
     "made": (made, W | {"u": normal(D, D), "m": normal(D, D), "k": normal(T, D, D)}),
     "mapped": (mapped, W | {"b": normal(D)}),
+    "regions": (regions, CELL | {"k": normal(T, D, D)}),
 }
 BATCH = normal(N, T, D), normal(N, 2)
 
@@ -216,6 +226,60 @@ def test_blocks_are_found_as_in_the_unrolled_model(name):
         own = blocks[key].reshape(-1, *blocks[key].shape[-2:])
         expected = jnp.einsum("sij,sj->si", own, matrix.reshape(len(own), -1))
         assert_close(products[key](matrix), expected.reshape(matrix.shape))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_bias_beyond_the_border_of_a_region(inside):
+    """It is of the same layer as its kernel, rematerialized or not."""
+
+    def model(p, x):
+        if inside:
+            return jax.checkpoint(lambda h: jnp.tanh(h + p["b"]))(x[:, 0] @ p["w"]) @ p["o"]
+        return jnp.tanh(jax.checkpoint(lambda h: jnp.sin(h) @ p["w"])(x[:, 0]) + p["b"]) @ p["o"]
+
+    graph = build_graph(objective_of(model), W | {"b": normal(D)}, BATCH[0])
+    assert [layer.parameters for layer in graph.layers.values()] == [("w", "b"), ("o",)]
+
+
+def test_what_is_rematerialized_is_not_kept():
+    """But for what layers read, and the gradients at their results."""
+
+    def temporary(wrap: Callable) -> int:
+        def layer(h, w):
+            h = h @ w
+            for _ in range(8):
+                h = jnp.sin(h * h)
+            return h, None
+
+        def model(p, x):
+            return jax.lax.scan(wrap(layer), x, p["w"])[0] @ p["o"]
+
+        def step(params, batch):
+            (_, grads), curvature = curvature_fn(params, batch)
+            return grads, curvature.factors["w"].activation, curvature.factors["w"].pre_activation
+
+        curvature_fn = kfgn.value_grad_and_curvature(objective_of(model), "kflr")
+        batch = normal(256, D), normal(256, 2)
+        compiled = jax.jit(step).lower(W | {"w": normal(12, D, D)}, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(jax.checkpoint) < 0.6 * temporary(lambda layer: layer)
+
+
+def test_what_data_freezes_stays_frozen():
+    """As a branch for each example guards its parameters, but it is none."""
+
+    def model(p, x):
+        def one(x):
+            held = jnp.where(jnp.int32(x[0] > 0) == 1, p["w"], jax.lax.stop_gradient(p["w"]))
+            return jnp.tanh(x @ held) @ p["o"]
+
+        return jax.vmap(one)(x[:, 0])
+
+    objective = objective_of(model)
+    assert list(build_graph(objective, W, BATCH[0]).reasons) == ["w"]
+    curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr", unassigned="gradient")
+    assert_close(jax.jit(curvature_fn)(W, BATCH)[0], jax.value_and_grad(objective)(W, BATCH))
 
 
 def test_a_learned_first_state():

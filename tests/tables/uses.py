@@ -261,6 +261,16 @@ def _experts(p, inputs):
     return affine(p["out"], jnp.sum(jnp.tanh(routed) * inputs["weight"][..., None], axis=1))
 
 
+def _branches(p, x):
+    """A branch that each example chooses, with a layer or without."""
+
+    def one(x):
+        inside = lambda h: jnp.tanh(affine(p["inside"], h))  # noqa: E731
+        return jax.lax.cond(x[0] > 0, inside, jnp.sin, affine(p["first"], x))
+
+    return affine(p["out"], jax.vmap(one)(x))
+
+
 DERIVED = {
     "weight_norm": Row(
         plain(_weight_norm, {"g": (2,), "v": (3, 2), "out": OUT}),
@@ -322,6 +332,11 @@ DERIVED = {
         several(x=normal(2, 3), index=tokens(3, 2), weight=normal(2)),
         affine_blocks("first", "out") | alone("experts"),
         output="pooled",
+    ),
+    "branches": Row(
+        plain(_branches, TWO | {"inside": {"w": (2, 2), "b": (2,)}}),
+        normal(3),
+        affine_blocks("first", "inside", "out"),
     ),
 }  # fmt: skip
 
