@@ -17,7 +17,7 @@ from kfgn.curvature.linear_pass import backward_pass
 from kfgn.curvature.recursion import needed_values, used_values
 from kfgn.curvature.weights import Weights, weights_of
 from kfgn.model.carried import carry
-from kfgn.model.equations import variables
+from kfgn.model.equations import is_variable
 from kfgn.model.graph import Graph, build_graph
 from kfgn.objective.loss import Loss, flatten_batch
 from kfgn.objective.objective import Objective, check_outputs, read_batch, require_batch
@@ -125,7 +125,7 @@ def linearize(
         back = jax.linear_transpose(push, leaves, probes)
     loss = loss_of(objective.loss, targets)
     check_outputs(loss, outputs, inputs, targets)
-    values = {v: x for v, x in zip(keep, kept, strict=True) if variables([v])}
+    values = {v: x for v, x in zip(keep, kept, strict=True) if is_variable(v)}
     statistics, products = ([values[v] for v in vs] for vs in (read.statistics, graph.products))
     aux = None
     if read.aux:

@@ -23,7 +23,7 @@ from kfgn.base.devices import AxisName, mean_over_devices, vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.types import Array
 from kfgn.curvature.jacobians import Jacobian, jacobian_of, node_curvature
-from kfgn.model.equations import Var, size, variables
+from kfgn.model.equations import Var, is_variable, size
 from kfgn.model.graph import Graph, Node
 
 # The largest single matrix that a walk forms.
@@ -242,7 +242,7 @@ def output_spans(graph: Graph) -> list[tuple[Var, int, int]]:
     spans, start = [], 0
     for atom in graph.model.outputs:
         stop = start + int(atom.aval.size)
-        if variables([atom]) and graph.is_active(atom):
+        if is_variable(atom) and graph.is_active(atom):
             spans.append((atom, start, stop))
         start = stop
     return spans

@@ -1,5 +1,24 @@
 """How a model is read: flatten, annotate, find layers, cluster, and the graph of it all.
 
+`graph.build_graph` runs the stages one after the other:
+
+1. *try*: do the examples of a batch act alone? (`carried`, `statistics`, `independence`, and the
+   values and programs that it tries: `made_up`, `batch_program`, `bounded`, `batch_noise`)
+2. *flatten* the jaxpr of one example (`flat_model`): calls are inlined, loops unrolled or kept with
+   flat bodies (`inline`, `loops`, `complex_parts`, `custom_vjp`), products take another order
+   (`reassociate`), branches lose their guards (`guards`).
+3. *annotate* each value once: what it depends on, and what depends on it (`roles`, `dependence`,
+   by the table `primitives`).
+4. *find layers*: where parameters go (`parameter_path`, `moves`), the equations that read them as
+   kernels (`find_uses`, `layer_kinds`, `readers`, `routed`, `loop_uses`, as `parameter_use`
+   describes them), and which of these share a block (`find_layers`, `layer`, `factor_size`).
+5. *check* that what is between has derivatives (`differentiability`).
+
+The result is a `graph.Graph`, which is kept (`remembered`). It runs the model (`thin`,
+`auxiliary`), and clusters the equations between layers for methods that walk backwards
+(`clusters`, `nodes`).
+`unite` reads the terms of a sum of objectives together.
+
 A glossary:
 
 - *role*: what a value depends on: nothing, parameters, data, or both ("active").

@@ -32,7 +32,6 @@ from kfgn.model.equations import (
     variables,
 )
 from kfgn.model.flat_model import check_parameters
-from kfgn.model.graph import Graph, build_graph
 from kfgn.model.independence import change_of
 from kfgn.model.inline import Value, inline
 from kfgn.model.made_up import COUNT, DRAWS, Draw, Shape, made_up, on_made_up_values
@@ -91,12 +90,6 @@ def carry(objective: Objective, params: PyTree, inputs: PyTree) -> tuple[Objecti
         model, rows = found
         return dataclasses.replace(objective, model=model), (inputs, rows)
     return objective, inputs
-
-
-def graph_of(objective: Objective, params: PyTree, inputs: PyTree) -> Graph:
-    """The graph of the objective that carries what its model makes for the batch."""
-    read, inputs = carry(objective, params, inputs)
-    return build_graph(read, params, inputs)
 
 
 def _carried(

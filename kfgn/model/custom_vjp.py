@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import ModelError
-from kfgn.model.equations import Equation, Role, Var, as_function, is_differentiated, variables
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    Var,
+    as_function,
+    is_differentiated,
+    is_variable,
+)
 from kfgn.model.primitives import Primitive, row_of
 
 
@@ -94,14 +101,14 @@ def _not_linear(closed: jex.ClosedJaxpr, cotangents: Iterable[Var]) -> str | Non
     zeros = {v for v, x in zip(jaxpr.constvars, closed.consts, strict=True) if _is_zero(x)}
 
     def vanishes(atom: Any) -> bool:
-        if not variables([atom]):
+        if not is_variable(atom):
             return _is_zero(atom.val)
         return atom in moved or atom in zeros
 
     for equation in jaxpr.eqns:
         row, operands = row_of(equation), equation.invars
         terms = [atom for k, atom in enumerate(operands) if k in row.linear_in]
-        places = {k for k, atom in enumerate(operands) if variables([atom]) and atom in moved}
+        places = {k for k, atom in enumerate(operands) if is_variable(atom) and atom in moved}
         if places:
             moved.update(equation.outvars)
             if not _keeps_linear(row, places):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfgn.base.errors import OptionError
-from kfgn.model.equations import Equation, Role, Var, variables
+from kfgn.model.equations import Equation, Role, Var, is_variable, role_of, variables
 from kfgn.model.primitives import row_of
 
 Roles = Mapping[Var, Role]
@@ -15,7 +15,7 @@ Roles = Mapping[Var, Role]
 
 def is_linear(equation: Equation, roles: Roles) -> bool:
     """Whether the Jacobian is the same for every example (offsets may differ)."""
-    row, found = row_of(equation), [_role(roles, atom) for atom in equation.invars]
+    row, found = row_of(equation), [role_of(roles, atom) for atom in equation.invars]
     if row.multilinear:
         return found.count(Role.ACTIVE) == 1 and Role.PASSIVE not in found
     # A passive operand in a linear position is an offset, elsewhere a factor. Data that
@@ -33,7 +33,7 @@ def _is_real_or_complex(atom: Any) -> bool:
 def is_elementwise(equation: Equation, roles: Roles) -> bool:
     """Whether output entry i depends on entry i of each differentiable operand alone."""
     entries = equation.outvars[0].aval.size
-    active = [a for a in equation.invars if _role(roles, a) is Role.ACTIVE]
+    active = [a for a in equation.invars if role_of(roles, a) is Role.ACTIVE]
     # A differentiable value that is broadcast has a column, no diagonal.
     return all(v.aval.size == entries for v in active) and acts_by_entry(equation)
 
@@ -58,12 +58,8 @@ def joins_freely(equation: Equation, roles: Roles) -> bool:
     A sum of several differentiable values stays outside: as a linear node it
     merely copies the curvature to its summands.
     """
-    active = [a for a in equation.invars if _role(roles, a) is Role.ACTIVE]
+    active = [a for a in equation.invars if role_of(roles, a) is Role.ACTIVE]
     return is_elementwise(equation, roles) and (len(active) == 1 or not is_linear(equation, roles))
-
-
-def _role(roles: Roles, atom: Any) -> Role:
-    return roles[atom] if variables([atom]) else Role.CONSTANT
 
 
 def keeps_order(equation: Equation) -> bool:
@@ -102,8 +98,8 @@ def moved(equation: Equation, labels: np.ndarray, output: int = 0) -> np.ndarray
 def scaling(equation: Equation) -> float | None:
     """The factor of an operation with one number, such as `2 W`, `W / 3` or `1 + W`."""
     row, atoms = row_of(equation), equation.invars
-    own = [k for k, atom in enumerate(atoms) if variables([atom])]
-    numbers: list[Any] = [atom.val for atom in atoms if not variables([atom])]
+    own = [k for k, atom in enumerate(atoms) if is_variable(atom)]
+    numbers: list[Any] = [atom.val for atom in atoms if not is_variable(atom)]
     if len(own) != 1 or len(numbers) != len(atoms) - 1 or any(map(np.ndim, numbers)):
         return None
     if len(row.signs) == len(atoms):

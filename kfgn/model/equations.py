@@ -6,7 +6,7 @@ a jax version binds its primitives.
 
 import enum
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,11 @@ def joined(roles: Iterable[Role]) -> Role:
     return max(found)
 
 
+def role_of(roles: Mapping[Var, Role], atom: Any) -> Role:
+    """What a variable or literal depends on."""
+    return roles[atom] if is_variable(atom) else Role.CONSTANT
+
+
 def read(env: dict[Var, Any], variable: Any) -> Any:
     """The value of a variable in an environment, or of a literal."""
     return variable.val if isinstance(variable, jex.Literal) else env[variable]
@@ -67,7 +72,7 @@ def as_array(value: Any, aval: Any) -> Any:
 
 def bind(equation: Equation, values: Sequence[Any]) -> list[Any]:
     """Evaluates one equation, custom derivative rules included."""
-    pairs = [(v, x) for v, x in zip(equation.invars, values, strict=True) if _is_var(v)]
+    pairs = [(v, x) for v, x in zip(equation.invars, values, strict=True) if is_variable(v)]
     unique = dict(pairs)
     return as_function([equation], list(unique), equation.outvars)(*unique.values())
 
@@ -96,7 +101,7 @@ def evaluate(equations: Iterable[Equation], env: dict[Var, Any]) -> None:
 
 def variables(atoms: Iterable[Any]) -> list[Var]:
     """The variables among variables and literals."""
-    return [v for v in atoms if _is_var(v)]
+    return [v for v in atoms if is_variable(v)]
 
 
 def live_equations(jaxpr: jex.Jaxpr, with_effects: bool = False) -> list[Equation]:
@@ -122,7 +127,7 @@ def without_repeats(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
     known: dict[Any, Equation] = {}
     equations = []
     for equation in jaxpr.eqns:
-        invars = [names.get(v, v) if _is_var(v) else v for v in equation.invars]
+        invars = [names.get(v, v) if is_variable(v) else v for v in equation.invars]
         equation = equation.replace(invars=invars)
         if (value := _plus_zero(equation)) is not None:
             names[equation.outvars[0]] = value
@@ -131,7 +136,7 @@ def without_repeats(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
         if same is equation:
             equations.append(equation)
         names.update(zip(equation.outvars, same.outvars, strict=True))
-    outvars = [names.get(v, v) if _is_var(v) else v for v in jaxpr.outvars]
+    outvars = [names.get(v, v) if is_variable(v) else v for v in jaxpr.outvars]
     return jaxpr.replace(eqns=equations, outvars=outvars)
 
 
@@ -139,13 +144,15 @@ def _plus_zero(equation: Equation) -> Var | None:
     """What a zero is added to, as `jax.experimental.jet` does."""
     if equation.primitive.name != "add" or len(found := variables(equation.invars)) != 1:
         return None
-    zero = all(np.all(v.val == 0) for v in equation.invars if not _is_var(v))
+    zero = all(np.all(v.val == 0) for v in equation.invars if not is_variable(v))
     return found[0] if zero and found[0].aval == equation.outvars[0].aval else None
 
 
 def _computation(equation: Equation) -> Any:
     """What equal equations have in common; the equation's identity where that cannot be told."""
-    atoms = [v if _is_var(v) else (np.asarray(v.val).tobytes(), v.aval) for v in equation.invars]
+    atoms = [
+        v if is_variable(v) else (np.asarray(v.val).tobytes(), v.aval) for v in equation.invars
+    ]
     key = equation.primitive, tuple(atoms), tuple(sorted(equation.params.items()))
     avals = tuple(v.aval for v in equation.outvars)
     try:
@@ -203,5 +210,6 @@ def is_complex(atom: Any) -> bool:
     return bool(jnp.issubdtype(atom.aval.dtype, jnp.complexfloating))
 
 
-def _is_var(atom: Any) -> bool:
+def is_variable(atom: Any) -> bool:
+    """Whether an operand is no literal."""
     return not isinstance(atom, jex.Literal)

@@ -15,6 +15,7 @@ from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
 
 UNMET = "never meets data"  # in the reason of a parameter that has no curvature
+LOOPED = "inside of a loop of"  # in the reason of one that only an unrolled loop might have
 _FIRST_STATE = "the first state of a loop"
 
 
@@ -221,6 +222,7 @@ def _meetings(
     jaxpr: jex.Jaxpr,
     made_of: dict[Var, frozenset[str]],
     uses: dict[str, dict[int, str]],
+    where: str = "",
 ) -> None:
     def names_of(atoms: Iterable[Any]) -> frozenset[str]:
         own = [v for v in variables(atoms) if model.roles[v] is Role.PARAMETER]
@@ -240,12 +242,13 @@ def _meetings(
             consts, states = loop.parts
             pure = names_of(loop.body.invars)  # what such states may be made of later
             made_of.update(dict.fromkeys(loop.body.invars[consts : consts + states], pure))
-            _meetings(model, loop.body, made_of, uses)
+            inside = where if loop.once else f" {LOOPED} {loop.length} iterations"
+            _meetings(model, loop.body, made_of, uses, inside)
             pairs = zip(equation.outvars, loop.body.outvars, strict=True)
             made_of.update({out: names_of([v]) for out, v in pairs})
         elif model.reached.keys() & equation.outvars:
             for name in names:
-                uses[name][id(equation)] = _description(equation, names - {name})
+                uses[name][id(equation)] = _description(equation, names - {name}) + where
 
 
 def _description(equation: Any, others: frozenset[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from kfgn.model.dependence import keeps_order, moved, moves_entries
-from kfgn.model.equations import Equation, Role, Var, variables
+from kfgn.model.equations import Equation, Role, Var, is_variable, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import read_form
 from kfgn.model.loop_uses import of_all_iterations
@@ -200,7 +200,7 @@ def _bias(
     """The bias that the equation adds, if it gives every output of every group one entry."""
     side = [atom is value for atom in equation.invars].index(False)
     other = equation.invars[side]
-    source = sources.get(other) if variables([other]) else None
+    source = sources.get(other) if is_variable(other) else None
     form, count = use.form, use.form.groups * use.form.d_out
     if source is None or set(source.names) & set(use.kernel.names):
         return None

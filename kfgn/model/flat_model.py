@@ -59,11 +59,6 @@ class FlatModel:
 
     # Further annotations, each made once.
 
-    @functools.cached_property
-    def places(self) -> dict[int, int]:
-        """Where each equation stands, by its id."""
-        return {id(equation): k for k, equation in enumerate(self.jaxpr.eqns)}
-
     @property
     def equations(self) -> list[Equation]:
         """Those that the outputs depend on, then those of aux alone."""

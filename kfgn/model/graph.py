@@ -1,17 +1,14 @@
 """The graph that the walk goes through: the layers of a model, and whole nodes between them."""
 
-import contextlib
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kfgn.base.devices import refuse_explicit_axes, refuse_named_vmap, varying_axes
+from kfgn.base.devices import refuse_explicit_axes, refuse_named_vmap
 from kfgn.base.errors import LoopError, OptionError
 from kfgn.base.linalg import count_of
 from kfgn.base.trees import named_leaves
@@ -29,16 +26,15 @@ from kfgn.model.equations import (
     size,
     variables,
 )
-from kfgn.model.find_layers import find_layers
+from kfgn.model.find_layers import LOOPED, find_layers
 from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
 from kfgn.model.layer import Layer
-from kfgn.model.layer_kinds import LAYERS
 from kfgn.model.loops import evaluate_with, innermost
 from kfgn.model.nodes import Node, gather_nodes
 from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
-from kfgn.model.primitives import REGISTERED
+from kfgn.model.remembered import is_traced, remembered
 from kfgn.model.statistics import check_examples
 from kfgn.model.thin import whole
 from kfgn.objective.objective import Objective
@@ -58,6 +54,11 @@ def _replaced(computed: Array, value: Array) -> Array:
 @_replaced.defjvp
 def _replaced_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
     return primals[1], tangents[0]
+
+_TOO_LONG = (
+    "; the loop is too long to unroll, and kernels inside of it are parameters, functions of their "
+    "entries that are made before the loop, or the slices that jax.lax.scan takes of a parameter"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -222,10 +223,6 @@ class Graph:
         return all(roles[v] <= Role.PARAMETER for v in variables(equation.invars))
 
 
-# What was read of each objective, by `_signature`.
-_kept: weakref.WeakKeyDictionary[Objective, dict[Any, Graph]] = weakref.WeakKeyDictionary()
-
-
 def build_graph(
     objective: Objective,
     params: PyTree,
@@ -256,22 +253,22 @@ def build_graph(
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss); of a sum of objectives ask its terms one by one."
         )
-    kept = _kept.setdefault(objective, {})
-    count = count_of(inputs) if objective.axis_name is not None else None
-    signature = count, *_signature(params, inputs, (exact, apart, barred, unroll))
-    if signature in kept and any(map(_is_abstract, jax.tree.leaves((params, inputs)))):
+    kept, signature = remembered(objective, params, inputs, (exact, apart, barred, unroll))
+    if signature in kept and is_traced(params, inputs):
         return kept[signature]
-    options = exact, apart, barred
-    if unroll and not exact:  # there may be nothing to unroll
-        graph = build_graph(objective, params, inputs, *options)
+    read = functools.partial(_read, objective, params, inputs, exact, apart, barred)
+    if unroll:
+        # There may be nothing to unroll.
+        given = build_graph(objective, params, inputs, False, apart, barred) if not exact else None
+        graph = read(True) if given is None or given.model.loops else given
     else:
-        graph = _read(objective, params, inputs, *options, unroll)
-    if unroll and graph.model.loops:
-        graph = _read(objective, params, inputs, *options, unroll)
-    elif graph.model.loops and (graph.reasons or _may_split(graph)):
-        with contextlib.suppress(LoopError):
-            other = _read(objective, params, inputs, *options, True)
-            graph = min(graph, other, key=lambda found: (len(found.reasons), len(found.layers)))
+        graph = read(False)
+        if graph.model.loops and (graph.reasons or _may_split(graph)):
+            try:
+                graph = min(graph, read(True), key=lambda g: (len(g.reasons), len(g.layers)))
+            except LoopError:
+                told = {n: r + _TOO_LONG * (LOOPED in r) for n, r in graph.reasons.items()}
+                graph = dataclasses.replace(graph, reasons=told)
     kept.pop(signature, None)
     bodies = [loop.constants for loop in graph.model.loops.values()]
     known = [x for values in (graph.model.constants, *bodies) for x in values.values()]
@@ -285,31 +282,6 @@ def _may_split(graph: Graph) -> bool:
     regions = [loop for loop in graph.model.loops.values() if loop.once]
     border = {v for loop in regions for v in (*loop.body.invars, *loop.equation.outvars)}
     return any(u.form.additive and innermost(u.input) in border for u in graph.uses.values())
-
-
-def _is_abstract(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct))
-
-
-def _signature(params: PyTree, inputs: PyTree, options: Any) -> Any:
-    """All that a reading depends on, besides the model."""
-    leaves, tree = jax.tree.flatten((params, inputs))
-    examples = len(jax.tree.leaves(params))  # one example of what follows
-    shapes = tuple(
-        (np.shape(x)[k >= examples :], getattr(x, "dtype", type(x))) for k, x in enumerate(leaves)
-    )
-    # Equations hold on to the mesh that they were traced under.
-    devices = jax.sharding.get_abstract_mesh(), varying_axes(leaves)
-    settings = *devices, *(getattr(jax.config, name) for name in _SETTINGS)
-    known = (*REGISTERED.items(), *LAYERS.items())
-    return options, tree, shapes, settings, known
-
-
-# Those of jax that traces depend on.
-_SETTINGS = (
-    "jax_enable_x64", "jax_numpy_dtype_promotion", "jax_default_matmul_precision",
-    "jax_default_prng_impl",
-)  # fmt: skip
 
 
 def _read(

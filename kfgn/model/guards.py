@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.extend.core as jex
 
-from kfgn.model.equations import Equation, Role, Var, variables
+from kfgn.model.equations import Equation, Role, Var, is_variable, variables
 from kfgn.model.primitives import row_of
 
 Makers = Mapping[Var, Equation]
@@ -28,7 +28,7 @@ def unguarded(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> jex.Jaxpr:
         return jaxpr
 
     def renamed(atoms: Any) -> list[Any]:
-        return [names.get(v, v) if variables([v]) else v for v in atoms]
+        return [names.get(v, v) if is_variable(v) else v for v in atoms]
 
     equations = [e.replace(invars=renamed(e.invars)) for e in jaxpr.eqns]
     return jaxpr.replace(eqns=equations, outvars=renamed(jaxpr.outvars))
@@ -39,7 +39,7 @@ def _guarded(equation: Equation, makers: Makers, roles: Mapping[Var, Role]) -> V
     if equation.primitive.name != "select_n" or len(equation.invars) != 3:
         return None
     _, still, w = equation.invars
-    maker = makers.get(still) if variables([still]) else None
+    maker = makers.get(still) if is_variable(still) else None
     if maker is None or maker.primitive.name != "stop_gradient" or maker.invars[0] is not w:
         return None
     return w if roles[w] is Role.PARAMETER else None
@@ -51,11 +51,11 @@ def _stays_in_branch(guard: Equation, jaxpr: jex.Jaxpr, makers: Makers) -> bool:
     if compared is None or compared.primitive.name != "eq":
         return False
     index, number = compared.invars
-    if len(variables([index, number])) != 1 or not variables([index]):
+    if len(variables([index, number])) != 1 or not is_variable(index):
         return False
     made, which = {guard.outvars[0]}, _origin(index, makers)
     for equation in jaxpr.eqns:
-        inside = [k for k, v in enumerate(equation.invars) if variables([v]) and v in made]
+        inside = [k for k, v in enumerate(equation.invars) if is_variable(v) and v in made]
         chooses = equation.primitive.name == "select_n" and inside == [1 + int(number.val)]
         if inside and not (chooses and _origin(equation.invars[0], makers) is which):
             made.update(equation.outvars)
@@ -64,6 +64,6 @@ def _stays_in_branch(guard: Equation, jaxpr: jex.Jaxpr, makers: Makers) -> bool:
 
 def _origin(atom: Any, makers: Makers) -> Any:
     """What a value is, before its entries were moved or cast."""
-    while variables([atom]) and atom in makers and row_of(makers[atom]).moves is not None:
+    while is_variable(atom) and atom in makers and row_of(makers[atom]).moves is not None:
         atom = makers[atom].invars[0]
     return atom

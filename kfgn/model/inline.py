@@ -27,7 +27,9 @@ from kfgn.model.equations import (
     count_equations,
     is_complex,
     is_differentiated,
+    is_variable,
     joined,
+    role_of,
 )
 from kfgn.model.loops import counts_of, rematerialized
 from kfgn.model.primitives import REMAT, row_of
@@ -59,9 +61,7 @@ def inline(
 
 
 def _value(env: dict[Var, Value], atom: Any) -> Value:
-    if isinstance(atom, jex.Literal):
-        return Value(atom.val, Role.CONSTANT)
-    return env[atom]
+    return env[atom] if is_variable(atom) else Value(atom.val, Role.CONSTANT)
 
 
 def _evaluate(
@@ -287,14 +287,11 @@ def _roles_in_loop(jaxpr: Any, consts: list[Role], carry: list[Role], xs: list[R
     """What the states depend on after sufficiently many iterations."""
     while True:
         env = dict(zip(jaxpr.invars, [*consts, *carry, *xs], strict=True))
+        env.update(dict.fromkeys(jaxpr.constvars, Role.CONSTANT))
         for equation in jaxpr.eqns:
-            role = joined(_role(env, atom) for atom in equation.invars)
+            role = joined(role_of(env, atom) for atom in equation.invars)
             env.update(dict.fromkeys(equation.outvars, role))
-        after = [joined((r, _role(env, v))) for r, v in zip(carry, jaxpr.outvars, strict=False)]
+        after = [joined((r, role_of(env, v))) for r, v in zip(carry, jaxpr.outvars, strict=False)]
         if after == carry:
             return carry
         carry = after
-
-
-def _role(env: dict[Var, Role], atom: Any) -> Role:
-    return Role.CONSTANT if isinstance(atom, jex.Literal) else env.get(atom, Role.CONSTANT)

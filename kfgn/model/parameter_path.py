@@ -20,7 +20,7 @@ import numpy as np
 from kfgn.base.types import Array, Shape
 from kfgn.model.custom_vjp import holds_rule
 from kfgn.model.dependence import acts_by_entry, moved, moves_entries, scaling
-from kfgn.model.equations import Equation, Role, Var, bind, is_complex, variables
+from kfgn.model.equations import Equation, Role, Var, bind, is_complex, is_variable, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.loops import all_equations
 from kfgn.model.moves import Each, Move, Step, followed, labels_after
@@ -138,7 +138,7 @@ def _find(jaxpr: jex.Jaxpr, model: FlatModel, sources: Sources, known: Known) ->
         if (loop := model.loops.get(id(equation))) is not None:
             consts, states = loop.parts
             for k, (atom, v) in enumerate(zip(equation.invars, loop.body.invars, strict=True)):
-                source = sources.get(atom) if variables([atom]) else None
+                source = sources.get(atom) if is_variable(atom) else None
                 if source is not None and k < consts:
                     sources[v] = source
                 elif source is not None and k >= consts + states and _is_moved(source):
@@ -192,7 +192,7 @@ def _by_entry(equation: Equation, sources: Sources, known: Known) -> Source | No
     if not (row.elementwise or acts_by_entry(equation)) or holds_rule(equation):
         return None
     (out,) = equation.outvars
-    own = [k for k, v in enumerate(equation.invars) if variables([v]) and v in sources]
+    own = [k for k, v in enumerate(equation.invars) if is_variable(v) and v in sources]
     source, *others = [_spread(sources[equation.invars[k]], out) for k in own]
     if not all(_alike(source, x) for x in others):
         return None
@@ -237,7 +237,7 @@ def _joined(equation: Equation, sources: Sources, known: Known) -> Source | None
     parameters: dict[str, Any] = {}
     own, values = [], []
     for atom in equation.invars:
-        if variables([atom]) and atom in sources:
+        if is_variable(atom) and atom in sources:
             source = sources[atom]
             for name, v in source.parameters.items():
                 starts.setdefault(name, sum(p.aval.size for p in parameters.values()))
@@ -290,21 +290,21 @@ def _known_values(model: FlatModel) -> Known:
     @functools.cache
     def value(v: Any) -> Any:
         if (atom := outside.get(v)) is not None:
-            return value(atom) if variables([atom]) else atom.val
+            return value(atom) if is_variable(atom) else atom.val
         if v in constants:
             constant = constants[v]
             return None if isinstance(constant, jax.core.Tracer) else constant
         if v not in makers or model.roles[v] is not Role.CONSTANT:
             return None
         atoms: list[Any] = list(makers[v].invars)
-        operands = [value(a) if variables([a]) else a.val for a in atoms]
+        operands = [value(a) if is_variable(a) else a.val for a in atoms]
         if any(x is None for x in operands):
             return None
         with jax.ensure_compile_time_eval():
             return bind(makers[v], operands)[makers[v].outvars.index(v)]
 
     def known(atom: Any) -> np.ndarray | None:
-        found = value(atom) if variables([atom]) else atom.val
+        found = value(atom) if is_variable(atom) else atom.val
         return None if found is None else np.asarray(found)
 
     return known

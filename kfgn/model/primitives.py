@@ -35,7 +35,6 @@ class Primitive:
         than inside a chain, whose Jacobian is applied example by example.
       moves: how it moves, repeats or drops the entries of its one operand.
       keeps_order: if the sizes are equal, entries keep their row-major order.
-      casts: it changes the dtype only.
       signs: an entrywise sum of its operands with these signs.
       by_number: an elementwise product; the factor that a number makes.
       body: the parameter that holds the jaxpr of a call.
@@ -48,7 +47,6 @@ class Primitive:
     heavy: bool = False
     moves: Moves | None = None
     keeps_order: bool = False
-    casts: bool = False
     signs: tuple[float, ...] = ()
     by_number: Callable[[float], float] | None = None
     body: str = ""
@@ -90,7 +88,7 @@ _ROWS = {
     "reshape squeeze expand_dims": _in_order(),
     "copy copy_p optimization_barrier name device_put sharding_constraint layout_constraint "
     "reshard pvary pcast": _in_order(),
-    "convert_element_type reduce_precision": _in_order(casts=True),
+    "convert_element_type reduce_precision": _in_order(),
     "broadcast_in_dim": _in_order(moves=_broadcast),
     "tile": _in_order(moves=lambda x, e, _: np.tile(x, e.params["reps"])),
     "transpose": _moving(moves=lambda x, e, _: np.transpose(x, e.params["permutation"])),

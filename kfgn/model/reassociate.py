@@ -13,7 +13,15 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from kfgn.model.equations import Equation, Role, Var, live_equations, readers_of, variables
+from kfgn.model.equations import (
+    Equation,
+    Role,
+    Var,
+    is_variable,
+    live_equations,
+    readers_of,
+    variables,
+)
 
 
 def reassociated(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> jex.Jaxpr:
@@ -176,7 +184,7 @@ def _terms(
         return _terms(atom, own, makers, roles, fresh)
 
     name, atoms = maker.primitive.name, maker.invars
-    full = [a for a in atoms if variables([a]) and a.aval.shape == v.aval.shape]
+    full = [a for a in atoms if is_variable(a) and a.aval.shape == v.aval.shape]
     if name == "transpose":
         order = maker.params["permutation"]
         return of(atoms[0], "".join(axes[order.index(k)] for k in range(len(order))))
@@ -188,9 +196,9 @@ def _terms(
         return first + [t._replace(number=sign * t.number) for t in second]
     if len(full) == 1 and (name == "mul" or (name == "div" and full[0] is atoms[0])):
         other = atoms[1 - atoms.index(full[0])]
-        if variables([other]) and (name == "div" or math.prod(other.aval.shape) != 1):
+        if is_variable(other) and (name == "div" or math.prod(other.aval.shape) != 1):
             return whole
-        if variables([other]):
+        if is_variable(other):
             return [t._replace(scalars=(*t.scalars, other)) for t in of(full[0], axes)]
         number = float(other.val) if name == "mul" else 1 / float(other.val)
         return [t._replace(number=number * t.number) for t in of(full[0], axes)]

@@ -13,6 +13,7 @@ from kfgn.model.equations import (
     axis_names,
     is_differentiated,
     joined,
+    role_of,
     variables,
 )
 from kfgn.model.loops import Loop, Loops
@@ -67,17 +68,13 @@ def _assign_in(
     loop: Loop, roles: dict[Var, Role], loops: Loops, forced: dict[Var, Role]
 ) -> list[Role]:
     """The roles of a loop's results, once those in its body do not change any more."""
-
-    def role_of(atom: Any) -> Role:
-        return roles[atom] if variables([atom]) else Role.CONSTANT
-
     body, (consts, states) = loop.body, loop.parts
-    found = list(map(role_of, loop.equation.invars))
+    found = [role_of(roles, atom) for atom in loop.equation.invars]
     while True:
         pairs = zip(body.invars, found, strict=True)
         roles.update({v: forced.get(v, _without_derivative(r, loop.equation, v)) for v, r in pairs})
         _assign(body, roles, loops, forced)
-        outs = list(map(role_of, body.outvars))
+        outs = [role_of(roles, v) for v in body.outvars]
         after = [joined(pair) for pair in zip(found[consts:], outs[:states], strict=False)]
         if after == found[consts : consts + states]:
             return after + outs[states:]

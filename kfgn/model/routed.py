@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kfgn.model.dependence import moved, moves_entries
-from kfgn.model.equations import Equation, Role, is_complex, variables
+from kfgn.model.equations import Equation, Role, is_complex, is_variable, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.parameter_path import Sources
 from kfgn.model.parameter_use import Choice, Form, Use
@@ -40,7 +40,7 @@ def read_routed(model: FlatModel, gather: Equation, sources: Sources) -> Use | N
         value = equation.outvars[0]
     side = equation.invars.index(value)
     data = equation.invars[1 - side]
-    if not variables([data]) or model.roles[data] < Role.PASSIVE or is_complex(data):
+    if not is_variable(data) or model.roles[data] < Role.PASSIVE or is_complex(data):
         return None
     read = _form(equation, side, axis, own, places, gather.invars[0].aval.shape)
     if read is None:

@@ -62,25 +62,15 @@ def unite(
     unroll: bool = False,
 ) -> United:
     """Reads the models and batches of all terms of an objective; `unroll` as in `build_graph`."""
-    if not isinstance(objective, SumOfObjectives):
-        inputs, targets = read_batch(objective, batch, axis_name)
-        of_data, data = carry(objective, params, inputs)
-        graph = build_graph(of_data, params, data, unroll=unroll)
-        layers = limited(graph.layers, large_factors, factor_limit)
-        graph = dataclasses.replace(graph, layers=layers)
-        names = {name: name for name in layers}
-        examples = examples_of(objective, batch, axis_name)
-        sources = (inputs, targets, graph, names, frozenset[str](), examples, of_data, data)
-        term = Term(objective, 1.0, *sources)
-        return United({"": term}, layers, graph.reasons)
-    batches, read = objective.batches(batch), {}
+    batches, wholes, weights = {"": batch}, {"": objective}, {"": 1.0}
+    if isinstance(objective, SumOfObjectives):
+        batches, wholes = objective.batches(batch), objective.terms
+        weights = objective.weights
+    read, carried = {}, {}
     for name, own in batches.items():
         with named_term(name):
-            read[name] = read_batch(objective.terms[name], own, axis_name)
-    carried = {}
-    for name, (inputs, _) in read.items():
-        with named_term(name):
-            carried[name] = carry(objective.terms[name], params, inputs)
+            read[name] = read_batch(wholes[name], own, axis_name)
+            carried[name] = carry(wholes[name], params, read[name][0])
     build = {
         n: partial(build_graph, o, params, data, unroll=unroll) for n, (o, data) in carried.items()
     }
@@ -89,15 +79,14 @@ def unite(
     within = limited(layers, large_factors, factor_limit)
     terms = {}
     for name, (inputs, targets) in read.items():
-        graph, whole = graphs[name], objective.terms[name]
+        graph, whole = graphs[name], wholes[name]
         names = {own: keys[layer.parameters] for own, layer in graph.layers.items()}
         turned = frozenset(n for n, u in names.items() if _is_turned(graph.layers[n], layers[u]))
         cut = {n: _cut(x, within[names[n]], n in turned) for n, x in graph.layers.items()}
         graph = dataclasses.replace(graph, layers=cut)
         examples = examples_of(whole, batches[name], axis_name)
-        weight = objective.weights[name]
         sources = (inputs, targets, graph, names, turned, examples, *carried[name])
-        terms[name] = Term(whole, weight, *sources)
+        terms[name] = Term(whole, weights[name], *sources)
     inside = {p for layer in layers.values() for p in layer.parameters}
     reasons: dict[str, str] = {}
     for graph in graphs.values():
@@ -164,7 +153,9 @@ def _labels(layer: Layer) -> np.ndarray:
 
 def _alike(a: Layer, b: Layer) -> bool:
     """Whether the matrices of two layers of the same parameters have the same entries."""
-    return a.matrix_shape == b.matrix_shape and np.array_equal(_labels(a), _labels(b))
+    return a.slots is b.slots or (
+        a.matrix_shape == b.matrix_shape and np.array_equal(_labels(a), _labels(b))
+    )
 
 
 def _is_turned(a: Layer, b: Layer) -> bool:

@@ -346,3 +346,23 @@ def test_a_loop_too_long_to_unroll():
     found = kfgn.inspect(objective, params, batch, file=io.StringIO())
     assert not found.totals.feasible
     assert "kfra: has loops" in str(found)
+
+
+def test_a_kernel_made_inside_of_a_loop_too_long_to_unroll():
+    """The reason says what helps, and that does."""
+
+    def model(before):
+        def run(p, x):
+            kernel = jnp.tanh(p["w"])
+
+            def step(h, v):
+                return jnp.sin(h @ (kernel if before else jnp.tanh(p["w"])) + v), None
+
+            return jax.lax.scan(step, zeros(x), states(x))[0] @ p["o"]
+
+        return objective_of(run)
+
+    found, helped = (build_graph(model(before), W, normal(2, 3000, D)) for before in (False, True))
+    assert "inside of a loop of 3000 iterations" in found.reasons["w"]
+    assert "made before the loop" in found.reasons["w"]
+    assert helped.model.loops and not helped.reasons
