@@ -9,7 +9,7 @@
    (`reassociate`), branches lose their guards (`guards`).
 3. *annotate* each value once: what it depends on, and what depends on it (`roles`, `dependence`,
    by the table `primitives`).
-4. *find layers*: where parameters go (`parameter_path`, `moves`), the equations that read them as
+4. *find layers*: where parameters go (`sources`, `find_sources`), the equations that read them as
    kernels (`find_uses`, `layer_kinds`, `readers`, `routed`, `loop_uses`, as `parameter_use`
    describes them), and which of these share a block (`find_layers`, `layer`, `factor_size`).
 5. *check* that what is between has derivatives (`differentiability`).

@@ -12,7 +12,6 @@ from kfgn.base.types import Array
 from kfgn.model.equations import Equation, Role, Var, as_function, is_differentiated, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import LAYERS
-from kfgn.model.loops import all_equations
 from kfgn.model.primitives import is_differentiable, is_known
 
 _announced: set[str] = set()
@@ -29,7 +28,7 @@ def check_derivatives(model: FlatModel) -> None:
         jax's nor registered.
     """
     needed, checked = model.reached, set[Any]()
-    for equation, _ in all_equations(model.jaxpr, model.loops):
+    for equation, _ in model.every_equation:
         operands = _differentiated(model, equation.invars)
         results = [v for v in equation.outvars if v in needed]
         if not operands or not equation.outvars or model.is_collective(equation):

@@ -11,8 +11,8 @@ from kfgn.model.equations import Role, Var, size, variables
 from kfgn.model.find_uses import chosen, find_uses, meets
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer import Layer
-from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Use
+from kfgn.model.sources import Source
 
 UNMET = "never meets data"  # in the reason of a parameter that has no curvature
 LOOPED = "inside of a loop of"  # in the reason of one that only an unrolled loop might have

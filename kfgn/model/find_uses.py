@@ -10,13 +10,11 @@ from kfgn.model.equations import Equation, Role, Var, is_variable, variables
 from kfgn.model.flat_model import FlatModel
 from kfgn.model.layer_kinds import read_form
 from kfgn.model.loop_uses import of_all_iterations
-from kfgn.model.loops import Loop, all_equations
-from kfgn.model.parameter_path import Source
+from kfgn.model.loops import Loop
 from kfgn.model.parameter_use import Bias, Form, Use
 from kfgn.model.primitives import row_of
 from kfgn.model.routed import read_routed
-
-Sources = dict[Var, Source]
+from kfgn.model.sources import Source, Sources
 
 
 def find_uses(model: FlatModel, sources: Sources) -> list[tuple[Use, Use]]:
@@ -25,7 +23,7 @@ def find_uses(model: FlatModel, sources: Sources) -> list[tuple[Use, Use]]:
     Where a bias is added, it is found as a use of its own, too: see `chosen`.
     """
     pairs = []
-    for equation, around in all_equations(model.jaxpr, model.loops):
+    for equation, around in model.every_equation:
         routed = read_routed(model, equation, sources)
         if routed is not None and routed.output in model.reached:
             pairs += [] if around else [(routed, routed)]  # what is chosen in a loop is not read
@@ -82,7 +80,7 @@ def constant_states(model: FlatModel, sources: Sources) -> set[Var]:
     constants: list[tuple[str, Var]] = []
     looked_up: set[Var] = set()
     kernels = _kernels(model, sources)
-    for equation, _ in all_equations(model.jaxpr, model.loops):
+    for equation, _ in model.every_equation:
         looks_up = equation.primitive.name == "gather" and equation.outvars[0] not in kernels
         if looks_up and equation.invars[0] in sources:
             looked_up.update(v for v in variables(equation.invars[1:]) if v not in sources)
@@ -111,7 +109,7 @@ def _is_one_row(product: Equation, side: int) -> bool:
 def _kernels(model: FlatModel, sources: Sources) -> set[Var]:
     """The values that kernels of products are made of, by entries moved."""
     found: set[Var] = set()
-    for equation, _ in reversed(list(all_equations(model.jaxpr, model.loops))):
+    for equation, _ in reversed(model.every_equation):
         product = equation.primitive.name in ("dot_general", "conv_general_dilated")
         if product or found.intersection(equation.outvars):
             found.update(v for v in variables(equation.invars) if v in sources)

@@ -59,6 +59,11 @@ class FlatModel:
 
     # Further annotations, each made once.
 
+    @functools.cached_property
+    def every_equation(self) -> list[tuple[Equation, tuple[Loop, ...]]]:
+        """Those of loops, too, each with the loops around it, but for the loops themselves."""
+        return list(all_equations(self.jaxpr, self.loops))
+
     @property
     def equations(self) -> list[Equation]:
         """Those that the outputs depend on, then those of aux alone."""
@@ -99,7 +104,7 @@ class FlatModel:
         return any(
             any(is_differentiated(self.roles[v]) for v in variables(equation.invars))
             and holds_rule(equation)
-            for equation, _ in all_equations(self.jaxpr, self.loops)
+            for equation, _ in self.every_equation
         )
 
     @functools.cached_property

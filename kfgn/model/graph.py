@@ -27,12 +27,12 @@ from kfgn.model.equations import (
     variables,
 )
 from kfgn.model.find_layers import LOOPED, find_layers
+from kfgn.model.find_sources import find_sources
 from kfgn.model.find_uses import constant_states
 from kfgn.model.flat_model import FlatModel, call_model, flatten_model, with_roles
 from kfgn.model.layer import Layer
 from kfgn.model.loops import evaluate_with, innermost
 from kfgn.model.nodes import Node, gather_nodes
-from kfgn.model.parameter_path import find_sources
 from kfgn.model.parameter_use import Use
 from kfgn.model.remembered import is_traced, remembered
 from kfgn.model.statistics import check_examples

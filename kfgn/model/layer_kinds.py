@@ -8,10 +8,10 @@ import numpy as np
 
 from kfgn.base.errors import OptionError
 from kfgn.model.equations import Equation, Var, variables
-from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Form
 from kfgn.model.primitives import check_name
 from kfgn.model.readers import Reader, convolution, dense, embedding, scale, shift
+from kfgn.model.sources import Source
 
 _READERS: dict[str, Reader] = {
     "dot_general": dense,

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from kfgn.model.loops import Inside, Loop
-from kfgn.model.moves import Each
-from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import Bias, Form, Use
+from kfgn.model.sources import Each, Source
 
 
 def of_all_iterations(use: Use, loop: Loop, late: int = 0) -> Use | None:

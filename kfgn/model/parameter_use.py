@@ -19,7 +19,7 @@ import numpy as np
 
 from kfgn.base.types import Array, Shape
 from kfgn.model.equations import Equation, Var, size
-from kfgn.model.parameter_path import Source
+from kfgn.model.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from kfgn.base.linalg import matmul, precision
 from kfgn.base.types import Array
 from kfgn.model.equations import Equation, is_complex
-from kfgn.model.parameter_path import Source
 from kfgn.model.parameter_use import ChannelRule, Form
 from kfgn.model.primitives import row_of
+from kfgn.model.sources import Source
 
 Reader = Callable[[Equation, int, Source], Form | None]
 

@@ -11,9 +11,9 @@ import numpy as np
 from kfgn.model.dependence import moved, moves_entries
 from kfgn.model.equations import Equation, Role, is_complex, is_variable, variables
 from kfgn.model.flat_model import FlatModel
-from kfgn.model.parameter_path import Sources
 from kfgn.model.parameter_use import Choice, Form, Use
 from kfgn.model.readers import looked_up_axis
+from kfgn.model.sources import Sources
 
 
 def read_routed(model: FlatModel, gather: Equation, sources: Sources) -> Use | None:

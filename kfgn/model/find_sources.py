@@ -1,127 +1,26 @@
-"""Where the values that layers use come from: parameters, followed entry by entry.
+"""Finds the values that are made of parameters entry by entry, before they meet data.
 
-On its way to the data a parameter may be reshaped, cast, sliced, repeated,
-joined with others or with constants, scaled, masked, or changed by a function
-of every entry. Each entry of the result depends on one entry of a parameter, or
-on none: an array of labels says which, and its slope is the derivative.
+On its way to the data a parameter may be reshaped, cast, sliced, repeated, joined with
+others or with constants, scaled, masked, or changed by a function of every entry.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.types import Array, Shape
 from kfgn.model.custom_vjp import holds_rule
 from kfgn.model.dependence import acts_by_entry, moved, moves_entries, scaling
 from kfgn.model.equations import Equation, Role, Var, bind, is_complex, is_variable, variables
 from kfgn.model.flat_model import FlatModel
-from kfgn.model.loops import all_equations
-from kfgn.model.moves import Each, Move, Step, followed, labels_after
 from kfgn.model.primitives import REGISTERED, row_of
+from kfgn.model.sources import Move, Source, Sources
 
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Source:
-    """A value whose entries are made of entries of parameters; a constant may be added.
-
-    A label counts the entries of all its parameters one after the other. Where
-    slopes are not `weighted` they are all `factor`.
-    """
-
-    value: Var
-    parameters: dict[str, Any]  # by name, the variable
-    steps: tuple[Step, ...] = ()  # of one parameter that is only moved
-    joined: np.ndarray | None = None  # else the labels, -1 for a constant
-    factor: float = 1.0
-    weighted: bool = False  # whether slopes differ, or depend on values
-    # The loops that take slices of it, and the steps before: what follows is the first slice's.
-    loops: tuple[tuple[Equation, int], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return next(iter(self.parameters))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.parameters)
-
-    @functools.cached_property
-    def derived(self) -> bool:
-        """Whether the value is more than entries of parameters, moved and scaled by a number."""
-        return self.weighted or (self.joined is not None and bool(np.any(self.joined < 0)))
-
-    @property
-    def shape(self) -> Shape:
-        """That of the parameter, or of all of them in one vector."""
-        shapes = [v.aval.shape for v in self.parameters.values()]
-        return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
-
-    def labels(self) -> np.ndarray:
-        """For every entry of the value, the label of the parameters' entry there."""
-        if self.joined is not None:
-            return self.joined
-        labels = np.arange(math.prod(self.shape), dtype=np.int32).reshape(self.shape)
-        return labels_after(self.steps, labels)
-
-    @functools.cached_property
-    def repeats(self) -> bool:
-        """Whether an entry stands in several places."""
-        if self.joined is None:
-            return any(step.repeats for step in self.steps)
-        found = self.joined[self.joined >= 0]
-        return np.unique(found).size < found.size
-
-    def follow(self, leaves: dict[str, Array]) -> Array:
-        """The parameters' entries in the layout of the value, uncast and unscaled."""
-        if self.joined is not None:
-            flat, at = self.flat(leaves), self.joined
-            found = flat[np.maximum(at, 0)]
-            return found if np.all(at >= 0) else jnp.where(at >= 0, found, 0)
-        return followed(self.steps, leaves[self.name])
-
-    def flat(self, leaves: dict[str, Array]) -> Array:
-        """The parameters in the order of the labels."""
-        parts = [leaves[name].reshape(-1) for name in self.parameters]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    @property
-    def is_stack(self) -> bool:
-        """Whether it is the slices of the parameter itself, in their order."""
-        each = [step for step in self.steps if isinstance(step, Each)]
-        return len(self.steps) == len(each) == 1 and all(
-            isinstance(step, Move) for step in each[0].steps
-        )
-
-    def sliced(self, loop: Equation, rows: Var, row: Var) -> Self:
-        """The first of the slices that a loop takes of the value."""
-        closed = jax.make_jaxpr(lambda x: jax.lax.index_in_dim(x, 0, keepdims=False))(
-            jax.ShapeDtypeStruct(rows.aval.shape, rows.aval.dtype)
-        )
-        steps = (*self.steps, *(Move(equation, 0) for equation in closed.jaxpr.eqns))
-        loops = (*self.loops, (loop, len(self.steps)))
-        return dataclasses.replace(self, value=row, steps=steps, loops=loops)
-
-    def of_rows(self, loop: Equation) -> tuple[Self, bool]:
-        """The source of all slices, `[T, ...]`, and True; of one where there is but one."""
-        if not self.loops or self.loops[-1][0] is not loop:
-            return self, False
-        start = self.loops[-1][1]
-        outside = dataclasses.replace(self, loops=self.loops[:-1])
-        each = Each(self.steps[start + 2 :])
-        rows = dataclasses.replace(outside, steps=(*self.steps[:start], each))
-        if self.repeats and len(labels := rows.labels()) and np.all(labels == labels[0]):
-            return outside, False  # the same slice again and again
-        return rows, True
-
-
-Sources = dict[Var, Source]
 # The value of an operand as far as it is known when the model is read, else None.
 Known = Callable[[Any], np.ndarray | None]
 
@@ -280,7 +179,7 @@ def _relabeled(source: Source, starts: dict[str, int]) -> np.ndarray:
 
 def _known_values(model: FlatModel) -> Known:
     """Constants by what is known of their values when the model is read."""
-    makers = {v: e for e, _ in all_equations(model.jaxpr, model.loops) for v in e.outvars}
+    makers = {v: e for e, _ in model.every_equation for v in e.outvars}
     constants, outside = dict(model.constants), dict[Var, Any]()
     for loop in model.loops.values():
         constants |= loop.constants
