@@ -15,6 +15,7 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.model.auxiliary import batch_axes, per_example_axes
 from kfgn.model.clusters import is_active
+from kfgn.model.dependence import moves_entries
 from kfgn.model.differentiability import check_derivatives
 from kfgn.model.equations import (
     Equation,
@@ -281,6 +282,9 @@ def _may_split(graph: Graph) -> bool:
     """Whether a bias is added on the other side of a region's border than its product is."""
     regions = [loop for loop in graph.model.loops.values() if loop.once]
     border = {v for loop in regions for v in (*loop.body.invars, *loop.equation.outvars)}
+    for equation, _ in graph.model.every_equation if border else ():
+        if moves_entries(equation) and equation.invars[0] in border:
+            border.update(equation.outvars)
     return any(u.form.additive and innermost(u.input) in border for u in graph.uses.values())
 
 

@@ -62,10 +62,10 @@ def unite(
     unroll: bool = False,
 ) -> United:
     """Reads the models and batches of all terms of an objective; `unroll` as in `build_graph`."""
-    batches, wholes, weights = {"": batch}, {"": objective}, {"": 1.0}
     if isinstance(objective, SumOfObjectives):
-        batches, wholes = objective.batches(batch), objective.terms
-        weights = objective.weights
+        batches, wholes, weights = objective.batches(batch), objective.terms, objective.weights
+    else:
+        batches, wholes, weights = {"": batch}, {"": objective}, {"": 1.0}
     read, carried = {}, {}
     for name, own in batches.items():
         with named_term(name):

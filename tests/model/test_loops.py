@@ -235,7 +235,8 @@ def test_a_bias_beyond_the_border_of_a_region(inside):
     def model(p, x):
         if inside:
             return jax.checkpoint(lambda h: jnp.tanh(h + p["b"]))(x[:, 0] @ p["w"]) @ p["o"]
-        return jnp.tanh(jax.checkpoint(lambda h: jnp.sin(h) @ p["w"])(x[:, 0]) + p["b"]) @ p["o"]
+        h = jax.checkpoint(lambda h: jnp.sin(h) @ p["w"])(x[:, 0])
+        return jnp.tanh(h[:, None] + p["b"])[:, 0] @ p["o"]
 
     graph = build_graph(objective_of(model), W | {"b": normal(D)}, BATCH[0])
     assert [layer.parameters for layer in graph.layers.values()] == [("w", "b"), ("o",)]
