@@ -254,6 +254,7 @@ def build_graph(
             f"objective must be a kfgn.Objective, found a {type(objective).__name__}; make one "
             "with kfgn.Objective(model, loss); of a sum of objectives ask its terms one by one."
         )
+    kept: dict[Any, Graph]
     kept, signature = remembered(objective, params, inputs, (exact, apart, barred, unroll))
     if signature in kept and is_traced(params, inputs):
         return kept[signature]

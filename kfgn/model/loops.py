@@ -137,7 +137,8 @@ def _run(
         return outs, [whole(env[v], v) for v in wanted]
 
     if loop.once:
-        return rematerialized(turn, options)(operands, list(probes.values()))
+        outs, found = rematerialized(turn, options)(operands, list(probes.values()))
+        return outs, found
 
     def step(carry: list[Any], rows: tuple[list[Any], list[Any]]) -> tuple[Any, Any]:
         outs, found = turn([*operands[:consts], *carry, *rows[0]], rows[1])
