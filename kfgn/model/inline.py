@@ -68,7 +68,7 @@ def _evaluate(
     equation: Equation, operands: list[Value], bind: Callable, unroll: bool
 ) -> list[Value]:
     row, name = row_of(equation), equation.primitive.name
-    if name in REMAT and not unroll and _differentiated(operands) and not equation.effects:
+    if name in REMAT and not unroll and _differentiated(operands) and _is_region(equation):
         return _flat_region(equation, operands)
     if row.inlined and row.body in equation.params:
         return inline(equation.params[row.body], operands, bind, unroll)
@@ -199,6 +199,11 @@ def _flat_loop(equation: Equation, operands: list[Value]) -> list[Value]:
         unroll=options["unroll"],
     )
     return list(map(Value, [*states, *rows], [*later, *roles[len(carry) :]]))
+
+
+def _is_region(equation: Equation) -> bool:
+    """Not what repeats a forward pass, as in derivatives by the inputs: it is computed once."""
+    return not equation.effects and not equation.params["differentiated"]
 
 
 def _flat_region(equation: Equation, operands: list[Value]) -> list[Value]:

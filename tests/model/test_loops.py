@@ -242,6 +242,20 @@ def test_a_bias_beyond_the_border_of_a_region(inside):
     assert [layer.parameters for layer in graph.layers.values()] == [("w", "b"), ("o",)]
 
 
+def test_what_a_derivative_by_inputs_rematerializes_is_one_use():
+    """The forward pass that its region repeats meets the kernel once."""
+
+    def uses(wrap: Callable) -> list[int]:
+        def model(p, x):
+            layer = wrap(lambda h: jnp.tanh(h @ p["w"]))
+            return jax.vmap(jax.grad(lambda v: jnp.sin(layer(v) @ p["w"])[0]))(x[:, 0]) @ p["o"]
+
+        graph = build_graph(objective_of(model), W, BATCH[0])
+        return [len(layer.uses) for layer in graph.layers.values()]
+
+    assert uses(jax.checkpoint) == uses(lambda layer: layer) == [4, 1]
+
+
 def test_what_is_rematerialized_is_not_kept():
     """But for what layers read, and the gradients at their results."""
 
