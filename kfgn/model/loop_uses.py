@@ -90,8 +90,9 @@ def of_all_iterations(use: Use, loop: Loop, late: int = 0) -> Use | None:
 
 
 def _inside(loop: Loop, v: Any, lead: tuple[int, ...]) -> Any:
-    aval = v if v is None else jax.ShapeDtypeStruct((*lead, *v.aval.shape), v.aval.dtype)
-    return v if v is None else Inside(loop, v, aval)
+    if v is None:
+        return None
+    return Inside(loop, v, jax.ShapeDtypeStruct((*lead, *v.aval.shape), v.aval.dtype))
 
 
 def _are_slots(kernel: Source, turns: np.ndarray) -> bool:
