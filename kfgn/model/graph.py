@@ -56,6 +56,7 @@ def _replaced(computed: Array, value: Array) -> Array:
 def _replaced_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Any, Any]:
     return primals[1], tangents[0]
 
+
 _TOO_LONG = (
     "; the loop is too long to unroll, and kernels inside of it are parameters, functions of their "
     "entries that are made before the loop, or the slices that jax.lax.scan takes of a parameter"
