@@ -34,10 +34,8 @@ class SkippedStreak(_Streak):
 
     def __new__(cls, skipped_in_a_row: Any, alarm: Any) -> Self:
         """The tuple; looks at earlier alarms, but not at what a comparison of states gives."""
-        if all(
-            jnp.issubdtype(jnp.result_type(n), jnp.integer)
-            for n in jax.tree.leaves(skipped_in_a_row)
-        ):
+        counts = jax.tree.leaves(skipped_in_a_row)
+        if all(isinstance(n, jax.Array) and jnp.issubdtype(n.dtype, jnp.integer) for n in counts):
             _listen(alarm)
         return super().__new__(cls, skipped_in_a_row, alarm)
 
