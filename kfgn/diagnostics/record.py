@@ -83,7 +83,7 @@ def _numbers(at: str, tree: Any) -> Iterator[tuple[bool, str, str, Any]]:
                 yield own, at, name, child
         elif name == "hyperparams":
             yield from ((own, at, n, value) for n, value in child.items() if _is_number(value))
-        elif not own and child is not tree:
+        elif (not own or name == "inner") and child is not tree:
             yield from _numbers(f"{at}{name}/", child)
 
 

@@ -257,14 +257,17 @@ class _Masked(Elementwise):
         self.loss.check_shapes(outputs, targets[0])
 
     def check_targets(self, outputs: Array, targets: Any) -> None:
-        self.loss.check_targets(outputs, _shown(outputs, targets)[1])
+        self.loss.check_targets(outputs, _kept(*targets))  # outputs may be shapes
 
 
 def _shown(outputs: Array, target: Any) -> tuple[Array, Array, Array]:
     """Outputs and targets, zeros where they are masked, and the mask."""
-    y, mask = target
-    mask = jnp.asarray(mask, bool)
-    return jnp.where(mask, outputs, 0), jnp.where(mask, y, jnp.zeros_like(y)), mask
+    mask = jnp.asarray(target[1], bool)
+    return _kept(outputs, mask), _kept(*target), mask
+
+
+def _kept(x: Array, mask: Array) -> Array:
+    return jnp.where(jnp.asarray(mask, bool), x, jnp.zeros_like(x))
 
 
 def masked(loss: Loss) -> Loss:

@@ -104,6 +104,15 @@ def test_two_optimizers_in_one_state_keep_their_names_apart():
     assert len(names) == 2 and all(part in name for part, name in zip(label, names, strict=True))
 
 
+def test_several_micro_batches_have_the_record_of_their_update():
+    params, batch = make_params(), make_batch()
+    blocks = kfgn.layers.find_blocks(OBJECTIVE, params, batch)
+    alone = kfgn.kfra(OBJECTIVE, params, batch)
+    *_, state = moved(kfgn.transforms.multi_steps(alone, blocks, 2), batch, updates=4)
+    numbers = record(state)
+    assert numbers["count"] == 2 and numbers["loss"] > 0 < numbers["examples"]
+
+
 def test_a_state_of_others_is_refused():
     with pytest.raises(kfgn.errors.OptionError, match="no state of one of kfgn's"):
         record(optax.sgd(0.1, momentum=0.9).init(jnp.ones(2)))

@@ -224,3 +224,5 @@ def test_what_is_masked_counts_for_nothing():
     loss = losses.masked(losses.poisson_negative_log_likelihood)
     targets = jnp.full((4, 3), -1.0).at[1].set(jnp.nan), jnp.zeros((4, 3))
     assert float(of(loss, targets)) == 0
+    objective = kfgn.Objective(lambda p, x: x + p, loss)
+    assert kfgn.layers.find_blocks(objective, jnp.zeros(3), (OUTPUTS, targets)).layers
