@@ -104,8 +104,8 @@ def test_two_optimizers_in_one_state_keep_their_names_apart():
     assert len(names) == 2 and all(part in name for part, name in zip(label, names, strict=True))
 
 
-def test_several_micro_batches_have_the_record_of_their_update():
-    params, batch = make_params(), make_batch()
+def test_several_micro_batches_have_the_record_of_their_update(x64):
+    params, batch = make_params(jnp.float64), make_batch(jnp.float64)
     blocks = kfgn.layers.find_blocks(OBJECTIVE, params, batch)
     alone = kfgn.kfra(OBJECTIVE, params, batch)
     *_, state = moved(kfgn.transforms.multi_steps(alone, blocks, 2), batch, updates=4)
