@@ -17,6 +17,7 @@ SHORTER = {
     "quickstart": {r"adam_step, 400": "adam_step, 40", r"kfra_step, 200": "kfra_step, 20"},
     "blocks": {r"UPDATES = \d+": "UPDATES = 10"},
     "damping": {r"UPDATES = \d+": "UPDATES = 12", r'    "from 2, the .*\n': ""},
+    "posterior": {r"UPDATES = \d+": "UPDATES = 30", r'"full", "blocks", ': ""},
     "saddles": {r"UPDATES = \d+": "UPDATES = 10"},
     "transformer": {
         r"UPDATES = .*": 'UPDATES = {"KFLR": 5, "Adam": 5}',
@@ -78,6 +79,11 @@ def test_damping_adapts(monkeypatch):
     ends = {name: records[-1] for name, records in runs.items()}
     assert ends["from 150"]["step_damping"] < 150 == ends["fixed at 150"]["step_damping"]
     assert ends["from 0.01"]["loss"] < ends["from 150"]["loss"]
+
+
+def test_posterior_is_wide_in_the_gap(monkeypatch):
+    widths = run("posterior", monkeypatch)["widths"]["kronecker"]
+    assert widths[60] > 2 * min(widths)
 
 
 def test_saddles_are_left(monkeypatch):
