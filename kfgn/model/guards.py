@@ -2,7 +2,8 @@
 
 To keep what a branch does with other examples out of derivatives, jax gives branch i each
 operand w as `select_n(index == i, stop_gradient(w), w)`. Where the branch's results go through
-case i of `select_n(index, ...)` alone, w itself has the same derivatives, and is a kernel.
+case i of `select_n(index, ...)` alone, w itself has the same derivatives, and is a kernel, as
+long as those of branches that are not taken are finite.
 """
 
 from collections.abc import Mapping
