@@ -17,7 +17,7 @@ SHORTER = {
     "quickstart": {r"adam_step, 400": "adam_step, 40", r"kfra_step, 200": "kfra_step, 20"},
     "blocks": {r"UPDATES = \d+": "UPDATES = 10"},
     "damping": {r"UPDATES = \d+": "UPDATES = 12", r'    "from 2, the .*\n': ""},
-    "posterior": {r"UPDATES = \d+": "UPDATES = 30", r'"full", "blocks", ': ""},
+    "posterior": {r"UPDATES = \d+": "UPDATES = 30"},
     "saddles": {r"UPDATES = \d+": "UPDATES = 10"},
     "transformer": {
         r"UPDATES = .*": 'UPDATES = {"KFLR": 5, "Adam": 5}',
