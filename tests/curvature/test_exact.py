@@ -318,7 +318,7 @@ def test_directions_may_be_partial():
     """A name that is absent from a direction stands for zeros."""
     case, objective, batch = setting("tanh")
     comparison = compare("tanh")
-    _, curvature = kfgn.value_grad_and_curvature(objective)(case.params, batch)
+    _, curvature = jax.jit(kfgn.value_grad_and_curvature(objective))(case.params, batch)
     place = comparison.index["second"].block
     direction = np.zeros_like(comparison.direction)
     direction[place[:-1]] = comparison.direction[place[:-1]]

@@ -156,8 +156,10 @@ def test_factors_are_merged(method):
     # A term beside itself with weights 1 and 2 is three times itself.
     alike = kfgn.sum_of([objective.terms["boundary"]] * 2, weights=[1.0, 2.0])
     edge = batch["boundary"]
-    twice = kfgn.value_grad_and_curvature(alike, method)(params, (edge, edge))[1].factors
-    once = kfgn.value_grad_and_curvature(objective.terms["boundary"], method)(params, edge)[1]
+    twice = jax.jit(kfgn.value_grad_and_curvature(alike, method))(params, (edge, edge))[1].factors
+    once = jax.jit(kfgn.value_grad_and_curvature(objective.terms["boundary"], method))(
+        params, edge
+    )[1]
     assert set(twice) == {"a", "b", "c"} == set(once.factors)
     for name, (q, g) in once.factors.items():
         close(jnp.kron(*twice[name]), 3 * jnp.kron(q, g))
@@ -167,7 +169,7 @@ def test_factors_are_merged(method):
     inside = kfgn.value_grad_and_curvature(
         objective.terms["interior"], method, unassigned="gradient"
     )
-    own = inside(params, batch["interior"])[1].factors
+    own = jax.jit(inside)(params, batch["interior"])[1].factors
     for name, key in (("a", "a"), ("b", "b"), ("c/w", "c")):
         (q, g), (p, h) = own.get(name, own.get(key)), once.factors[key]
         p = p[: len(q), : len(q)]
@@ -183,7 +185,7 @@ def test_two_terms_are_inverted_together():
     """Against the dense sum of both products; nearer to it than one product that stands for it."""
     params, batch, objective = start(), poisson(), summed(l2=0.0)
     blocks = kfgn.layers.find_blocks(objective, params, batch)
-    (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     mean = kfgn.average_curvature([curvature, curvature])
     damping = 1e-2
 
@@ -271,7 +273,7 @@ def test_solvers_take_sums():
     tx = kfgn.transforms.scale_by_conjugate_gradient(
         objective, damping=0.1, tolerance=1e-10, preconditioner="gauss_newton_diagonal"
     )
-    (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     step, _ = tx.update(grads, tx.init(params), params, curvature=curvature, batch=batch)
     curved = kfgn.gauss_newton(objective).dense(params, batch) + 0.12 * jnp.eye(flat.size)
     close(ravel_pytree(step)[0], jnp.linalg.solve(curved, ravel_pytree(grads)[0]), 1e-6, 1e-6)
@@ -323,7 +325,7 @@ def test_weights_micro_batches_and_aux():
     with_aux = kfgn.Objective(lambda p, z: (net(p, z), jnp.sum(z, axis=1)), LOSS, has_aux=True)
     both = kfgn.sum_of({"plain": terms[0], "told": with_aux})
     given = {"plain": (x, y), "told": (edge, values)}
-    (value, aux), _ = kfgn.value_grad_and_curvature(both)(params, given)[0]
+    (value, aux), _ = jax.jit(kfgn.value_grad_and_curvature(both))(params, given)[0]
     close((value, aux["told"]), (both(params, given), jnp.sum(edge, axis=1)))
 
 
@@ -399,12 +401,12 @@ def test_what_is_no_layer_in_one_term_is_in_none():
     odd = kfgn.Objective(lambda p, x: x[:, :1] * jnp.sum(jnp.tanh(p["a"]["w"])), LOSS)
     mixed = kfgn.sum_of({"net": kfgn.Objective(net, LOSS), "odd": odd}, weights={"odd": 2.0})
     batch = {"net": edge, "odd": edge}
-    found = kfgn.value_grad_and_curvature(mixed, "kflr")(params, batch)[1].factors
+    found = jax.jit(kfgn.value_grad_and_curvature(mixed, "kflr"))(params, batch)[1].factors
     assert set(found) == {"a/w", "a/b", "b", "c"}
     exact = kfgn.gauss_newton(mixed).blocks(params, batch)
     close(jnp.kron(*found["a/w"]), exact["a/w"])
     optimizer = kfgn.kflr(mixed, params, batch)
-    (_, grads), curvature = kfgn.value_grad_and_curvature(mixed, "kflr")(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(mixed, "kflr"))(params, batch)
     updates, _ = optimizer.update(grads, optimizer.init(params), params, curvature=curvature)
     moved = optax.apply_updates(params, updates)
     assert mixed(moved, batch) < mixed(params, batch)

@@ -33,7 +33,7 @@ def problem():
 
 def test_of_factors_and_blocks():
     objective, params, batch = problem()
-    _, curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+    _, curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     dense = [jnp.linalg.eigvalsh(jnp.kron(*f)) for f in curvature.factors.values()]
     found = spectrum(curvature, damping=0.1)
     expected = jnp.sort(jnp.concatenate(dense)) + 0.1

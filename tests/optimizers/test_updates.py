@@ -268,7 +268,7 @@ def test_direction_equals_the_dense_solve(inverse, x64):
     params, batch = make_params(jnp.float64), make_batch(jnp.float64)
     layers = kfgn.layers.find_blocks(OBJECTIVE, params, batch)
     tx = kfgn.transforms.scale_by_kronecker(layers, 0.03, inverse=inverse)
-    (_, grads), curvature = kfgn.value_grad_and_curvature(OBJECTIVE, "kflr")(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, "kflr"))(params, batch)
     direction, _ = tx.update(grads, tx.init(params), params, curvature=curvature)
     for name in LAYERS:
         q, g = (np.asarray(f) for f in curvature.factors[name])
@@ -279,7 +279,7 @@ def test_direction_equals_the_dense_solve(inverse, x64):
 @pytest.mark.parametrize("momentum", [False, True])
 def test_step_size_minimizes_the_dense_model_along_any_direction(momentum, x64):
     params, batch = make_params(jnp.float64), make_batch(jnp.float64)
-    (_, grads), curvature = kfgn.value_grad_and_curvature(OBJECTIVE)(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE))(params, batch)
     tx = kfgn.transforms.scale_by_quadratic_model(0.07, momentum=momentum)
     model = dense_gauss_newton(params, batch) + 0.07 * np.eye(len(as_vector(params)))
     state, basis = tx.init(params), []
@@ -311,7 +311,7 @@ def test_one_step_solves_linear_least_squares(alias, inverse, tolerance, x64):
         step_damping=kfgn.transforms.Fixed(0.0),
         inverse=inverse,
     )
-    (_, grads), curvature = kfgn.value_grad_and_curvature(objective, alias)(params, batch)
+    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, alias))(params, batch)
     updates, state = tx.update(grads, tx.init(params), params, curvature=curvature)
     padded = np.concatenate([inputs, np.ones((40, 1))], axis=1)
     newton = np.linalg.lstsq(padded, targets, rcond=None)[0] - as_matrix(params)

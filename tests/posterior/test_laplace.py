@@ -129,7 +129,7 @@ def test_exact_structures(structure):
 def test_kronecker_is_the_factors_with_the_prior_added_exactly():
     objective, params, batch = network()
     posterior = kfgn.posterior.laplace(objective, params, batch, prior_precision=TAU)
-    _, curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+    _, curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
     q, g = curvature.factors["a"]
     dense = N * jnp.kron(q, g) + TAU * jnp.eye(16)
     v = jax.tree.map(jnp.cos, params)
