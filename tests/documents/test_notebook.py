@@ -16,14 +16,18 @@ from tests.documents.pages import ROOT
 SHORTER = {
     "quickstart": {r"adam_step, 400": "adam_step, 40", r"kfra_step, 200": "kfra_step, 20"},
     "blocks": {r"UPDATES = \d+": "UPDATES = 10"},
-    "damping": {r"UPDATES = \d+": "UPDATES = 12", r'    "from 2, the .*\n': ""},
-    "posterior": {r"UPDATES = \d+": "UPDATES = 30"},
+    "damping": {r"UPDATES = \d+": "UPDATES = 12", r'    "from (2, the|0.01).*\n': ""},
+    "posterior": {
+        r"UPDATES = \d+": "UPDATES = 30",
+        r"subplots\(1, 4": "subplots(1, 2",
+        r'"full", "blocks", ': "",
+    },
     "saddles": {r"UPDATES = \d+": "UPDATES = 10"},
     "transformer": {
         r"UPDATES = .*": 'UPDATES = {"KFLR": 5, "Adam": 5}',
-        r"0.003, 0.01, 0.03": "0.01,",
+        r"0.003, 0.01, 0.03": "",
     },
-    "physics": {r"SECONDS = [\d.]+": "SECONDS = 0.05", r'    "L-BFGS": .*\n': ""},
+    "physics": {r"SECONDS = [\d.]+": "SECONDS = 0.05", r'    "(L-BFGS|Adam)": .*\n': ""},
 }
 
 
@@ -76,9 +80,8 @@ def test_blocks_are_near_at_the_start(monkeypatch):
 
 def test_damping_adapts(monkeypatch):
     runs = run("damping", monkeypatch)["runs"]
-    ends = {name: records[-1] for name, records in runs.items()}
-    assert ends["from 150"]["step_damping"] < 150 == ends["fixed at 150"]["step_damping"]
-    assert ends["from 0.01"]["loss"] < ends["from 150"]["loss"]
+    ends = {name: records[-1]["step_damping"] for name, records in runs.items()}
+    assert ends["from 150"] < 150 == ends["fixed at 150"]
 
 
 def test_posterior_is_wide_in_the_gap(monkeypatch):
