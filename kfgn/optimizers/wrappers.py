@@ -50,19 +50,31 @@ def by_curvature(
         gradient = named_leaves(updates)
         curvature = require_curvature(curvature, blocks, gradient)
         require_settings(curvature, **settings)
-        if isinstance(getattr(state, "factors", None), dict):
+        if isinstance(_factors(state), dict):
             blocks.check_seen(gradient, state.factors)
-        expected: Any = jax.tree.structure(jax.eval_shape(init, gradient))
-        if jax.tree.structure(state) != expected:
+        expected = jax.eval_shape(init, gradient)
+        if jax.tree.structure(state) != jax.tree.structure(expected):
             raise OptionError(
                 f"the {kind.__name__} was made with other options, such as momentum or inverse, or "
                 "for other parameters: to change them in mid-run begin with a new state, "
                 "optimizer.init(params)"
             )
+        shapes = ([x.shape for x in jax.tree.leaves(_factors(s))] for s in (state, expected))
+        for found, wanted in zip(*shapes, strict=True):
+            if found != wanted:
+                raise OptionError(
+                    f"the state has a stack of factors of shape {found}, expected {wanted}: with "
+                    "factor_sharding make or restore it for this number of devices, and give "
+                    "jax.shard_map its own shardings as specs"
+                )
         step, moved = advance(state, gradient, curvature, params=params, **others)
         return with_leaves(updates, step), count_streak(state, moved, warn_after_skipped)
 
     return optax.GradientTransformationExtraArgs(lambda params: init(named_leaves(params)), update)
+
+
+def _factors(state: Any) -> Any:
+    return getattr(state, "factors", None)
 
 
 def whole_params(name: str, params: PyTree, batch: Batch, all_params: PyTree) -> PyTree:

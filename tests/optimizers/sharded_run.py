@@ -21,7 +21,7 @@ import kfgn
 jax.config.update("jax_enable_x64", True)
 # Two programs at once on more devices than cores may each wait for the other's threads.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
-PROCESSES = 2 if sys.argv[1] == "process" else 1
+PROCESSES = 2 if sys.argv[1] == "two" else 1
 LAYERS, WIDTH, OUTPUTS, DEVICES, EXAMPLES = 8 // PROCESSES**2, 20, 3, 8, 48
 if PROCESSES > 1:  # before anything is computed
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -68,10 +68,10 @@ def made(name, sharding):
     if name == "kronecker":
         blocks = kfgn.layers.find_blocks(OBJECTIVE, params, batch)
         tx = kfgn.transforms.scale_by_kronecker(
-            blocks, 0.1, refresh_inverse_every=2, factor_sharding=sharding
+            blocks, 0.1, refresh_inverse_every=2, inverse="eigen", factor_sharding=sharding
         )
         return optax.chain(tx, optax.scale(-0.1))
-    options = {"recipe": {}, "eigen": {"inverse": "eigen", "factor_damping": 1.0}}[name]
+    options = {"recipe": {}, "search": {"factor_damping": 1.0}}[name]
     shapes = {"refresh_inverse_every": 2, "factor_sharding": sharding}
     return kfgn.kflr(OBJECTIVE, params, batch, **shapes, **options)
 
@@ -113,14 +113,14 @@ def sent(program):
 
 
 def check_sent(program):
-    """Sums of gradient and factors, directions for two steps of the loop; never an example."""
+    """Sums of gradient and factors, directions, also of the search; never an example."""
     found = sent(program)
     assert set(found) <= {"all-reduce", "all-gather"}, found
     stack = LAYERS * (WIDTH + 1) * WIDTH
     assert found["all-gather"] and set(found["all-gather"]) == {stack}, found
     reduced = sum(found["all-reduce"])
     one = (WIDTH + 1) * OUTPUTS  # a direction that is summed
-    assert count + OF_FACTORS <= reduced <= count + OF_FACTORS + 2 * one + 200, found
+    assert count + OF_FACTORS <= reduced <= count + OF_FACTORS + 3 * one + 200, found
 
 
 def check_predicted(mesh, params, batch, state):
@@ -139,11 +139,11 @@ def check_predicted(mesh, params, batch, state):
     assert 0.5 < costs.flops["empirical"] / counted < 2
 
 
-def jit(name, folder):
-    """Under jit; and four devices go on where eight stopped."""
+def one_process(folder):
+    """Under jit; from a checkpoint on four devices; inside shard_map, types checked or not."""
+    alone = run_alone("search")
     spread, same = placed(mesh := mesh_of())
-    alone = run(jax.jit(step_of(one := made(name, None))), params, one.init(params), batch)
-    tx = made(name, NamedSharding(mesh, P("data")))
+    tx = made("search", NamedSharding(mesh, P("data")))
     step = jax.jit(step_of(tx))
     saved = run(step, same, tx.init(same), spread, 2)
     many, state = run(step, *saved, spread, 2)
@@ -152,16 +152,26 @@ def jit(name, folder):
     check_shares(state)
     check_sent(step.lower(same, state, spread).compile())
     check_predicted(mesh, same, spread, state)
+    check_resumed(folder, saved, many)
+    close(inside("search", True), alone[0])
+    close(inside("kronecker", False), run_alone("kronecker")[0])
 
+
+def run_alone(name):
+    tx = made(name, None)
+    return run(jax.jit(step_of(tx)), params, tx.init(params), batch)
+
+
+def check_resumed(folder, saved, expected):
     spread, same = placed(mesh := mesh_of(4))
-    tx = made(name, NamedSharding(mesh, P("data")))
+    tx = made("search", NamedSharding(mesh, P("data")))
     like = jax.tree.map(on(mesh), (same, tx.init(same)))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path(folder) / "eight", saved)
         checkpointer.wait_until_finished()
         # Not strict: stacks are padded with zeros up to a multiple of the devices.
         restored = checkpointer.restore(Path(folder) / "eight", like, strict=False)
-    close(run(jax.jit(step_of(tx)), *restored, spread, 2)[0], many)
+    close(run(jax.jit(step_of(tx)), *restored, spread, 2)[0], expected)
 
 
 def placed(mesh):
@@ -169,10 +179,9 @@ def placed(mesh):
     return spread, jax.device_put(params, NamedSharding(mesh, P()))
 
 
-def shard_map(name, check_vma):
-    """Inside shard_map, with the state's own shardings as its specs."""
+def inside(name, check_vma):
+    """The run inside shard_map, with the state's own shardings as its specs."""
     spread, same = placed(mesh := mesh_of())
-    alone = run(jax.jit(step_of(one := made(name, None))), params, one.init(params), batch)
     tx = made(name, NamedSharding(mesh, P("data")))
     specs = jax.tree.map(lambda x: getattr(x.sharding, "spec", P()), tx.init(same))
     step = jax.shard_map(
@@ -180,11 +189,11 @@ def shard_map(name, check_vma):
         mesh=mesh,
         in_specs=(P(), specs, P("data")),
         out_specs=(P(), specs),
-        check_vma=check_vma == "checked",
+        check_vma=check_vma,
     )
     many, state = run(jax.jit(step), same, tx.init(same), spread)
-    close(many, alone[0])
     check_shares(state)
+    return many
 
 
 def on(mesh):
@@ -197,7 +206,7 @@ def on(mesh):
     return shape
 
 
-def process(_, number):
+def two_processes(_, number):
     """One of two processes, each with half of the devices and of the batch."""
     mesh = mesh_of()
     half = np.arange(EXAMPLES).reshape(PROCESSES, -1)[int(number)]
@@ -208,12 +217,10 @@ def process(_, number):
     tx = made("recipe", rows)
     many, state = run(jax.jit(step_of(tx)), same, jax.jit(tx.init)(same), spread)
     check_shares(state)
-    alone = made("recipe", None)
-    one = run(jax.jit(step_of(alone)), params, alone.init(params), batch)[0]
+    one = run_alone("recipe")[0]
     close(jax.tree.map(lambda x: x.addressable_data(0), many), one)
 
 
 if __name__ == "__main__":
-    runs = {"jit": jit, "shard_map": shard_map, "process": process}
-    runs[sys.argv[1]](*sys.argv[2:])
+    {"one": one_process, "two": two_processes}[sys.argv[1]](*sys.argv[2:])
     print("done")

@@ -8,20 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
+
+import kfgn
+from tests.tables.small import OBJECTIVE, make_batch, make_params, make_step
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_under_jit_and_resumed_on_four(tmp_path):
-    """The recipe: steps, shares, what is sent, what `kfgn.inspect` says, a checkpoint."""
-    ends([start("jit", "recipe", str(tmp_path))])
-
-
-@pytest.mark.parametrize("name, check", [("eigen", "checked"), ("kronecker", "unchecked")])
-def test_inside_shard_map(name, check):
-    """The search for γ by eigendecompositions; the preconditioner alone."""
-    ends([start("shard_map", name, check)])
+def test_one_process(tmp_path):
+    """Steps, shares, what is sent, what `kfgn.inspect` says; on four devices; in shard_map."""
+    ends([start("one", str(tmp_path))])
 
 
 def test_two_processes():
@@ -29,7 +29,23 @@ def test_two_processes():
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    ends([start("process", address, str(k), devices=4) for k in range(2)])
+    ends([start("two", address, str(k), devices=4) for k in range(2)])
+
+
+def test_the_state_of_other_devices_is_refused():
+    """As one that `jax.shard_map` was told to replicate has it, too."""
+    params, batch = make_params(), make_batch()
+    mesh = jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    optimizer = kfgn.kfra(OBJECTIVE, params, batch, factor_sharding=sharding)
+    state, step = optimizer.init(params), make_step(optimizer)
+    jax.eval_shape(step, params, state, batch)
+    both = jax.tree.map(
+        lambda x: jnp.concatenate([x, x]), optax.tree_utils.tree_get(state, "factors")
+    )
+    wrong = optax.tree_utils.tree_set(state, factors=both)
+    with pytest.raises(kfgn.errors.OptionError, match=r"shape \(2, 5, 5\), expected \(1, 5, 5\)"):
+        jax.eval_shape(step, params, wrong, batch)
 
 
 def start(*arguments: str, devices: int = 8) -> subprocess.Popen[str]:
@@ -44,7 +60,7 @@ def ends(processes: list[subprocess.Popen[str]]) -> None:
     """Waits for all to end well."""
     try:
         for process in processes:
-            said, error = process.communicate(timeout=120)
+            said, error = process.communicate(timeout=300)
             assert process.returncode == 0, error[-2000:]
             assert said.strip().endswith("done")
     finally:
