@@ -52,7 +52,12 @@ def main(arguments: Sequence[str]) -> None:
     parser = options("kills", __doc__)
     add = parser.add_argument
     add("--kills", type=positive_int, default=20, help="how many (20)")
-    add("--longest", type=positive_number, default=2.0, help="seconds a session trains at most (2)")
+    add(
+        "--longest",
+        type=positive_number,
+        default=0.4,
+        help="seconds a session trains at most (0.4)",
+    )
     add("--checkpoint-every", type=positive_int, default=5, help="updates between checkpoints (5)")
     given = parser.parse_args(arguments)
     with experiment("kills", arguments, given, given.kills + 1) as run:
