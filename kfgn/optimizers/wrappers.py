@@ -53,7 +53,8 @@ def by_curvature(
         if isinstance(_factors(state), dict):
             blocks.check_seen(gradient, state.factors)
         expected = jax.eval_shape(init, gradient)
-        if jax.tree.structure(state) != jax.tree.structure(expected):
+        trees: Any = [jax.tree.structure(x) for x in (state, expected)]
+        if trees[0] != trees[1]:
             raise OptionError(
                 f"the {kind.__name__} was made with other options, such as momentum or inverse, or "
                 "for other parameters: to change them in mid-run begin with a new state, "
