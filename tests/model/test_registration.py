@@ -25,6 +25,7 @@ from kfgn.model.graph import build_graph
 pytestmark = pytest.mark.usefixtures("x64")
 
 COUNT = 3
+JAX = tuple(int(x) for x in jax.__version__.split(".")[:3])
 
 
 @pytest.fixture(autouse=True)
@@ -534,7 +535,10 @@ def test_elementwise_with_a_broadcast_operand_stays_exact():
     "between",
     [
         lambda h: jnp.stack([h, 2 * h]).sum(axis=0),
-        lambda h: jnp.stack(jnp.unstack(h, axis=1)[::-1], axis=1),
+        pytest.param(
+            lambda h: jnp.stack(jnp.unstack(h, axis=1)[::-1], axis=1),
+            marks=pytest.mark.xfail(JAX < (0, 10, 1), reason="there it is no primitive"),
+        ),
         lambda h: jnp.tile(h, (1, 2))[:, 2:6],
         lambda h: jax.device_put(h),
         lambda h: h.at[:, jnp.asarray([0, 2, 2])].subtract(h[:, :3], mode="drop"),
@@ -740,7 +744,11 @@ def test_no_derivative_of_a_parameter_alone():
     "between",
     [
         lambda h: loop(jax.lax.stop_gradient(h)) + h,
-        lambda h: jax.lax.stop_gradient(loop(h)) + h,
+        pytest.param(
+            lambda h: jax.lax.stop_gradient(loop(h)) + h,
+            # Of jaxprs without names; mended in 0.10.2.
+            marks=pytest.mark.xfail(JAX < (0, 10, 2), reason="jax's rule of `while` fails"),
+        ),
         lambda h: jax.lax.fori_loop(0, 3, lambda _, s: jnp.sin(s), h),
         lambda h: h + count(h)[:, None],
     ],
