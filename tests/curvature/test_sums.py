@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 
 import jax
@@ -254,16 +255,21 @@ def test_training(alias, options):
 @pytest.mark.usefixtures("x64")
 def test_solvers_take_sums():
     params, batch, objective = start(3), poisson(), summed()
-    gradient = jax.grad(objective)(params, batch)
+    gradient = jax.jit(jax.grad(objective))(params, batch)
     flat, unravel = ravel_pytree(params)
     hessian = jax.jit(jax.hessian(lambda p: truth(unravel(p), batch)))(flat)
     values, vectors = np.linalg.eigh(hessian)
     bent = vectors @ ((vectors.T @ ravel_pytree(gradient)[0]) / (np.abs(values) + 0.1))
-    solved = kfgn.solvers.newton_direction(objective, params, batch, gradient, damping=0.1)
+
+    @functools.partial(jax.jit, static_argnames="structure")
+    def direction(params, batch, gradient, structure):
+        return kfgn.solvers.newton_direction(
+            objective, params, batch, gradient, damping=0.1, structure=structure
+        )
+
+    solved = direction(params, batch, gradient, "full")
     close(ravel_pytree(solved.direction)[0], bent, 1e-8, 1e-8)
-    blocks = kfgn.solvers.newton_direction(
-        objective, params, batch, gradient, damping=0.1, structure="block"
-    )
+    blocks = direction(params, batch, gradient, "block")
     index = ravel_pytree(unravel(jnp.arange(flat.size))["b"])[0].astype(int)
     values, vectors = np.linalg.eigh(hessian[np.ix_(index, index)])
     own = vectors @ ((vectors.T @ ravel_pytree(gradient["b"])[0]) / (np.abs(values) + 0.1))
@@ -274,8 +280,9 @@ def test_solvers_take_sums():
         objective, damping=0.1, tolerance=1e-10, preconditioner="gauss_newton_diagonal"
     )
     (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))(params, batch)
-    step, _ = tx.update(grads, tx.init(params), params, curvature=curvature, batch=batch)
-    curved = kfgn.gauss_newton(objective).dense(params, batch) + 0.12 * jnp.eye(flat.size)
+    update, dense = jax.jit(tx.update), jax.jit(kfgn.gauss_newton(objective).dense)
+    step, _ = update(grads, tx.init(params), params, curvature=curvature, batch=batch)
+    curved = dense(params, batch) + 0.12 * jnp.eye(flat.size)
     close(ravel_pytree(step)[0], jnp.linalg.solve(curved, ravel_pytree(grads)[0]), 1e-6, 1e-6)
 
 
