@@ -15,6 +15,9 @@ import pytest
 # Beside no optimizations, these halve the time that XLA takes to compile.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
+# A program of its own: to import it would set x64 for all tests.
+collect_ignore = ["optimizers/sharded_run.py"]
+
 
 @pytest.fixture(autouse=True)
 def strict_dtypes(request: pytest.FixtureRequest) -> Iterator[None]:
