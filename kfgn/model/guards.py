@@ -2,11 +2,12 @@
 
 To keep what a branch does with other examples out of derivatives, jax gives branch i each
 operand w as `select_n(index == i, stop_gradient(w), w)`. Where the branch's results go through
-case i of `select_n(index, ...)` alone, w itself has the same derivatives, and is a kernel, as
-long as those of branches that are not taken are finite.
+case i of `select_n(index, ...)` alone, w itself has the same derivatives, and is a kernel,
+where those of branches that are not taken are finite: a branch with a root or a logarithm,
+which the choice may be there to protect, keeps its guard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.extend.core as jex
@@ -15,6 +16,12 @@ from kfgn.model.equations import Equation, Role, Var, is_variable, variables
 from kfgn.model.primitives import row_of
 
 Makers = Mapping[Var, Equation]
+
+# Beside sums and products, functions whose derivatives are finite wherever they are taken.
+_TAME = frozenset(
+    "abs atan asinh ceil clamp cos erf erfc floor logistic max min round sign sin square "
+    "stop_gradient tanh reduce_max reduce_min eq ne lt le gt ge and or xor not".split()  # noqa: SIM905
+)
 
 
 def unguarded(jaxpr: jex.Jaxpr, roles: Mapping[Var, Role]) -> jex.Jaxpr:
@@ -47,7 +54,7 @@ def _guarded(equation: Equation, makers: Makers, roles: Mapping[Var, Role]) -> V
 
 
 def _stays_in_branch(guard: Equation, jaxpr: jex.Jaxpr, makers: Makers) -> bool:
-    """Whether all that is made of what is guarded goes through the branch's own case."""
+    """Whether all that is made of what is guarded goes through the branch's own case, tamely."""
     compared = makers.get(_origin(guard.invars[0], makers))
     if compared is None or compared.primitive.name != "eq":
         return False
@@ -59,8 +66,28 @@ def _stays_in_branch(guard: Equation, jaxpr: jex.Jaxpr, makers: Makers) -> bool:
         inside = [k for k, v in enumerate(equation.invars) if is_variable(v) and v in made]
         chooses = equation.primitive.name == "select_n" and inside == [1 + int(number.val)]
         if inside and not (chooses and _origin(equation.invars[0], makers) is which):
+            if not _is_tame(equation, inside):
+                return False
             made.update(equation.outvars)
     return made.isdisjoint(variables(jaxpr.outvars))
+
+
+def _is_tame(equation: Equation, operands: Collection[int]) -> bool:
+    """Whether its derivatives in these operands are finite at all finite values."""
+    row = row_of(equation)
+    if row.body:
+        body = equation.params[row.body]
+        return all(
+            _is_tame(e, [k for k, v in enumerate(e.invars) if is_variable(v)])
+            for e in getattr(body, "jaxpr", body).eqns
+        )
+    power = equation.params.get("y", 0) if equation.primitive.name == "integer_pow" else 0
+    return (
+        row.multilinear
+        or all(k in row.linear_in for k in operands)
+        or equation.primitive.name in _TAME
+        or power > 0
+    )
 
 
 def _origin(atom: Any, makers: Makers) -> Any:

@@ -381,3 +381,26 @@ def test_a_kernel_made_inside_of_a_loop_too_long_to_unroll():
     assert "inside of a loop of 3000 iterations" in found.reasons["w"]
     assert "made before the loop" in found.reasons["w"]
     assert helped.model.loops and not helped.reasons
+
+
+def test_a_choice_that_protects_a_root_keeps_its_guard(x64):
+    """The derivatives of a branch that is not taken, which are NaN, stay out of the gradient."""
+
+    def model(w, x):
+        def one(x):
+            safe = jnp.all(x @ jax.lax.stop_gradient(w) > 0)
+            return jax.lax.cond(safe, lambda: jnp.sqrt(x @ w), lambda: x @ w)
+
+        return jax.vmap(one)(x)
+
+    x = jnp.array([[1.0, 2.0], [-1.0, 0.5], [0.0, 0.0]])
+    w, batch = jnp.array([[1.0, 0.2], [0.3, 1.0]]), (x, jnp.ones((3, 2)))
+    objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    (_, gradient), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
+    expected = jax.grad(objective)(w, batch)
+    assert jnp.all(jnp.isfinite(expected))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-14)
+    # A parameter in no layer has its own exact block.
+    jacobian = jax.jacobian(model)(w, x).reshape(6, 4)
+    (factors,) = curvature.factors.values()
+    np.testing.assert_allclose(factors.pre_activation, jacobian.T @ jacobian / 3, rtol=1e-13)
