@@ -32,9 +32,9 @@ from kfgn.model.equations import (
     variables,
 )
 from kfgn.model.flat_model import check_parameters
-from kfgn.model.independence import change_of
 from kfgn.model.inline import Value, inline
-from kfgn.model.made_up import COUNT, DRAWS, Draw, Shape, made_up, on_made_up_values
+from kfgn.model.made_up import DRAWS, MANY, Draw, Shape, made_up, on_made_up_values
+from kfgn.model.moved import change_of
 from kfgn.model.statistics import check_examples
 from kfgn.objective.objective import Objective
 from kfgn.objective.sum_of import require_objective
@@ -100,14 +100,13 @@ def _carried(
         return None
     try:
         one, few, whole = (
-            _trace(objective.model, params, _shapes(inputs, n))
-            for n in (1, COUNT, count_of(inputs))
+            _trace(objective.model, params, _shapes(inputs, n)) for n in (1, MANY, count_of(inputs))
         )
         axes = _row_axes(one.shapes, few.shapes, whole.shapes, count_of(inputs))
         if not any(axis is not None for axis in axes):
             return None
         with on_made_up_values():
-            shapes = _shapes(params, None), _shapes(inputs, COUNT)
+            shapes = _shapes(params, None), _shapes(inputs, MANY)
             tree = jax.tree.unflatten(few.tree, range(few.tree.num_leaves))
             outputs = len(jax.tree.leaves(tree[0] if objective.has_aux else tree))
             same = all(_is_same(one, few, axes, outputs, shapes, draw) for draw in DRAWS[:2])
@@ -180,7 +179,7 @@ def _row_axes(one: list[Shape], few: list[Shape], whole: list[Shape], count: int
         expected = list(a.shape)
         if axis is not None:
             expected[axis] = count
-        if len(moved) > 1 or (moved and b.shape[axis] != COUNT) or c.shape != tuple(expected):
+        if len(moved) > 1 or (moved and b.shape[axis] != MANY) or c.shape != tuple(expected):
             raise ValueError(f"shapes {a}, {b}, {c}")
         axes.append(axis)
     return tuple(axes)
@@ -195,14 +194,15 @@ def _is_same(
     def both(known: list[Any], given: list[Any]) -> tuple[list[Array], list[Array]]:
         constants = few.constants(known)
 
-        def alone(n: int) -> list[Array]:
+        def alone(n: Array) -> list[Array]:
             own = [
-                x if axis is None else jax.lax.slice_in_dim(x, n, n + 1, axis=axis)
+                x if axis is None else jax.lax.dynamic_slice_in_dim(x, n, 1, axis=axis)
                 for x, axis in zip(constants, axes, strict=True)
             ]
-            return one.rest(*own, *given[:count], *(x[n : n + 1] for x in given[count:]))[:outputs]
+            data = (jax.lax.dynamic_slice_in_dim(x, n, 1) for x in given[count:])
+            return [x[0] for x in one.rest(*own, *given[:count], *data)[:outputs]]
 
-        apart = [jnp.concatenate(x) for x in zip(*map(alone, range(COUNT)), strict=True)]
+        apart = jax.lax.map(alone, jnp.arange(MANY))
         return few.rest(*constants, *given)[:outputs], apart
 
     known = [abstract(x, x.shape) if isinstance(x, jax.core.Tracer) else x for x in few.known]

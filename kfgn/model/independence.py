@@ -28,6 +28,7 @@ from kfgn.model.equations import abstract
 from kfgn.model.made_up import (
     COUNT,
     DRAWS,
+    MANY,
     Draw,
     Shape,
     Values,
@@ -38,6 +39,7 @@ from kfgn.model.made_up import (
     real_values,
     shaken_value,
 )
+from kfgn.model.moved import Outputs, change_of, moved, moved_beside, output_name
 
 # Three examples, and three more that they are changed into. Changing the one in
 # the middle is seen where examples meet in pairs or on average, changing those
@@ -115,15 +117,18 @@ def _dependence(
             trials = list(_trials(programs, *shapes, named, real))
     except Exception:  # likewise: what fails on made-up values is let pass
         return None
-    for trial in trials:
-        if (found := _influence(trial)) is not None:
-            return (
-                f"the examples of a batch are not independent: {found}. kfgn needs a model that "
-                f"acts on each example alone: {_STATISTICS[named]}, and make other operations act "
-                "within an example."
-            )
     whole = programs[COUNT].jaxpr
-    if named and not draws_for_batch(whole, whole.invars):
+    draws = draws_for_batch(whole, whole.invars)
+    found = next(filter(None, map(_influence, trials)), None)
+    if found is None and draws:
+        found = _shuffled(model, params, example)
+    if found is not None:
+        return (
+            f"the examples of a batch are not independent: {found}. kfgn needs a model that "
+            f"acts on each example alone: {_STATISTICS[named]}, and make other operations act "
+            "within an example."
+        )
+    if named and not draws:
         return None  # it is run on batches of one
     tolerance = coarsest(p.jaxpr for p in programs.values()) ** 0.5
     seen = [(trial, words) for trial in trials if (words := _difference(trial, tolerance))]
@@ -143,8 +148,6 @@ _STATISTICS = (
     "jax.vmap of that name, for kfgn runs it under one, a batch of one example at a time",
 )
 
-Outputs = dict[str, np.ndarray]
-
 
 class _Trial(NamedTuple):
     """Outputs for one draw of made-up values."""
@@ -158,18 +161,38 @@ class _Trial(NamedTuple):
 
 
 def _influence(trial: _Trial) -> str | None:
-    """Which outputs moved when one example was changed, in words."""
+    """Which outputs moved when the input of others was changed, in words."""
     for rows, after in trial.changed:
-        for name, a in trial.together.items():
-            for k in set(rows).intersection(_FIRST):
-                change, scale = change_of(a[k], after[name][k])
-                if change > _tolerance(a.dtype) * scale:
-                    return (
-                        f"with {trial.values}, {_output(name)} of example {k} "
-                        f"{_moved(change, scale)} when the input of {_named(rows)} alone was "
-                        "changed"
-                    )
+        changed = [k for k in _FIRST if rows[k] != k]
+        if found := moved_beside(changed, trial.together, after, trial.values):
+            return found
     return None
+
+
+def _shuffled(model: Callable, params: PyTree, example: PyTree) -> str | None:
+    """`_influence` of a model that draws for its batch: of three a permutation may move none."""
+    try:
+        program = compile_model(model, params, example, MANY)
+        with jax.ensure_compile_time_eval():
+            given = [made_up(x, DRAWS[0], k) for k, x in enumerate(jax.tree.leaves(params))]
+            fixed = [*_made_up_known(program, DRAWS[0], len(given)), *given]
+            data = [examples(s, DRAWS[0], k) for k, s in enumerate(jax.tree.leaves(example))]
+            first = np.arange(MANY) % COUNT
+
+            def of(rows: np.ndarray) -> Outputs:
+                found = program.run(*fixed, *(x[rows] for x in data))
+                return dict(zip(program.names, map(np.asarray, found), strict=True))
+
+            before = of(first)
+            ways = (
+                moved_beside(
+                    [k], before, of(first + COUNT * (np.arange(MANY) == k)), "made-up values"
+                )
+                for k in range(MANY)
+            )
+            return next(filter(None, ways), None)
+    except Exception:  # as in `_dependence`
+        return None
 
 
 def _difference(trial: _Trial, tolerance: float) -> str | None:
@@ -184,8 +207,8 @@ def _difference(trial: _Trial, tolerance: float) -> str | None:
                 if math.inf > change > (tolerance + _roundoff(trial, name)) * (scale or 1):
                     return (
                         "the model on a batch is not the model on each of its examples alone: "
-                        f"with {trial.values}, {_output(name)} of example {k} "
-                        f"{_moved(change, scale)} when of {COUNT} examples {len(rows)} "
+                        f"with {trial.values}, {output_name(name)} of example {k} "
+                        f"{moved(change, scale)} when of {COUNT} examples {len(rows)} "
                         "remained. "
                     )
     return None
@@ -224,20 +247,6 @@ def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:
     )
 
 
-def _output(name: str) -> str:
-    return f"output {name!r}" if name else "the output"
-
-
-def _moved(change: float, scale: float) -> str:
-    finite = f"moved by {change:.2g} (it reaches {scale:.2g})"
-    return finite if change < math.inf else "turned finite or not"
-
-
-def _named(rows: list[int]) -> str:
-    changed = [str(k) for k in _FIRST if rows[k] != k]
-    return f"example{'s' * (len(changed) > 1)} {' and '.join(changed)}"
-
-
 def _trials(
     programs: dict[int, Program],
     params: list[Shape],
@@ -262,8 +271,8 @@ def _trials(
         trial = _trial(programs, "made-up values", draw, leaves, data)
         yield trial
         after = trial.changed[0][1]
-        moved = [change_of(a[1], after[name][1])[0] for name, a in trial.together.items()]
-        alive += any(0 < change < math.inf for change in moved)
+        changes = [change_of(a[1], after[name][1])[0] for name, a in trial.together.items()]
+        alive += any(0 < change < math.inf for change in changes)
         if alive == 2:
             return
 
@@ -297,26 +306,3 @@ def _made_up_known(program: Program, draw: Draw, start: int) -> list[Any]:
     place = itertools.count(start)
     known = [made_up(x, draw, next(place) if isinstance(x, Shape) else 0) for x in program.known]
     return list(map(on_host, known))
-
-
-def change_of(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """By how much values moved, and how large they are."""
-    kind = np.complex128 if np.iscomplexobj(before) else np.float64
-    a, b = before.astype(kind), after.astype(kind)
-    finite = np.isfinite(a) & np.isfinite(b)
-    if np.any(np.isfinite(a) != np.isfinite(b)):
-        return math.inf, np.max(np.abs(a[finite]), initial=0.0)
-    a, b = a[finite], b[finite]
-    return np.max(np.abs(a - b), initial=0.0), np.max(np.abs([a, b]), initial=0.0)
-
-
-def _tolerance(dtype: Any) -> float:
-    """The relative change that roundoff may make.
-
-    An example's outputs mostly keep their bits: the same program runs. What
-    sums in no fixed order, on some devices, moves them by some roundoff, and
-    values inside may have fewer bits than the outputs.
-    """
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return 0.0
-    return float(max(jnp.finfo(dtype).eps, jnp.finfo(jnp.float32).eps)) ** 0.5

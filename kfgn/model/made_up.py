@@ -16,6 +16,7 @@ Draw = Callable[[np.ndarray], np.ndarray]
 Values = tuple[list[Any], list[Any]]  # of parameters, and of examples
 
 COUNT = 3  # examples in a trial, of which there are as many again to change them into
+MANY = 7  # examples where noise is drawn: one permutation in 5,040 is the identity
 
 _POOL = np.random.default_rng(0).normal(size=10007)  # a prime: rows of a matrix differ
 

@@ -161,7 +161,14 @@ def in_a_loop(p, x):
     return jax.lax.scan(layer, x @ p["a"], jax.random.split(jax.random.key(0), 2))[0]
 
 
+def shuffled(p, x):
+    """Mixes a batch's rows; with this key three of them stay where they are."""
+    key = jax.random.key(9)
+    return (0.7 * x + 0.3 * x[jax.random.permutation(key, len(x))]) @ p["a"]
+
+
 REFUSED = {
+    "shuffled": shuffled,
     "size": lambda p, x: x @ p["a"] / x.shape[0],
     "loop": in_a_loop,
     "coupled": lambda p, x: positions(None)(p, x - jnp.mean(x, 0)),
