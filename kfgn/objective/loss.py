@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError
-from kfgn.base.linalg import count_of, mean_of_examples
+from kfgn.base.linalg import count_of, map_examples, mean_of_examples
 from kfgn.base.types import Array, Scalar
 from kfgn.objective.structure import (
     is_entrywise,
@@ -137,11 +137,6 @@ class Loss:
         gradient = jax.grad(lambda o: self(unravel(o), target))
         return flat, lambda v: jax.jvp(gradient, (flat,), (v,))[1]
 
-    @property
-    def can_sample(self) -> bool:
-        """Whether there is a distribution to sample targets from."""
-        return self._sample is not None
-
     def sample(self, key: Array, outputs: Outputs) -> Any:
         """A target of one example drawn from the model's predictive distribution.
 
@@ -150,10 +145,9 @@ class Loss:
         """
         if self._sample is None:
             raise LossError(
-                f"the loss {self.name!r} has no predictive distribution to sample targets from, "
-                'which method "kfac" needs; expected a likelihood such as '
-                "kfgn.losses.softmax_cross_entropy. Pass sample= to kfgn.losses.from_function, "
-                'or use "kfra" or "kflr", which need none.'
+                f"the loss {self.name!r} has no predictive distribution to sample targets from; "
+                "expected a likelihood such as kfgn.losses.softmax_cross_entropy: pass sample= "
+                "to kfgn.losses.from_function."
             )
         return self._sample(key, outputs)
 
@@ -186,11 +180,28 @@ class Loss:
         """Output gradients at targets drawn from the model's distribution.
 
         The batch's own targets tell only what counts, such as which labels are ignored.
+        Without a distribution, they are `C s` with random signs s, which have the same
+        second moment, the Gauss-Newton output Hessian `C C'`.
         With the name of an axis of devices, the examples are a device's part of a batch.
         """
-        del targets  # here all does
         keys = split_over_devices(key, count_of(outputs), axis_name)
+        if self._sample is None:
+            return self._signed_roots(keys, outputs, targets)
         return self.gradients(outputs, jax.vmap(self.sample)(keys, outputs))
+
+    def _signed_roots(self, keys: Array, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
+        def signs(key: Array, like: Array) -> Array:
+            return jax.random.rademacher(key, like.shape[-1:], like.dtype)
+
+        def of_one(one: tuple[Array, Outputs, Any]) -> Array:
+            root = self.hessian_sqrt(*one[1:])
+            return root @ signs(one[0], root)
+
+        diagonals = jax.vmap(self.gauss_newton_diagonal)(outputs, targets)
+        if diagonals is not None:
+            return jnp.sqrt(diagonals) * jax.vmap(signs)(keys, diagonals)
+        size = sum(leaf[0].size for leaf in jax.tree.leaves(outputs))
+        return map_examples(of_one, (keys, outputs, targets), max(1, 2**20 // size**2))
 
     def gradients(self, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
         """The gradient of each example's loss in its outputs."""
@@ -233,7 +244,8 @@ def from_function(
         eigendecomposition per example; without it the Gauss-Newton quantities
         use the nearest positive semi-definite output Hessian. A sum over the
         outputs, whose Hessian is diagonal, needs none either way.
-      sample: `(key, outputs) -> target` for one example, for KFAC.
+      sample: `(key, outputs) -> target` for one example, from which KFAC draws. Without it
+        KFAC takes the root of the output Hessian times random signs.
 
     Raises:
       LossError: it is no function.

@@ -72,7 +72,7 @@ def make(
     check_choice("method", method, ("auto", *_ALIASES))
     ours = _split(options)
     totals = inspection_of(objective, params, batch).totals
-    able = _able(objective, totals, options)
+    able = _able(totals, options)
     by_cost = all(str(options.get(n)) == "auto" for n in _PERIODS)
     costs = totals.update_auto if by_cost else totals.update
     if method == "auto":
@@ -114,14 +114,12 @@ def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return optimizer, curvature
 
 
-def _able(objective: AnyObjective, totals: Totals, options: dict[str, Any]) -> list[str]:
+def _able(totals: Totals, options: dict[str, Any]) -> list[str]:
     """The methods that can be taken, the more exact first."""
     spatial = options.get("spatial", "joint")
     able = [n for n in _ALIASES if spatial in METHODS[n].spatial]
     if spatial == "joint" and not totals.feasible:
         able.remove("kfra")
-    if not all(loss.can_sample for loss in objective.losses) and "kfac" in able:
-        able.remove("kfac")
     return able
 
 

@@ -142,7 +142,10 @@ def test_tied_and_transposed_kernel(method):
 
 
 @float64
-@pytest.mark.parametrize("loss", ["one_hot", "integer_labels", "squared_error", "sigmoid"])
+@pytest.mark.parametrize(
+    "loss",
+    ["one_hot", "integer_labels", "squared_error", "sigmoid", "pseudo_huber", "coupled"],
+)
 def test_kfac_converges_to_kflr(loss):
     """The mean of its sampled factors is KFLR's, to within their standard error."""
     samples = 10_000

@@ -164,8 +164,6 @@ def without_diagonals() -> Any:
 mixed_mask = jax.tree.map(lambda _: True, PARAMS)
 mixed_mask["hidden"]["bias"] = False
 
-plain_loss = kfgn.losses.from_function(lambda outputs, target: jnp.sum(outputs) ** 2)
-
 
 class Bad(NamedTuple):
     act: Callable[[], Any]
@@ -474,11 +472,6 @@ CASES = {
         lambda: objective(loss="mse"),
         LossError,
         r"expected a function \(outputs, target\) .* 'str'",
-    ),
-    "loss without sampler": Bad(
-        lambda: compute(objective(loss=plain_loss), method="kfac", key=jax.random.key(0)),
-        LossError,
-        "no predictive distribution .* Pass sample= to kfgn.losses.from_function, or use",
     ),
     # Options out of range.
     "unknown inverse": Bad(

@@ -8,7 +8,10 @@ from kfgn.curvature.methods.method import Method, Request, UseCost
 
 
 class KFAC(Method):
-    """`G = E[gg']` of gradients g at the pre-activations, of losses at sampled targets."""
+    """`G = E[gg']` of gradients g at the pre-activations, of losses at sampled targets.
+
+    A loss that is no likelihood has the root of its output Hessian instead, with random signs.
+    """
 
     name = "kfac"
     draws = True

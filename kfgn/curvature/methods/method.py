@@ -50,7 +50,7 @@ class Method:
     """How pre-activation factors are made; one object for each, registered by its name."""
 
     name: ClassVar[str]
-    draws: ClassVar[bool] = False  # whether it needs a key, and a loss that has `sample`
+    draws: ClassVar[bool] = False  # whether it needs a key
     probes: ClassVar[bool] = True  # whether it needs gradients at pre-activations
     walks: ClassVar[bool] = False  # whether it goes through every value, loops unrolled
     spatial: ClassVar[tuple[str, ...]] = ("joint",)  # the values of `spatial` it knows
