@@ -158,11 +158,17 @@ def test_own_sampling():
     assert np.all(np.abs(np.mean(gradients, axis=0)) <= 5 * error)
 
 
-def test_without_sampling():
-    """A loss that was given no way to sample says so."""
-    outputs, _ = make_batch("pseudo_huber", (3,), jnp.float32)
+@pytest.mark.parametrize("name", ["pseudo_huber", "coupled"])
+def test_without_sampling(name):
+    """A loss that was given no way to sample says so, and has its root times signs instead."""
+    loss, (outputs, targets) = LOSSES[name].loss, make_batch(name, (3,), jnp.float32)
     with pytest.raises(kfgn.errors.LossError, match="sample="):
-        LOSSES["pseudo_huber"].loss.sampled_gradients(jax.random.key(0), outputs, None)
+        loss.sample(jax.random.key(0), outputs[0])
+    found = np.asarray(loss.sampled_gradients(jax.random.key(0), outputs, targets))
+    roots = np.asarray(jax.vmap(loss.hessian_sqrt)(outputs, targets))
+    signs = np.stack([np.linalg.solve(root, row) for root, row in zip(roots, found, strict=True)])
+    np.testing.assert_allclose(np.abs(signs), 1, rtol=1e-4)  # float32, a condition of about 10
+    assert len(np.unique(np.sign(signs), axis=0)) > 1
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "one_hot", "integer_labels", "all_options", "mixture"])
