@@ -26,21 +26,36 @@ class Program(NamedTuple):
     jaxpr: jex.Jaxpr
 
 
-def compile_model(model: Callable, params: PyTree, example: PyTree, count: int) -> Program:
+class Traced(NamedTuple):
+    """A model traced on one size of the batch."""
+
+    closed: jex.ClosedJaxpr
+    out: PyTree  # shapes
+    args: PyTree  # params and batch, likewise
+    size: int  # of the batch
+
+
+def trace_model(model: Callable, params: PyTree, example: PyTree, count: int) -> Traced:
     """The model on a batch of `count` examples, each shaped as `example`."""
     batch = jax.tree.map(lambda a: abstract(a, (count, *a.shape)), example)
     closed, out = jax.make_jaxpr(model, return_shape=True)(params, batch)
+    return Traced(closed, out, (params, batch), count)
+
+
+def compile_model(traced: Traced) -> Program:
+    """The program of a model, of outputs that have the examples along their first axes."""
+    closed = traced.closed
     if closed.effects:
         closed = _without_effects(closed)
     if has_while(closed.jaxpr):
         closed = bounded(closed)
-    jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(out)[0]
-    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, count)]
+    jaxpr, outs = closed.jaxpr, jax.tree_util.tree_flatten_with_path(traced.out)[0]
+    kept = [k for k, (_, shape) in enumerate(outs) if _is_comparable(shape, traced.size)]
     function = as_function(
         jaxpr.eqns, [*jaxpr.constvars, *jaxpr.invars], [jaxpr.outvars[k] for k in kept]
     )
     known = [abstract(x, x.shape) if _is_tracer(x) else x for x in closed.consts]
-    lowered = jax.jit(function).lower(*known, *jax.tree.leaves((params, batch)))
+    lowered = jax.jit(function).lower(*known, *jax.tree.leaves(traced.args))
     names = [path_name(outs[k][0]) for k in kept]
     return Program(_quickly(lowered), known, names, jaxpr)
 

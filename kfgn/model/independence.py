@@ -4,9 +4,9 @@ Curvature is a sum over examples, so it is traced on one of them. For a model
 whose examples meet, as in a batch normalization by the batch's own statistics,
 or whose outputs depend on the batch's size or on the position in it, as with
 noise drawn for the whole batch, that would be the curvature of another
-function. Such a model is found by running it on made-up values: some examples
-are changed, and the outputs of the others must stay; some are left out, and
-those of the others must stay, too.
+function. Most models tell by their operations that they are none of these. Any
+other is run on made-up values: some examples are changed, and the outputs of
+the others must stay; some are left out, and those of the others must stay, too.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 from kfgn.base.errors import ModelError
 from kfgn.base.types import PyTree
 from kfgn.model.batch_noise import coarsest, draws_for_batch
-from kfgn.model.batch_program import Program, compile_model
+from kfgn.model.batch_program import Program, compile_model, trace_model
 from kfgn.model.equations import abstract
 from kfgn.model.made_up import (
     COUNT,
@@ -40,6 +40,7 @@ from kfgn.model.made_up import (
     shaken_value,
 )
 from kfgn.model.moved import Outputs, change_of, moved, moved_beside, output_name
+from kfgn.model.separate import acts_alone
 
 # Three examples, and three more that they are changed into. Changing the one in
 # the middle is seen where examples meet in pairs or on average, changing those
@@ -107,10 +108,17 @@ def _dependence(
 ) -> str | None:
     """What an example's outputs depend on beside it, in words."""
     try:
-        programs = {COUNT: compile_model(model, params, example, COUNT)}
+        traced = {COUNT: trace_model(model, params, example, COUNT)}
         for count in (1, 2):
             with contextlib.suppress(Exception):  # the trace on one example tells what is wrong
-                programs[count] = compile_model(model, params, example, count)
+                traced[count] = trace_model(model, params, example, count)
+        known = [t.closed for t in traced.values()]
+        if len(traced) == 3 and acts_alone(known, list(traced), len(jax.tree.leaves(params))):
+            return None
+        programs = {COUNT: compile_model(traced.pop(COUNT))}
+        for count, smaller in traced.items():
+            with contextlib.suppress(Exception):
+                programs[count] = compile_model(smaller)
         # The values are no part of a trace that this may be called in.
         with jax.ensure_compile_time_eval():
             shapes = jax.tree.leaves(params), jax.tree.leaves(example)
@@ -172,7 +180,7 @@ def _influence(trial: _Trial) -> str | None:
 def _shuffled(model: Callable, params: PyTree, example: PyTree) -> str | None:
     """`_influence` of a model that draws for its batch: of three a permutation may move none."""
     try:
-        program = compile_model(model, params, example, MANY)
+        program = compile_model(trace_model(model, params, example, MANY))
         with jax.ensure_compile_time_eval():
             given = [made_up(x, DRAWS[0], k) for k, x in enumerate(jax.tree.leaves(params))]
             fixed = [*_made_up_known(program, DRAWS[0], len(given)), *given]

@@ -123,7 +123,7 @@ _ROWS = {
     "custom_vjp_call_jaxpr": Primitive(body="fun_jaxpr"),
 }
 
-_TABLE = {name: row for names, row in _ROWS.items() for name in names.split()}
+TABLE = {name: row for names, row in _ROWS.items() for name in names.split()}
 _GENERAL = Primitive()
 
 # What `register_primitive` adds: deleting a name undoes its registration.
@@ -208,18 +208,18 @@ def check_name(name: Any, function: str) -> None:
 def row_of(equation: Equation) -> Primitive:
     """The row of the equation's primitive; an empty one where there is none."""
     name = equation.primitive.name
-    return REGISTERED.get(name) or _TABLE.get(name, _GENERAL)
+    return REGISTERED.get(name) or TABLE.get(name, _GENERAL)
 
 
 def is_known(equation: Equation) -> bool:
     """Whether the primitive has a row, or is one of jax's own."""
     name = equation.primitive.name
-    return name in REGISTERED or name in _TABLE or _is_of_jax(equation.primitive)
+    return name in REGISTERED or name in TABLE or _is_of_jax(equation.primitive)
 
 
 def is_differentiable(equation: Equation) -> bool:
     """Whether the primitive is surely one of jax's that always have a derivative."""
-    return equation.primitive.name in _TABLE
+    return equation.primitive.name in TABLE
 
 
 def _is_of_jax(primitive: jex.Primitive) -> bool:
