@@ -17,6 +17,9 @@ from kfgn.base.linalg import matmul
 from kfgn.base.spd_inverse import spd_inverses
 from kfgn.base.types import Array, Scalar
 
+#: What a curvature may be inverted by, see `kfgn.kfra`.
+INVERSES = ("factored", "eigen", "ekfac", "two-term")
+
 #: Q; the vector of its diagonal where it has no other entries.
 Left: TypeAlias = Float[Array, "*S a a"] | Float[Array, "*S a"]
 
@@ -185,8 +188,50 @@ def apply_eigen(
     decomposition: Eigen, damping: Scalar, v: Float[Array, "*S a b"]
 ) -> Float[Array, "*S a b"]:
     """`(q ⊗ g + damping I)^-1 vec(v)` exactly, eq. (35)."""
+    return apply_rescaled(rescaled(decomposition), damping, v)
+
+
+class Rescaled(NamedTuple):
+    """`U diag(s) U'` in the basis `U = U_q ⊗ U_g` of a Kronecker product's eigenvectors."""
+
+    left_vectors: Float[Array, "*S a a"] | None  # None for the identity
+    right_vectors: Float[Array, "*S b b"]
+    scales: Float[Array, "*S a b"]  # s
+
+    @property
+    def basis(self) -> tuple[Array | None, Array]:
+        """Both factors' eigenvectors."""
+        return self.left_vectors, self.right_vectors
+
+
+def rescaled(decomposition: Eigen) -> Rescaled:
+    """`q ⊗ g` itself, with the products of eigenvalues for scales."""
     s, u, t, w = decomposition
+    return Rescaled(u, w, s[..., :, None] * t[..., None, :])
+
+
+def apply_rescaled(
+    matrix: Rescaled, damping: Scalar, v: Float[Array, "*S a b"]
+) -> Float[Array, "*S a b"]:
+    """`(U diag(s) U' + damping I)^-1 vec(v)`."""
+    u, w, scales = matrix
     v = v if u is None else matmul(jnp.swapaxes(u, -1, -2), v)
-    rotated = matmul(v, w) / (s[..., :, None] * t[..., None, :] + damping)
-    back = rotated if u is None else matmul(u, rotated)
+    turned = matmul(v, w) / (scales + damping)
+    back = turned if u is None else matmul(u, turned)
     return matmul(back, jnp.swapaxes(w, -1, -2))
+
+
+def moved(old: Rescaled, new: Rescaled) -> Rescaled:
+    """The new basis, with the diagonal that the old matrix has in it for scales.
+
+    `s'_ij = sum_kl (u'_i u_k)^2 (w'_j w_l)^2 s_kl`, whose sum is that of s.
+    """
+    scales = old.scales
+    if old.left_vectors is not None and new.left_vectors is not None:
+        scales = matmul(_overlaps(new.left_vectors, old.left_vectors), scales)
+    right = _overlaps(new.right_vectors, old.right_vectors)
+    return new._replace(scales=matmul(scales, jnp.swapaxes(right, -1, -2)))
+
+
+def _overlaps(a: Float[Array, "*S d d"], b: Float[Array, "*S d d"]) -> Float[Array, "*S d d"]:
+    return jnp.square(matmul(jnp.swapaxes(a, -1, -2), b))

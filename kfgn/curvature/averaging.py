@@ -17,10 +17,11 @@ from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import is_diagonal
 from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Scalar, Shape
+from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import Factors, TwoTerms
 from kfgn.curvature.lazy_factors import FactorsOf, unmerged
-from kfgn.model.unite import United
+from kfgn.model.unite import Term, United
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
@@ -58,7 +59,7 @@ def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:
     examples = total(c.examples for c in curvatures)
     weights = [c.examples / jnp.where(examples == 0, 1, examples) for c in curvatures]
     factors_of = FactorsOf(curvatures[0].blocks, _MeanFactors(curvatures[0].blocks))
-    return _combined(curvatures, weights, factors_of, first)
+    return _combined(curvatures, weights, factors_of, factors_of, first)
 
 
 def summed(curvatures: list[Curvature], united: United, settings: CurvatureSettings) -> Curvature:
@@ -70,15 +71,16 @@ def summed(curvatures: list[Curvature], united: United, settings: CurvatureSetti
     shapes = {n: (x.activation_shape, x.pre_activation_shape) for n, x in united.layers.items()}
     blocks = (*united.layers, *lone)
     factors_of = FactorsOf(blocks, _SummedFactors(blocks, names, shapes))
-    return _combined(curvatures, weights, factors_of, settings)
+    moments_of = FactorsOf(blocks, _SummedMoments(names))
+    return _combined(curvatures, weights, factors_of, moments_of, settings)
 
 
 @dataclasses.dataclass(frozen=True)
 class _MeanFactors:
     blocks: tuple[str, ...]
 
-    def __call__(self, weights: list[Scalar], parts: list[Partial]) -> dict[str, Any]:
-        return jax.tree.map(lambda *x: _weighted(weights, x), *(part() for part in parts))
+    def __call__(self, weights: list[Scalar], parts: list[Partial], *given: Any) -> dict[str, Any]:
+        return jax.tree.map(lambda *x: _weighted(weights, x), *(part(*given) for part in parts))
 
     def apart(self, weights: list[Scalar], parts: list[Partial]) -> Partial:
         return Partial(FactorsOf(self.blocks, self), weights, list(map(unmerged, parts)))
@@ -121,6 +123,52 @@ class _SummedFactors:
             name: merged(own) if self.merges or len(own) == 1 else TwoTerms(own[0], merged(own[1:]))
             for name, own in shared.items()
         }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SummedMoments:
+    """In one basis those of a sum are the sum of the terms' own, merged or not."""
+
+    names: tuple[tuple[dict[str, str], frozenset[str]], ...]
+
+    def __call__(
+        self, weights: list[Scalar], parts: list[Partial], bases: dict[str, Basis]
+    ) -> dict[str, Array]:
+        found: dict[str, Array] = {}
+        for (names, turned), weight, part in zip(self.names, weights, parts, strict=True):
+            factors_of: Any = part.func
+            own = {n: _turned(bases[names.get(n, n)], n in turned) for n in factors_of.blocks}
+            for n, moments in part(own).items():
+                moments = weight.astype(moments.dtype) * moments
+                moments = moments.swapaxes(-1, -2) if n in turned else moments
+                whole = names.get(n, n)
+                found[whole] = found[whole] + moments if whole in found else moments
+        return found
+
+
+def _turned(basis: Basis, turned: bool) -> Basis:
+    return (basis[1], basis[0]) if turned else basis
+
+
+def bases_of_term(
+    term: Term, united: United, settings: CurvatureSettings, dtype: Any
+) -> dict[str, Basis]:
+    """The shapes of bases that a term's moments are in: those of the sum's factors."""
+    bases: dict[str, Basis] = {}
+    for own, name in term.names.items():
+        layer = united.layers[name]
+        both = layer.activation_shape, layer.pre_activation_shape
+        left, right = (cast(Array, jax.ShapeDtypeStruct(shape, dtype)) for shape in both)
+        bases[own] = _turned(
+            (None if is_diagonal(left, right) else left, right), own in term.turned
+        )
+    if settings.unassigned == "block":
+        for name in united.reasons.keys() & term.graph.reasons:
+            size = math.prod(term.graph.model.parameters[name].aval.shape)
+            sides = ((n, n) for n in (1, size))
+            left, right = (cast(Array, jax.ShapeDtypeStruct(shape, dtype)) for shape in sides)
+            bases[name] = left, right
+    return bases
 
 
 def merged(parts: Sequence[Factors]) -> Factors:
@@ -168,6 +216,7 @@ def _combined(
     curvatures: list[Curvature],
     weights: list[Scalar],
     factors_of: FactorsOf,
+    moments_of: FactorsOf,
     settings: CurvatureSettings,
 ) -> Curvature:
     known = [(c.value, c.gradient) for c in curvatures]
@@ -176,6 +225,7 @@ def _combined(
     products = [c.output_product for c in curvatures]
     of_first: Any = products[0].func
     axis = of_first.axis_name
+    moments = [c.lazy_moments for c in curvatures]
     return Curvature(
         lazy_factors=Partial(factors_of, weights, [c.lazy_factors for c in curvatures]),
         value=value,
@@ -185,6 +235,7 @@ def _combined(
         displaced=Partial(_weighted_value, weights, [c.displaced for c in curvatures]),
         examples=total(c.examples for c in curvatures),
         settings=settings,
+        lazy_moments=Partial(moments_of, weights, moments) if settings.inverse == "ekfac" else None,
     )
 
 

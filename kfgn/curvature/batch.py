@@ -1,9 +1,10 @@
 """Value, gradient and Kronecker factors of an objective from one forward pass."""
 
 import dataclasses
+import functools
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +18,11 @@ from kfgn.base.devices import (
     part_of_device,
     vary_like,
 )
-from kfgn.base.linalg import inner, products_at
+from kfgn.base.linalg import congruence_diagonal, inner, products_at
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
-from kfgn.curvature.averaging import summed
+from kfgn.curvature.averaging import bases_of_term, summed
+from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import (
     Diagonal,
@@ -33,7 +35,7 @@ from kfgn.curvature.lazy_factors import lazily
 from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
 from kfgn.model.layer import require_blocks
-from kfgn.model.unite import Term, unite
+from kfgn.model.unite import Term, United, unite
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, mean_of
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term, require_objective
@@ -52,6 +54,7 @@ def value_grad_and_curvature(
     large_factors: str = "raise",
     factor_limit: int | None = None,
     precision: str = "highest",
+    inverse: str = "factored",
     axis_name: AxisName | None = None,
 ) -> Callable[..., tuple[tuple[Any, PyTree], Curvature]]:
     """A function `(params, batch) -> ((value, grads), curvature)`, from one forward pass.
@@ -100,6 +103,9 @@ def value_grad_and_curvature(
         "highest" is full float32; on accelerators "high" and "default" allow TF32 or
         bfloat16 passes, which are faster. Inversions are at the highest, the model's own
         products as JAX is told.
+      inverse: that of the optimizer. "ekfac" alone asks for more than factors, of any method:
+        second moments in their eigenbasis, over the method's columns or samples. The mean
+        matrix of "kfra" has none: it takes those of "kflr", at their cost.
       axis_name: inside `jax.shard_map`, `jax.pmap` or a named `jax.vmap`, the axis of
         devices over which a batch is spread, or a tuple of them: value, gradient,
         curvature and what an update measures are then those of the whole batch, and
@@ -117,7 +123,7 @@ def value_grad_and_curvature(
     l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
     settings = CurvatureSettings(
         *(method, samples, sharing, spatial, model_examples, unassigned, l2),
-        *(large_factors, factor_limit, precision),
+        *(large_factors, factor_limit, precision, inverse),
     )
     chosen = method_of(method)
 
@@ -137,7 +143,7 @@ def value_grad_and_curvature(
         for k, (name, term) in enumerate(united.terms.items()):
             own = key if key is None or k == 0 else jax.random.fold_in(key, k)
             with named_term(name):
-                curvature, aux[name] = _of_term(term, settings, params, own, axis_name)
+                curvature, aux[name] = _of_term(term, settings, params, own, axis_name, united)
             found.append(curvature)
         if isinstance(objective, SumOfObjectives):
             curvature = summed(found, united, settings)
@@ -155,11 +161,15 @@ def _of_term(
     params: PyTree,
     key: Array | None,
     axis_name: AxisName | None,
+    united: United,
 ) -> tuple[Curvature, PyTree]:
     objective, graph, known = term.objective, term.graph, (term.inputs, term.targets, term.data)
     params, inputs, targets, data = vary_like((params, *known), (params, known))
     method = method_of(settings.method)
-    model = linearize(graph, term.read, params, data, targets, method.probes)
+    ekfac = settings.inverse == "ekfac"
+    model = linearize(
+        *(graph, term.read, params, data, targets), method.probes or ekfac, method.walks
+    )
     weights = importance(targets, axis_name)
     counted = {n: w.counted(weights, axis_name) for n, w in model.weights.items()}
     model = model._replace(weights=counted)
@@ -170,8 +180,12 @@ def _of_term(
     value, gradient = mean_over_devices(own, axis_name)
     count = part_of_device(settings.model_examples, axis_name)
     push, *pushed = model.quadratic(objective, params, count)
+    at_precision, lazy_moments = products_at(settings.precision), None
+    if ekfac:
+        of_bases = at_precision(functools.partial(_basis_moments, request, settings))
+        lazy_moments = lazily(of_bases, bases_of_term(term, united, settings, model.dtype))
     curvature = Curvature(
-        lazily(products_at(settings.precision)(lambda: _factors(request, settings))),
+        lazily(at_precision(lambda: _factors(request, settings))),
         value,
         gradient,
         push,
@@ -179,6 +193,7 @@ def _of_term(
         Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
         jnp.asarray(term.examples, value.dtype),
         settings,
+        lazy_moments,
     )
     return curvature, model.aux
 
@@ -198,6 +213,19 @@ def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors
         lone = own_factors(model, whole=settings.unassigned == "block")
         factors.update(mean_over_devices(lone, axis_name))
     return factors
+
+
+def _basis_moments(
+    request: Request, settings: CurvatureSettings, bases: dict[str, Basis]
+) -> dict[str, Array]:
+    method, model = method_of(settings.method), request.model
+    of = functools.partial(request.column_basis_moments, bases)
+    moments = method.over_columns(request, of)
+    if settings.unassigned == "block" and model.graph.reasons:
+        for name, own in own_factors(model, whole=True).items():
+            if name in bases:  # else it is in a layer of the sum
+                moments[name] = congruence_diagonal(cast(Array, bases[name][1]).T, own[-1])[None]
+    return mean_over_devices(moments, request.axis_name)
 
 
 def _value_and_gradient(

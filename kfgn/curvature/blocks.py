@@ -76,6 +76,9 @@ class OwnBlock:
     def to_matrix(self, leaves: dict[str, Array]) -> Array:
         return leaves[self.name].reshape(1, -1)
 
+    def in_blocks(self, whole: Array) -> Array:
+        return whole
+
     def from_matrix(self, matrix: Array) -> dict[str, Array]:
         return {self.name: matrix.reshape(self.shape)}
 

@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import jax
 from jax.tree_util import Partial
+from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_whole
 from kfgn.base.errors import OptionError
+from kfgn.base.kronecker import INVERSES
 from kfgn.base.linalg import PRECISIONS
 from kfgn.base.types import Array, Scalar
+from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms, check_sharing
 from kfgn.curvature.lazy_factors import blocks_of, evaluate, known, unmerged
 from kfgn.curvature.methods import METHODS, method_of
@@ -44,6 +47,7 @@ class CurvatureSettings:
     large_factors: str = "raise"
     factor_limit: int | None = None
     precision: str = "highest"
+    inverse: str = "factored"
 
     def __post_init__(self) -> None:
         method = method_of(self.method)
@@ -58,6 +62,7 @@ class CurvatureSettings:
         check_unassigned(self.unassigned)
         check_factor_size(self.large_factors, self.factor_limit)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("inverse", self.inverse, INVERSES)
 
     def require_equal(self, other: "CurvatureSettings", what: str) -> None:
         """Raises OptionError where other settings differ, with the fields that do."""
@@ -97,6 +102,7 @@ class Curvature(NamedTuple):
     displaced: Partial  # direction -> the objective at params + direction
     examples: Scalar  # how many the batch has, or the sum of `|w|`: its weight in an average
     settings: CurvatureSettings  # static: what it was made with
+    lazy_moments: Partial | None = None  # of gradients in bases: see `basis_moments`
 
     @property
     def factors(self) -> dict[str, Factors | Diagonal]:
@@ -110,6 +116,20 @@ class Curvature(NamedTuple):
         Such a layer has the factors of its first term, and the merged ones of the others.
         """
         return evaluate(unmerged(self.lazy_factors), self.value.ndim)
+
+    def basis_moments(self, bases: dict[str, Basis]) -> dict[str, Float[Array, "S i o"]]:
+        """The second moments of gradients in a basis for every layer's block, by its name.
+
+        Raises:
+          OptionError: it was not made with `inverse="ekfac"`.
+        """
+        if self.lazy_moments is None:
+            raise OptionError(
+                'inverse="ekfac" needs second moments of gradients that the curvature was made '
+                'without: pass inverse="ekfac" to kfgn.value_grad_and_curvature too'
+            )
+        found: dict[str, Array] = self.lazy_moments(bases)
+        return found
 
     @property
     def blocks(self) -> tuple[str, ...]:

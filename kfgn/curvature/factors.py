@@ -128,7 +128,7 @@ def gradient_moments(
         rows = {n: use.pre_activations(gradients[n]).astype(dtype) for n, use in slot.items()}
         rows |= {n: weights[n].routed(g * weights[n].columns[:, None])
                  for n, g in rows.items() if n in weights}  # fmt: skip
-        rows = {n: _beside_bias(layer, layer.uses[n], g) for n, g in rows.items()}
+        rows = {n: beside_bias(layer, layer.uses[n], g) for n, g in rows.items()}
         if _sharing(layer, sharing) == "reduce":
             if layer.indexed:
                 rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
@@ -152,7 +152,7 @@ def walked_moments(
     def of(slot: dict[str, Use], blocks: int) -> Array:
         own = {n: sums[n] for n in slot}
         own |= {n: on_both_sides(x, weights[n].columns) for n, x in own.items() if n in weights}
-        summed = total(_beside_bias(layer, layer.uses[n], x, 2) for n, x in own.items())
+        summed = total(beside_bias(layer, layer.uses[n], x, 2) for n, x in own.items())
         if _sharing(layer, sharing) == "reduce":
             rows = weights[layer.name].rows if layer.name in weights else jnp.ones((1, 1))
             row = (layer.first.kernel.factor * rows[0, 0].astype(summed.dtype)) ** 2
@@ -163,7 +163,7 @@ def walked_moments(
     return _of_both(layer, 1, of)
 
 
-def _beside_bias(layer: Layer, use: Use, array: Array, axes: int = 1) -> Array:
+def beside_bias(layer: Layer, use: Use, array: Array, axes: int = 1) -> Array:
     """What belongs to the inputs of a flipped use, to which no bias is added, with zeros for it."""
     absent = layer.activation_size - array.shape[-1] if use in layer.flipped else 0
     return jnp.pad(array, [(0, 0)] * (array.ndim - axes) + [(0, absent)] * axes)
@@ -233,10 +233,15 @@ def _is_one_row(layer: Layer) -> bool:
     return layer.activation_size == 1 == sum(use.form.turns for use in layer.uses.values())
 
 
-def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
+def slots_of(layer: Layer) -> list[dict[str, Use]]:
+    """The uses of every slot, by their names."""
     names = iter(layer.uses.items())
-    slots = [dict(next(names) for _ in slot) for slot in layer.slots]
-    return [{n: u for n, u in slot.items() if (u in layer.flipped) == flipped} for slot in slots]
+    return [dict(next(names) for _ in slot) for slot in layer.slots]
+
+
+def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
+    whole = slots_of(layer)
+    return [{n: u for n, u in slot.items() if (u in layer.flipped) == flipped} for slot in whole]
 
 
 def _of_both(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]) -> Moments:

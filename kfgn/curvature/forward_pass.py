@@ -104,14 +104,19 @@ def linearize(
     inputs: PyTree,
     targets: PyTree,
     with_probes: bool,
+    with_values: bool = False,
 ) -> Linearized:
-    """Runs the model on a batch; `with_probes` makes gradients at pre-activations available."""
+    """Runs the model on a batch, and keeps what methods read.
+
+    `with_probes` makes gradients at pre-activations available, `with_values` what walks read.
+    """
     leaves = vary_like(jax.tree.map(jnp.asarray, named_leaves(params)), inputs)
     count = count_of(inputs)
     probes = vary_like(graph.probes(count), leaves) if with_probes else {}
     read = graph.model
     # What walks backwards goes through every value; else only a layer's inputs are looked at.
-    looked_at = used_values(graph) if with_probes else needed_values(graph)
+    looked_at = needed_values(graph) if with_values else []
+    looked_at = list(dict.fromkeys([*looked_at, *used_values(graph)])) if with_probes else looked_at
     keep = [*looked_at, *read.statistics, *graph.products, *(read.aux.atoms if read.aux else ())]
 
     def forward(leaves: dict[str, Array], probes: dict[str, Array]) -> tuple[PyTree, list[Array]]:

@@ -6,7 +6,7 @@ It is a `Partial` of a static function and of the arrays which that reads.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
@@ -56,12 +56,13 @@ def unmerged(lazy: Partial) -> Partial:
     return lazy if apart is None else apart(*lazy.args)
 
 
-def lazily(factors_of: Callable[[], dict[str, Any]]) -> Partial:
+def lazily(factors_of: Callable[..., dict[str, Any]], *given: PyTree) -> Partial:
     """The factors of a function that may read any arrays: traced now, and with it its errors.
 
-    Nothing is computed, not even what depends on known arrays alone.
+    Nothing is computed, not even what depends on known arrays alone. What is `given`, shapes
+    of arrays, the result takes as arguments.
     """
-    program, shapes = jax.make_jaxpr(factors_of, return_shape=True)()
+    program, shapes = jax.make_jaxpr(factors_of, return_shape=True)(*given)
     compute = _Program(program.jaxpr, jax.tree.structure(shapes))
     return Partial(FactorsOf(tuple(shapes), compute), *program.consts)
 
@@ -82,9 +83,12 @@ class _Program:
 
     def __call__(self, *read: Any) -> dict[str, Any]:
         run = functools.partial(_run, self.jaxpr)
-        return jax.tree.unflatten(self.tree, in_auto_axes(run)(*read))
+        return jax.tree.unflatten(self.tree, in_auto_axes(run)(*jax.tree.leaves(read)))
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)
 def _run(jaxpr: Jaxpr, *read: Any) -> list[Any]:
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, read))()
+    constants = len(jaxpr.constvars)
+    given = zip(read[constants:], jaxpr.invars, strict=True)
+    arguments = [x.astype(cast(Any, v.aval).dtype) for x, v in given]
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, read[:constants]))(*arguments)

@@ -24,6 +24,7 @@ class Weights(NamedTuple):
     columns: Float[Array, "s o"]
     route: Float[Array, "N s t"] | None = None  # ones where data chooses the group s
     often: Float[Array, "s t"] | None = None  # their mean over the batch
+    slopes: Float[Array, "s i o"] | None = None  # D, if it is not all ones
 
     def counted(
         self, importance: Float[Array, " N"] | None, axis_name: AxisName | None
@@ -53,7 +54,8 @@ def weights_of(
     slopes, found = graph.slopes(params), {}
     for name, use in graph.uses.items():
         if use.weighted or use.choice is not None:
-            found[name] = _rank_one(use.slopes(slopes).astype(dtype))
+            own = use.slopes(slopes).astype(dtype)
+            found[name] = _rank_one(own)._replace(slopes=own if use.weighted else None)
         if use.choice is not None:
             route = use.choice.one_hot(values[use.choice.index], use.form.groups, dtype)
             found[name] = found[name]._replace(route=route)

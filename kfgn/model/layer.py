@@ -129,7 +129,10 @@ class Layer:
 
     def to_matrix(self, leaves: dict[str, Array]) -> Array:
         """The layer's parameters as one matrix `[d_in (+ 1), d_out]`, or a stack of them."""
-        whole = self.stacked([slot[0].matrix(leaves) for slot in self.slots])
+        return self.in_blocks(self.stacked([slot[0].matrix(leaves) for slot in self.slots]))
+
+    def in_blocks(self, whole: Array) -> Array:
+        """A matrix `[S, d_in (+ 1), d_out]`, padded or not, in the shape of `matrix_shape`."""
         if self.splits == (1, 1):
             return whole.reshape(self.matrix_shape)
         (rows, columns), (height, width) = self.splits, self._block

@@ -73,9 +73,11 @@ def optimizer(
         factors and inverses together add at most 0.6 gradients to an update, up to 50.
       refresh_inverse_every: updates between inversions of the factors, of which the first
         five have one each, and then likewise; or "auto", for the same number.
-      inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35); "two-term", for a
-        sum of objectives, inverts the sum of two Kronecker products that a layer in several
-        terms has, instead of one that stands for them.
+      inverse: "factored" damping, eq. (36), or "eigen" for the exact eq. (35); "ekfac", for
+        the second moments of gradients in the factors' eigenbasis in place of products of
+        eigenvalues (George et al. 2018), to be said to `value_grad_and_curvature` as well;
+        "two-term", for a sum of objectives, inverts the sum of two Kronecker products that a
+        layer in several terms has, instead of one that stands for them.
       factor_sharding: `jax.sharding.NamedSharding(mesh, PartitionSpec(axis))`, for each device
         along an axis of a mesh to keep, average and invert a share of the factors, and to
         solve for that; None for all on every device. Also inside `jax.shard_map` over the axis,

@@ -42,8 +42,9 @@ def multi_steps(
 
     What comes in, the gradient and the factors are means over all of the micro-batches'
     examples, or weights; a micro-batch whose numbers are not finite counts for none. The
-    last one stands for all in the quadratic model's matrix and where the objective is
-    measured. `optax.MultiSteps` hands on the last curvature alone.
+    last one stands for all in the quadratic model's matrix, in the second moments of
+    "ekfac", and where the objective is measured. `optax.MultiSteps` hands on the last
+    curvature alone.
 
     Args:
       optimizer: any that takes a curvature; put this outside of it.

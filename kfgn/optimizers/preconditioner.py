@@ -10,27 +10,32 @@ import jax.numpy as jnp
 from kfgn.base.checks import check_choice
 from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import (
+    INVERSES,
     Eigen,
     FactoredInverse,
+    Rescaled,
     TwoTermInverse,
     apply_eigen,
+    apply_rescaled,
     damped_extremes,
     eigen,
     factored_inverses,
+    is_diagonal,
     kronecker_matvec,
+    moved,
+    rescaled,
     two_term_inverse,
     two_term_matvec,
 )
 from kfgn.base.linalg import factor_dtype, total
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
+from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.periods import observation_due
 from kfgn.optimizers.state import Count, Flag, all_finite, keep_if, number, zeros_like
-
-INVERSES = ("factored", "eigen", "two-term")
 
 
 def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None) -> PyTree:
@@ -111,8 +116,9 @@ class Preconditioner:
 
     Args:
       blocks: all layers of the objective.
-      inverse: "factored" (eq. 36, Cholesky), "eigen" (eq. 35, exact), or "two-term", which is
-        "factored" but where a layer is in several terms of a sum of objectives.
+      inverse: "factored" (eq. 36, Cholesky), "eigen" (eq. 35, exact), "ekfac" (their eigenbasis,
+        with the gradients' second moments in it), or "two-term", which is "factored" but where
+        a layer is in several terms of a sum of objectives.
     """
 
     blocks: LayerBlocks
@@ -125,6 +131,11 @@ class Preconditioner:
                 f"found a {type(self.blocks).__name__}"
             )
         check_choice("inverse", self.inverse, INVERSES)
+
+    @property
+    def undamped(self) -> bool:
+        """Whether inverses are kept as `decompose` gives them, for any damping."""
+        return self.inverse in ("eigen", "ekfac")
 
     @property
     def two_term(self) -> bool:
@@ -148,19 +159,64 @@ class Preconditioner:
         return factors, zeros_like(inverses)
 
     def _parts(self, factors: Named) -> Named:
-        if self.inverse != "eigen":
+        if not self.undamped:
             return factors
-        return {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
+        parts = {n: eigen(*f) if isinstance(f, Factors) else f for n, f in factors.items()}
+        if self.inverse == "eigen":
+            return parts
+        return {n: rescaled(x) if isinstance(x, Eigen) else x for n, x in parts.items()}
 
     def decompose(self, factors: Named, old: Named, due: Flag) -> Named:
-        """What does not depend on the damping, recomputed where it is due."""
-        if self.inverse != "eigen":
+        """What does not depend on the damping, recomputed where it is due.
+
+        Moments go over into a new basis as far as they say what they are there.
+        """
+        if not self.undamped:
             return factors
-        return jax.lax.cond(due, lambda: self._parts(factors), lambda: old)
+
+        def new() -> Named:
+            parts = self._parts(factors)
+            return {n: moved(old[n], x) if isinstance(x, Rescaled) else x for n, x in parts.items()}
+
+        return jax.lax.cond(due, new, lambda: old)
+
+    def rescale(
+        self, parts: Named, curvature: Curvature, times: Count, due: Flag, decay: Number | None
+    ) -> tuple[Named, Flag]:
+        """The parts with the average of moments that a batch adds to where it is observed.
+
+        `times` counts observations; also returns whether the moments are finite.
+        """
+        if self.inverse != "ekfac":
+            return parts, jnp.array(True)
+
+        def once(_: Any) -> tuple[Flag, Named, Flag]:
+            new = self._moments(parts, curvature)
+            scales = {n: parts[n].scales for n in new}
+            average = moving_average(scales, new, times, decay)
+            fine = all_finite(new)
+            average = keep_if(fine, average, scales)
+            found = {n: parts[n]._replace(scales=x) for n, x in average.items()}
+            return jnp.array(False), parts | found, fine
+
+        return jax.lax.while_loop(lambda c: c[0], once, (due, parts, jnp.array(True)))[1:]
+
+    def _moments(self, parts: Named, curvature: Curvature) -> Named:
+        """Of every block with a basis, in the shape of its matrix."""
+        own = {n: x for n, x in parts.items() if isinstance(x, Rescaled)}
+        bases: dict[str, Basis] = {n: x.basis for n, x in own.items()}
+        blocks = {n: x for n, x in self.blocks.every.items() if not isinstance(x, LoneParameter)}
+        for name in blocks.keys() - own.keys():  # masked out
+            both = (jnp.zeros(x) for x in (blocks[name].activation_shape,
+                                           blocks[name].pre_activation_shape))  # fmt: skip
+            left, right = both
+            bases[name] = None if is_diagonal(left, right) else left, right
+        found = curvature.basis_moments(bases) if own else {}
+        return {n: blocks[n].in_blocks(found[n]).astype(x.scales.dtype) for n, x in own.items()}
 
     def invert(self, decomposed: Named, damping: Scalar) -> Named:
         """The inverses at a damping, from what `decompose` gave."""
-        if self.inverse == "eigen":
+        if self.undamped:
             return decomposed
         kronecker = {n: f for n, f in decomposed.items() if isinstance(f, Factors)}
         lone = {n: f.diagonal for n, f in decomposed.items() if isinstance(f, Diagonal)}
@@ -219,21 +275,26 @@ class Preconditioner:
             return two_term_matvec(inverse, matrix)
         if isinstance(inverse, Eigen):
             return apply_eigen(inverse, damping, matrix)
+        if isinstance(inverse, Rescaled):
+            return apply_rescaled(inverse, damping, matrix)
         scale = inverse.diagonal
-        return matrix * (scale if self.inverse != "eigen" else 1 / (scale + damping))
+        return matrix * (1 / (scale + damping) if self.undamped else scale)
 
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
         names = self.blocks.present(leaves)
         parts = self._parts(_read(curvature, names, self.two_term))
+        if self.inverse == "ekfac":
+            moments = self._moments(parts, curvature)
+            parts |= {n: parts[n]._replace(scales=x) for n, x in moments.items()}
         inverses = self.invert(parts, damping)
         return lambda r: self.apply(inverses, damping, r)
 
 
-def _range(part: Eigen | Diagonal) -> tuple[Array, Array]:
+def _range(part: Eigen | Rescaled | Diagonal) -> tuple[Array, Array]:
     """The smallest and the largest eigenvalue, of each of several blocks."""
-    if isinstance(part, Diagonal):
-        return jnp.min(part.diagonal), jnp.max(part.diagonal)
+    if not isinstance(part, Eigen):
+        return jnp.min(part[-1]), jnp.max(part[-1])
     both = part.left_values, part.right_values
     low, top = ([f(x, axis=-1) for x in both] for f in (jnp.min, jnp.max))
     return low[0] * low[1], top[0] * top[1]

@@ -192,7 +192,8 @@ class _Recipe:
             directions = [push(curvature, direction), *along]
             return directions, best_step(curvature, directions, state.step_damping + self.l2)
 
-        gamma, inverses, extremes = self._invert(state, factors, best_along, usable)
+        look = curvature, observed, observed > state.observed, self.decay
+        usable, gamma, inverses, extremes = self._invert(state, factors, best_along, usable, look)
         directions, best = best_along(inverses, gamma)
         # A step of finite norm is finite, where its dtype holds that norm.
         most = min((float(jnp.finfo(x.dtype).max) for x in gradient.values()), default=0)
@@ -232,9 +233,14 @@ class _Recipe:
         return zero_unless(usable, step), state._replace(previous=step if self.momentum else {})
 
     def _invert(
-        self, state: ScaleByCurvatureState, factors: Named, best_along: BestAlong, usable: Flag
-    ) -> tuple[Scalar, Named, Extremes]:
-        """γ, the inverses at it, refreshed where that is due, and the factors' extremes then.
+        self,
+        state: ScaleByCurvatureState,
+        factors: Named,
+        best_along: BestAlong,
+        usable: Flag,
+        look: tuple[Curvature, Count, Flag, Number | None],
+    ) -> tuple[Flag, Scalar, Named, Extremes]:
+        """Whether all is usable, γ, the inverses at it, refreshed where due, their extremes then.
 
         A loop of no turn, one, or k + 1: where γ is due its k candidates are tried,
         then the best is inverted for good. So inversions compile once.
@@ -246,12 +252,19 @@ class _Recipe:
         if self.stagger:
             gamma = jnp.where(usable, candidates[0], state.factor_damping)
             given = self.preconditioner, factors, known, gamma + self.l2, state.count
-            return gamma, *refresh_in_turns(*given, cast(int, self.refresh_inverse_every), usable)
+            every = cast(int, self.refresh_inverse_every)
+            inverses, extremes = refresh_in_turns(*given, every, usable)
+            inverses, fine = self.preconditioner.rescale(inverses, *look)
+            return usable & fine, gamma, inverses, extremes
         refresh = usable & inversion_due(state.count, self.refresh_inverse_every)
         # Counted before the update, as refreshes are, so that both fall together.
         search = usable & (state.count > 0) & rule.due(state.count) if k > 1 else jnp.array(False)
         due = search | refresh
         parts = self.preconditioner.decompose(factors, state.inverses, due)
+        parts, fine = self.preconditioner.rescale(parts, *look)
+        usable = usable & fine
+        if self.preconditioner.undamped:
+            known = parts, known[1]
         first = jnp.where(due, candidates[0], state.factor_damping)
 
         def inverses_at(gamma: Scalar) -> tuple[Named, Extremes]:
@@ -263,7 +276,7 @@ class _Recipe:
             def once(_: PyTree) -> tuple[Flag, Named, Extremes]:
                 return jnp.array(False), *inverses_at(first)
 
-            return first, *jax.lax.while_loop(lambda c: c[0], once, (due, *known))[1:]
+            return usable, first, *jax.lax.while_loop(lambda c: c[0], once, (due, *known))[1:]
         turns = jnp.where(search, k + 1, jnp.where(refresh, 1, 0))
         infinite = jnp.asarray(jnp.inf, jnp.float32)
 
@@ -282,7 +295,7 @@ class _Recipe:
             return i + 1, jnp.where(better, value, least), gamma, inverses, extremes
 
         start = (jnp.zeros((), jnp.int32), infinite, first, *known)
-        return jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)[2:]
+        return usable, *jax.lax.while_loop(lambda carry: carry[0] < turns, turn, start)[2:]
 
     def _retreat(self, state: ScaleByCurvatureState) -> ScaleByCurvatureState:
         """Stronger damping after a step whose numbers were not finite.

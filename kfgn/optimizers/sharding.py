@@ -46,8 +46,8 @@ def preconditioner_of(blocks: LayerBlocks, inverse: str, sharding: Any) -> Preco
             f"axis of the mesh, found {sharding!r}"
         )
     found = ShardedPreconditioner(blocks, inverse, sharding)
-    if found.two_term:
-        raise OptionError('factor_sharding is for inverse="factored" and "eigen", not "two-term"')
+    if inverse not in ("factored", "eigen"):
+        raise OptionError(f'factor_sharding is for inverse="factored" and "eigen", not "{inverse}"')
     return found
 
 

@@ -80,8 +80,8 @@ def scale_by_kronecker(
     Args:
       blocks: what `kfgn.layers.find_blocks` returned.
       damping: `k = γ + η`, fixed.
-      inverse: "factored" (two Cholesky factorizations per layer) or "eigen"
-        (exact, two eigendecompositions).
+      inverse: "factored" (two Cholesky factorizations per layer), "eigen" (exact, two
+        eigendecompositions) or "ekfac", as for `kfgn.kfra`.
       others: as for `kfgn.kfra`.
 
     Raises:
@@ -107,14 +107,19 @@ def scale_by_kronecker(
         start = counter(), counter(), no_streak(), counter(), no_metrics()
         return ScaleByKroneckerState(*start, *preconditioner.init(leaves))
 
-    def refreshed(count: Count, factors: Any, known: Any, total: Scalar) -> Any:
+    def refreshed(count: Count, factors: Any, known: Any, total: Scalar, look: Any) -> Any:
         if stagger:
             turn = count, cast(int, refresh_inverse_every), jnp.array(True)
-            return refresh_in_turns(preconditioner, factors, known, total, *turn)
+            inverses, extremes = refresh_in_turns(preconditioner, factors, known, total, *turn)
+            return *preconditioner.rescale(inverses, *look), extremes
         due = inversion_due(count, refresh_inverse_every)
         parts = preconditioner.decompose(factors, known[0], due)
-        new = preconditioner.invert, preconditioner.extremes
-        return jax.lax.cond(due, lambda: tuple(f(parts, total) for f in new), lambda: known)
+        parts, fine = preconditioner.rescale(parts, *look)
+        if preconditioner.undamped:
+            known = parts, known[1]
+        made = preconditioner.invert, preconditioner.extremes
+        new = jax.lax.cond(due, lambda: tuple(f(parts, total) for f in made), lambda: known)
+        return new[0], fine, new[1]
 
     def advance(
         state: ScaleByKroneckerState, gradient: Named, curvature: Curvature, **_: Any
@@ -129,7 +134,8 @@ def scale_by_kronecker(
         def move() -> tuple[Named, ScaleByKroneckerState]:
             total = jnp.asarray(damping)
             known = state.inverses, (state.metrics.largest_eigenvalue, state.metrics.condition)
-            inverses, extremes = refreshed(state.count, factors, known, total)
+            look = curvature, observed, observed > state.observed, decay
+            inverses, fine, extremes = refreshed(state.count, factors, known, total, look)
             direction = preconditioner.apply(inverses, total, gradient)
             norms = (jnp.sqrt(inner(x, x)) for x in (gradient, direction))
             seen = (jnp.asarray(x, jnp.float32) for x in (curvature.value, *norms, *extremes))
@@ -140,7 +146,7 @@ def scale_by_kronecker(
                 factors=factors,
                 inverses=inverses,
             )
-            return guarded(all_finite(direction), direction, moved, state)
+            return guarded(fine & all_finite(direction), direction, moved, state)
 
         return jax.lax.cond(usable, move, lambda: stay(gradient, state))
 

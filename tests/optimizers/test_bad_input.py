@@ -475,7 +475,9 @@ CASES = {
     ),
     # Options out of range.
     "unknown inverse": Bad(
-        lambda: kfra(inverse="lu"), OptionError, "one of factored, eigen, two-term, found 'lu'"
+        lambda: kfra(inverse="lu"),
+        OptionError,
+        "eigen, ekfac, two-term, found 'lu'",
     ),
     "no examples for the quadratic model": Bad(
         lambda: kfgn.value_grad_and_curvature(OBJECTIVE, model_examples=0),
@@ -488,7 +490,9 @@ CASES = {
         "spatial is an option of method \"kfra\", not of 'kflr'",
     ),
     "unknown inverse, kronecker": Bad(
-        lambda: kronecker(inverse="lu"), OptionError, "one of factored, eigen, two-term, found 'lu'"
+        lambda: kronecker(inverse="lu"),
+        OptionError,
+        "eigen, ekfac, two-term, found 'lu'",
     ),
     "negative l2": Bad(
         lambda: objective(l2=-1.0), OptionError, "l2 must be finite and at least 0, found -1.0"

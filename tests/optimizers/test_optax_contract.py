@@ -82,6 +82,9 @@ CASES = {
         lambda: optax.chain(kronecker(refresh_factors_every=4), optax.scale(-0.5))
     ),
     "refresh eigen every 5": Case(lambda: recipe(refresh_inverse_every=5, inverse="eigen")),
+    "ekfac, factors every 4": Case(
+        lambda: recipe("kflr", refresh_factors_every=4, inverse="ekfac"), "kflr ekfac"
+    ),
     "fixed dampings": Case(
         lambda: recipe(
             step_damping=kfgn.transforms.Fixed(2.0), factor_damping=kfgn.transforms.Fixed(1.0)

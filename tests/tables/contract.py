@@ -51,7 +51,9 @@ def by_layer(**labels: Any) -> Callable[[Any], Any]:
 
 @functools.cache
 def curvature_of(method: str) -> Callable[..., Any]:
-    return jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, method))
+    name, _, inverse = method.partition(" ")
+    options = {"inverse": inverse} if inverse else {}
+    return jax.jit(kfgn.value_grad_and_curvature(OBJECTIVE, name, **options))
 
 
 def measure(method: str, params: Any, batch: Any, update: int = 0) -> Any:

@@ -1,6 +1,8 @@
 """The empirical Fisher matrix: gradients at the batch's own targets."""
 
-from kfgn.curvature.factors import Moments
+from collections.abc import Callable
+
+from kfgn.base.types import Array, PyTree
 from kfgn.curvature.methods.method import Method, Request, UseCost
 from kfgn.objective.weights import rooted
 
@@ -10,10 +12,10 @@ class Empirical(Method):
 
     name = "empirical"
 
-    def moments(self, request: Request) -> dict[str, Moments]:
+    def over_columns(self, request: Request, of: Callable[[Array], PyTree]) -> PyTree:
         model = request.model
         targets, _ = rooted(model.targets)
-        return request.column_moments(model.loss.gradients(model.outputs, targets))
+        return of(model.loss.gradients(model.outputs, targets))
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.column

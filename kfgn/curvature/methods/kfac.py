@@ -1,9 +1,11 @@
 """KFAC: gradients at targets sampled from the model, eq. (59)."""
 
+from collections.abc import Callable
+
 import jax
 
 from kfgn.base.linalg import sum_of_examples
-from kfgn.curvature.factors import Moments
+from kfgn.base.types import Array, PyTree
 from kfgn.curvature.methods.method import Method, Request, UseCost
 
 
@@ -16,15 +18,13 @@ class KFAC(Method):
     name = "kfac"
     draws = True
 
-    def moments(self, request: Request) -> dict[str, Moments]:
+    def over_columns(self, request: Request, of: Callable[[Array], PyTree]) -> PyTree:
         loss, outputs = request.model.loss, request.model.outputs
         targets = request.model.targets
         assert request.key is not None  # `check_key` saw to it
         keys = jax.random.split(request.key, request.samples)
         total = sum_of_examples(
-            lambda key: request.column_moments(
-                loss.sampled_gradients(key, outputs, targets, request.axis_name)
-            ),
+            lambda key: of(loss.sampled_gradients(key, outputs, targets, request.axis_name)),
             keys,
         )
         return jax.tree.map(lambda x: x / request.samples, total)

@@ -1,12 +1,16 @@
 """What a curvature method is: how its pre-activation factors are made, and at what cost."""
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.devices import AxisName
 from kfgn.base.errors import OptionError
-from kfgn.base.types import Array
+from kfgn.base.linalg import sum_of_examples
+from kfgn.base.types import Array, PyTree
+from kfgn.curvature.basis_moments import Basis, basis_moments
 from kfgn.curvature.factors import Moments, gradient_moments
 from kfgn.curvature.forward_pass import Linearized
 
@@ -36,6 +40,24 @@ class Request(NamedTuple):
             for name, layer in self.model.graph.layers.items()
         }
 
+    def column_basis_moments(
+        self, bases: dict[str, Basis], column: Float[Array, "N K"]
+    ) -> dict[str, Float[Array, "S i o"]]:
+        """Those of a cotangent's gradients in a basis of every layer."""
+        model = self.model
+        _, cotangents = model.pull(column)
+        return {
+            name: basis_moments(
+                layer,
+                {n: model.values[use.input] for n, use in layer.uses.items()},
+                {n: cotangents[n] for n in layer.uses},
+                bases[name],
+                model.dtype,
+                model.weights,
+            )
+            for name, layer in model.graph.layers.items()
+        }
+
 
 class UseCost(NamedTuple):
     """FLOPs of one use of a kernel, as `kfgn.inspect` explains them."""
@@ -57,7 +79,14 @@ class Method:
 
     def moments(self, request: Request) -> dict[str, Moments]:
         """G of every layer, eq. (25) or what stands for it."""
-        raise NotImplementedError
+        return self.over_columns(request, request.column_moments)
+
+    def over_columns(self, request: Request, of: Callable[[Array], PyTree]) -> PyTree:
+        """The sum of what is quadratic in a cotangent `[N, K]` of the outputs, over such as
+        have the curvature: unless a method has others, the columns of the Hessian's root."""
+        loss, outputs = request.model.loss, request.model.outputs
+        count, column = loss.sqrt_columns(outputs, request.model.targets)
+        return sum_of_examples(lambda k: of(column(k)), jnp.arange(count))
 
     def flops(self, use: UseCost) -> int:
         """Of both factors, for one use of a kernel and one sample."""
