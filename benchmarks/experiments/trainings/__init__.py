@@ -28,6 +28,7 @@ from benchmarks.harness.timing import compiled
 
 NAME = "trainings"
 RATES = (1e-2, 3e-3, 1e-3)  # of Adam
+INVERSES = ("factored", "eigen", "ekfac")
 TASKS: dict[str, Callable[[int], Task]] = {
     "classifier": images.classifier,
     "tabular": others.tabular,
@@ -75,17 +76,22 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--steps", type=positive_int, default=200, help="of kfgn, for each task (200)")
     add("--only", type=some_of("task", TASKS), default=tuple(TASKS), help="tasks, with commas")
+    known = some_of("inverse", INVERSES)
+    add("--inverses", type=known, default=INVERSES[:1], help="of kfgn's factors (factored)")
     given = parser.parse_args(arguments)
-    with experiment(NAME, arguments, given, total=len(given.only)) as experimenting:
+    rows = list(itertools.product(given.only, given.inverses))
+    with experiment(NAME, arguments, given, total=len(rows)) as experimenting:
         found: dict[str, Trained] = {}
-        for name in given.only:
+        for name, inverse in rows:
             settings = {"task": name, "steps": given.steps, "seed": given.seed}
+            changed = {} if inverse == INVERSES[0] else {"inverse": inverse}
 
-            def trained(name: str = name) -> Any:
-                return train(TASKS[name](given.seed), given.steps, given.seed)._asdict()
+            def trained(name: str = name, changed: dict[str, str] = changed) -> Any:
+                return train(TASKS[name](given.seed), given.steps, given.seed, changed)._asdict()
 
-            found[name] = Trained(**experimenting.measure(settings, trained))
-            experimenting.tick(f"{name}: {found[name].reached:.3g}")
+            row = ", ".join([name, *changed.values()])
+            found[row] = Trained(**experimenting.measure(settings | changed, trained))
+            experimenting.tick(f"{row}: {found[row].reached:.3g}")
         measured = {name: own._asdict() for name, own in found.items()}
         experimenting.record(measured, [_table(found)], {})
 
@@ -105,11 +111,11 @@ class _Going:
         self.seconds.append(time.perf_counter() - start)
 
 
-def train(task: Task, steps: int, seed: int) -> Trained:
-    """So many steps of kfgn, and of Adam as many, and as many seconds."""
+def train(task: Task, steps: int, seed: int, changed: dict[str, str] | None = None) -> Trained:
+    """So many steps of kfgn, some options changed, and of Adam as many, and as many seconds."""
     draw, evaluate = jax.jit(task.draw), jax.jit(task.evaluate)
     batch, key = draw(jax.random.key(seed), task.params), jax.random.key(seed + 1)
-    ours, method, compiling = _with_kfgn(task, batch, key)
+    ours, method, compiling = _with_kfgn(task, batch, key, changed or {})
     adams, adam_compiling = _with_adam(task, batch, key)
 
     def best() -> float:
@@ -143,12 +149,14 @@ def train(task: Task, steps: int, seed: int) -> Trained:
     )
 
 
-def _with_kfgn(task: Task, batch: Any, key: jax.Array) -> tuple[_Going, str, float]:
+def _with_kfgn(
+    task: Task, batch: Any, key: jax.Array, changed: dict[str, str]
+) -> tuple[_Going, str, float]:
     """The training by what `kfgn.make` returns, its method, and what compiling took."""
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", kfgn.errors.CostWarning)  # the table says it
-        optimizer, curvature_fn = kfgn.make(task.objective, task.params, batch)
+        optimizer, curvature_fn = kfgn.make(task.objective, task.params, batch, **changed)
     making = time.perf_counter() - start
     methods = set[str]()
 
