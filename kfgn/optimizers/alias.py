@@ -32,7 +32,7 @@ def optimizer(
     *,
     learning_rate: Number | optax.Schedule = 0.9,
     decay: Number | None = 0.7,
-    step_damping: Number | StepDamping = 2.0,
+    step_damping: Number | StepDamping = 0.1,
     factor_damping: Number | FactorDamping | None = None,
     refresh_factors_every: Any = 5,
     refresh_inverse_every: Any = 5,

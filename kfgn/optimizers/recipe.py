@@ -70,7 +70,7 @@ def scale_by_curvature(
     blocks: LayerBlocks,
     *,
     factor_damping: Number | FactorDamping | None = None,
-    step_damping: Number | StepDamping = 2.0,
+    step_damping: Number | StepDamping = 0.1,
     decay: Number | None = 0.7,
     refresh_factors_every: int | Array = 5,
     refresh_inverse_every: int | Array = 5,

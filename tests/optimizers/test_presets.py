@@ -65,7 +65,7 @@ MARTENS = {
 RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LevenbergMarquardt": (
         kfgn.transforms.LevenbergMarquardt(2.0),
-        {"initial": 2.0, "minimum": 1e-9, "maximum": 1e6, "period": 5, "decay": 0.95,
+        {"initial": 2.0, "minimum": 1e-9, "maximum": 1e6, "period": 5, "decay": 0.97,
          "thresholds": (0.25, 0.75)},  # Martens & Grosse (2015), section 6.5
     ),
     "Greedy": (

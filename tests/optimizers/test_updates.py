@@ -514,7 +514,7 @@ def test_failed_inversion_retreats_and_recovers(name):
     get = functools.partial(optax.tree_utils.tree_get, state)
     assert_equal(updates, jax.tree.map(jnp.zeros_like, params))
     assert int(get("skipped")) == 1
-    start = {"kfra": 2, "scale_by_curvature": 1}[name]
+    start = {"kfra": 0.1, "scale_by_curvature": 1}[name]
     assert float(get("factor_damping")) == pytest.approx(10 * start)
     assert float(get("step_damping")) == pytest.approx(10 * start)
     # The next batch starts the averages afresh.

@@ -21,7 +21,7 @@ import kfgn
 from benchmarks.experiments.trainings import images, others, sequences
 from benchmarks.experiments.trainings.task import Task
 from benchmarks.harness import interrupt
-from benchmarks.harness.arguments import options, positive_int, some_of
+from benchmarks.harness.arguments import options, positive_int, positive_number, some_of
 from benchmarks.harness.display import table
 from benchmarks.harness.experiment import experiment
 from benchmarks.harness.timing import compiled
@@ -78,18 +78,20 @@ def main(arguments: Sequence[str]) -> None:
     add("--only", type=some_of("task", TASKS), default=tuple(TASKS), help="tasks, with commas")
     known = some_of("inverse", INVERSES)
     add("--inverses", type=known, default=INVERSES[:1], help="of kfgn's factors (factored)")
+    add("--damping", type=positive_number, help="kfgn's first τ, instead of its default")
     given = parser.parse_args(arguments)
     rows = list(itertools.product(given.only, given.inverses))
     with experiment(NAME, arguments, given, total=len(rows)) as experimenting:
         found: dict[str, Trained] = {}
         for name, inverse in rows:
             settings = {"task": name, "steps": given.steps, "seed": given.seed}
-            changed = {} if inverse == INVERSES[0] else {"inverse": inverse}
+            changed: dict[str, Any] = {} if inverse == INVERSES[0] else {"inverse": inverse}
 
-            def trained(name: str = name, changed: dict[str, str] = changed) -> Any:
+            def trained(name: str = name, changed: dict[str, Any] = changed) -> Any:
                 return train(TASKS[name](given.seed), given.steps, given.seed, changed)._asdict()
 
             row = ", ".join([name, *changed.values()])
+            changed |= {} if given.damping is None else {"step_damping": given.damping}
             found[row] = Trained(**experimenting.measure(settings | changed, trained))
             experimenting.tick(f"{row}: {found[row].reached:.3g}")
         measured = {name: own._asdict() for name, own in found.items()}
@@ -111,7 +113,7 @@ class _Going:
         self.seconds.append(time.perf_counter() - start)
 
 
-def train(task: Task, steps: int, seed: int, changed: dict[str, str] | None = None) -> Trained:
+def train(task: Task, steps: int, seed: int, changed: dict[str, Any] | None = None) -> Trained:
     """So many steps of kfgn, some options changed, and of Adam as many, and as many seconds."""
     draw, evaluate = jax.jit(task.draw), jax.jit(task.evaluate)
     batch, key = draw(jax.random.key(seed), task.params), jax.random.key(seed + 1)
@@ -150,7 +152,7 @@ def train(task: Task, steps: int, seed: int, changed: dict[str, str] | None = No
 
 
 def _with_kfgn(
-    task: Task, batch: Any, key: jax.Array, changed: dict[str, str]
+    task: Task, batch: Any, key: jax.Array, changed: dict[str, Any]
 ) -> tuple[_Going, str, float]:
     """The training by what `kfgn.make` returns, its method, and what compiling took."""
     start = time.perf_counter()

@@ -24,6 +24,7 @@ class LevenbergMarquardt(StepDamping):
     [2.0, 1.0, 0.5]
     """
 
+    decay: Number = 0.97
     thresholds: tuple[Number, Number] = (0.25, 0.75)
 
     def adapted(self, value: Array, ratio: Array) -> Array:
