@@ -15,6 +15,8 @@ import pytest
 # Beside no optimizations, these halve the time that XLA takes to compile.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
+FOLDER = "kfgn-tests-"
+
 # A program of its own: to import it would set x64 for all tests.
 collect_ignore = ["optimizers/sharded_run.py"]
 
@@ -37,13 +39,14 @@ def x64() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compiling, not running, takes the time of the tests: little of it, and nothing twice.
+    """Compiling, not running, takes the time of the tests: as little of it as can be.
 
-    A folder for this run keeps what was compiled, for all workers and processes they start.
+    A folder for this run keeps what is compiled by the processes that tests start. The tests
+    themselves compile next to nothing twice: to look would take longer than that.
     """
     gc.disable()  # till what is imported is frozen
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.TemporaryDirectory(prefix="kfgn-tests-", ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=FOLDER, ignore_cleanup_errors=True)
         config.add_cleanup(folder.cleanup)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder.name
     settings = {
@@ -56,6 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+    given = FOLDER not in os.environ["JAX_COMPILATION_CACHE_DIR"]  # the user's own
+    jax.config.update("jax_enable_compilation_cache", given)
     if not hasattr(config, "workerinput"):  # workers are started with this process's environment
         flags = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}"}
         command = [sys.executable, "-c", "import jax; jax.devices()"]

@@ -38,6 +38,7 @@ def laplacian(params, x):
     return jax.vmap(at)(x)[:, None]
 
 
+@functools.partial(jax.jit, static_argnames="width")
 def start(width=5):
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = {"a": (2, width), "b": (width, width), "c": (width, 1)}
@@ -47,6 +48,7 @@ def start(width=5):
     }
 
 
+@functools.partial(jax.jit, static_argnames=("interior", "boundary"))
 def poisson(interior=12, boundary=8):
     """`-Δu = 2 π² sin πx sin πy` in the unit square, u = 0 on its edge."""
     keys = jax.random.split(jax.random.key(1), 2)
@@ -96,7 +98,9 @@ def test_value_gradient_and_exact_matrices_add():
             x = batch[name][0]
             jacobian = jax.jacobian(lambda p, m=model, x=x: m(unravel(p), x)[:, 0])(flat)
             curved += weight * jacobian.T @ jacobian / len(x)
-        return *jax.value_and_grad(f)(flat), jax.hessian(f)(flat), curved
+        vector = jnp.cos(flat)
+        matrices = jax.hessian(f)(flat), curved
+        return *jax.value_and_grad(f)(flat), *matrices, vector, f(flat + vector)
 
     @jax.jit
     def found(params, batch):
@@ -121,25 +125,24 @@ def test_value_gradient_and_exact_matrices_add():
             "displaced": curvature.displaced(directions),
         }
 
-    value, gradient, hessian, curved = expected(flat)
-    vector = ravel_pytree(jax.tree.map(jnp.cos, params))[0]
+    value, gradient, hessian, curved, vector, displaced = map(np.asarray, expected(flat))
     ours = found(params, batch)
     close(ours["value"], (value,) * 3)
     close(ours["gradient"], (gradient,) * 2)
     close(ours["hessian"], hessian, atol=1e-10)
     close(ours["product"], hessian @ vector, atol=1e-10)
     close(ours["gauss-newton"], curved, atol=1e-10)
-    close(ours["diagonal"], jnp.diag(curved), atol=1e-10)
+    close(ours["diagonal"], np.diag(curved), atol=1e-10)
     close(ours["form"], vector @ curved @ vector)
-    close(ours["displaced"], truth(unravel(flat + vector), batch))
-    places = _named(unravel(jnp.arange(flat.size)))
+    close(ours["displaced"], displaced)
+    places = _named(jax.tree.map(np.asarray, unravel(jnp.arange(flat.size))))
     layers = kfgn.layers.find_blocks(objective, params, batch).layers
     # The Laplacian does not see the last bias, which has a block of its own.
     assert set(layers) == {"a", "b", "c/w", "c/b"}
     for name, layer in layers.items():
         index = np.concatenate([places[p].ravel() for p in layer.parameters]).astype(int)
         close(ours["blocks"][name], curved[np.ix_(index, index)], atol=1e-10)
-        close(ours["diagonals"][name].ravel(), jnp.diag(curved)[index], atol=1e-10)
+        close(ours["diagonals"][name].ravel(), np.diag(curved)[index], atol=1e-10)
 
 
 def _named(params):
@@ -152,33 +155,35 @@ def _named(params):
 def test_factors_are_merged(method):
     """With the trace of the sum; those of a single term, or of terms alike, are its own."""
     params, batch, objective = start(), poisson(), summed(l2=0.0)
-    sum_fn = kfgn.value_grad_and_curvature(objective, method)
-    factors = jax.jit(lambda p, b: sum_fn(p, b)[1].factors)(params, batch)
     # A term beside itself with weights 1 and 2 is three times itself.
     alike = kfgn.sum_of([objective.terms["boundary"]] * 2, weights=[1.0, 2.0])
-    edge = batch["boundary"]
-    twice = jax.jit(kfgn.value_grad_and_curvature(alike, method))(params, (edge, edge))[1].factors
-    once = jax.jit(kfgn.value_grad_and_curvature(objective.terms["boundary"], method))(
-        params, edge
-    )[1]
-    assert set(twice) == {"a", "b", "c"} == set(once.factors)
-    for name, (q, g) in once.factors.items():
-        close(jnp.kron(*twice[name]), 3 * jnp.kron(q, g))
+
+    @jax.jit
+    def everything(params, batch):
+        def of(objective, batch, **options):
+            function = kfgn.value_grad_and_curvature(objective, method, **options)
+            return function(params, batch)[1].factors
+
+        edge = batch["boundary"]
+        interior = of(objective.terms["interior"], batch["interior"], unassigned="gradient")
+        parts = of(objective.terms["boundary"], edge), interior
+        return of(objective, batch), of(alike, (edge, edge)), *parts
+
+    factors, twice, once, own = jax.tree.map(np.asarray, everything(params, batch))
+    assert set(twice) == {"a", "b", "c"} == set(once)
+    for name, (q, g) in once.items():
+        close(np.kron(*twice[name]), 3 * np.kron(q, g))
     # In the sum the last bias is apart, which is in the boundary alone.
-    apart = once.factors["c"]
-    close(jnp.kron(*factors["c/b"]), 10 * apart.activation[-1:, -1:] * apart.pre_activation)
-    inside = kfgn.value_grad_and_curvature(
-        objective.terms["interior"], method, unassigned="gradient"
-    )
-    own = jax.jit(inside)(params, batch["interior"])[1].factors
+    apart = once["c"]
+    close(np.kron(*factors["c/b"]), 10 * apart.activation[-1:, -1:] * apart.pre_activation)
     for name, key in (("a", "a"), ("b", "b"), ("c/w", "c")):
-        (q, g), (p, h) = own.get(name, own.get(key)), once.factors[key]
+        (q, g), (p, h) = own.get(name, own.get(key)), once[key]
         p = p[: len(q), : len(q)]
-        traces = [jnp.trace(x) for x in (q, g, p, h)]
-        found = [jnp.trace(x) for x in factors[name]]
+        traces = [np.trace(x) for x in (q, g, p, h)]
+        found = [np.trace(x) for x in factors[name]]
         close(found[0] * found[1], traces[0] * traces[1] + 10 * traces[2] * traces[3])
         expected = q * traces[1] + 10 * traces[3] * p
-        close(factors[name].activation / found[0], expected / jnp.trace(expected))
+        close(factors[name].activation / found[0], expected / np.trace(expected))
 
 
 @pytest.mark.usefixtures("x64")
@@ -216,14 +221,14 @@ def test_two_terms_are_inverted_together():
 def test_terms_that_are_merged_already_are_refused():
     params, batch, objective = start(), poisson(), summed(l2=0.0)
     optimizer, measured = kfgn.make(objective, params, batch, method="kflr", inverse="two-term")
-    (_, grads), curvature = measured(params, batch)
+
+    def step(params, batch):
+        (_, grads), curvature = measured(params, batch)
+        merged = curvature.with_factors(curvature.factors)
+        return optimizer.update(grads, optimizer.init(params), params, curvature=merged)
+
     with pytest.raises(kfgn.errors.OptionError, match="needs the terms of layer 'a' apart"):
-        optimizer.update(
-            grads,
-            optimizer.init(params),
-            params,
-            curvature=curvature.with_factors(curvature.factors),
-        )
+        jax.eval_shape(step, params, batch)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +312,7 @@ def test_weights_micro_batches_and_aux():
     objective = kfgn.sum_of(terms, weights=[1.0, jnp.array(2.0)])
     (x, y), (edge, values) = batch["interior"], batch["boundary"]
     mask = jnp.arange(8) < 6
-    function = kfgn.value_grad_and_curvature(objective, "kflr")
+    function = jax.jit(kfgn.value_grad_and_curvature(objective, "kflr"))
     (value, grads), curvature = function(params, ((x, y), (edge, values, mask)))
 
     def own(p):
@@ -315,20 +320,21 @@ def test_weights_micro_batches_and_aux():
         inside = jnp.mean(0.5 * (net(p, x) - y) ** 2)
         return inside + 2 * outside + l2 / 2 * optax.tree.norm(p, squared=True)
 
-    close((value, grads), jax.value_and_grad(own)(params))
+    close((value, grads), jax.jit(jax.value_and_grad(own))(params))
     assert curvature.examples == 18
     halves = [
         function(params, ((x[k], y[k]), (edge[k], values[k])))[1]
         for k in (slice(0, 4), slice(4, 8))
     ]
     whole = function(params, ((x[:8], y[:8]), (edge, values)))[1]
-    average = kfgn.average_curvature(halves)
-    directions = jax.tree.map(jnp.cos, whole.gradient)
-    pushed = [c.linearized(directions) for c in (average, whole)]
-    close(
-        (average.value, average.gradient, average.output_product(pushed[0], pushed[0])),
-        (whole.value, whole.gradient, whole.output_product(pushed[1], pushed[1])),
-    )
+
+    @jax.jit
+    def measured(curvature, directions):
+        pushed = curvature.linearized(directions)
+        return curvature.value, curvature.gradient, curvature.output_product(pushed, pushed)
+
+    directions = jax.tree.map(np.cos, whole.gradient)
+    close(measured(kfgn.average_curvature(halves), directions), measured(whole, directions))
     with_aux = kfgn.Objective(lambda p, z: (net(p, z), jnp.sum(z, axis=1)), LOSS, has_aux=True)
     both = kfgn.sum_of({"plain": terms[0], "told": with_aux})
     given = {"plain": (x, y), "told": (edge, values)}
@@ -344,20 +350,26 @@ def test_merge_of_a_kernel_seen_transposed():
     decode = kfgn.Objective(lambda w, h: h @ w.T, LOSS)
     objective = kfgn.sum_of({"code": code, "decode": decode})
     batch = {"code": (x, jnp.zeros((6, 3))), "decode": (jnp.ones((2, 3)), jnp.zeros((2, 4)))}
-    parts = [
-        kfgn.value_grad_and_curvature(t, "kflr")(w, batch[n])[1].factors[""]
-        for n, t in objective.terms.items()
-    ]
-    q, g = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)[1].factors[""]
+    optimizer = kfgn.kflr(objective, w, batch)
+
+    @jax.jit
+    def everything(w, batch):
+        parts = [
+            kfgn.value_grad_and_curvature(t, "kflr")(w, batch[n])[1].factors[""]
+            for n, t in objective.terms.items()
+        ]
+        (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
+        updates, _ = optimizer.update(grads, optimizer.init(w), w, curvature=curvature)
+        values = [objective(at, batch) for at in (w, w + updates)]
+        return parts, curvature.factors[""], values
+
+    parts, (q, g), (before, after) = everything(w, batch)
     assert (q.shape, g.shape) == ((4, 4), (3, 3))
     traces = [jnp.trace(f) for part in parts for f in part]
     np.testing.assert_allclose(
         jnp.trace(q) * jnp.trace(g), traces[0] * traces[1] + traces[2] * traces[3], rtol=1e-5
     )
-    optimizer = kfgn.kflr(objective, w, batch)
-    (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(w, batch)
-    updates, _ = optimizer.update(grads, optimizer.init(w), w, curvature=curvature)
-    assert objective(w + updates, batch) < objective(w, batch)
+    assert after < before
 
 
 def test_bad_input():
@@ -386,7 +398,7 @@ def test_bad_input():
         with pytest.raises(
             errors.BatchError, match="in the term 'boundary' of the sum: inputs and"
         ):
-            call(params, bad)
+            jax.eval_shape(call, params, bad)
     for call in (kfgn.hessian(objective).output, kfgn.gauss_newton(objective).pre_activation):
         with pytest.raises(errors.OptionError, match="ask its terms one by one"):
             call(params, batch)
@@ -408,12 +420,16 @@ def test_what_is_no_layer_in_one_term_is_in_none():
     odd = kfgn.Objective(lambda p, x: x[:, :1] * jnp.sum(jnp.tanh(p["a"]["w"])), LOSS)
     mixed = kfgn.sum_of({"net": kfgn.Objective(net, LOSS), "odd": odd}, weights={"odd": 2.0})
     batch = {"net": edge, "odd": edge}
-    found = jax.jit(kfgn.value_grad_and_curvature(mixed, "kflr"))(params, batch)[1].factors
-    assert set(found) == {"a/w", "a/b", "b", "c"}
-    exact = kfgn.gauss_newton(mixed).blocks(params, batch)
-    close(jnp.kron(*found["a/w"]), exact["a/w"])
     optimizer = kfgn.kflr(mixed, params, batch)
-    (_, grads), curvature = jax.jit(kfgn.value_grad_and_curvature(mixed, "kflr"))(params, batch)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params, curvature=curvature)
-    moved = optax.apply_updates(params, updates)
-    assert mixed(moved, batch) < mixed(params, batch)
+
+    @jax.jit
+    def everything(params, batch):
+        (_, grads), curvature = kfgn.value_grad_and_curvature(mixed, "kflr")(params, batch)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params, curvature=curvature)
+        values = [mixed(p, batch) for p in (params, optax.apply_updates(params, updates))]
+        return curvature.factors, kfgn.gauss_newton(mixed).blocks(params, batch), values
+
+    found, exact, (before, after) = everything(params, batch)
+    assert set(found) == {"a/w", "a/b", "b", "c"}
+    close(np.kron(*found["a/w"]), exact["a/w"])
+    assert after < before

@@ -61,6 +61,11 @@ def wave(function, tree):
 
 def seen(objective, method, batch, params, **options):
     """All that an update reads of a batch."""
+    return _run(objective, method, **options)(params, batch)
+
+
+@functools.cache
+def _run(objective, method, **options):
     function = kfgn.value_grad_and_curvature(objective, method, **options)
     key = {"key": jax.random.key(3)} if method == "kfac" else {}
 
@@ -71,7 +76,7 @@ def seen(objective, method, batch, params, **options):
         forms = curvature.output_product(curvature.linearized(u), curvature.linearized(v))
         return value, grads, curvature.factors, forms, curvature.displaced(u), curvature.examples
 
-    return run(params, batch)
+    return run
 
 
 def part(tree, index):
@@ -80,21 +85,23 @@ def part(tree, index):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_weight_zero_is_absent(method):
-    """Whatever stands there, also with a mask of bools; and the value is the user's own."""
+    """Whatever stands there; and the value is the user's own."""
     params, inputs, labels = problem()
     weights = jnp.array([1.0, 0.5, 2.0, 1.5, 0.0, 0.0])
     padded = {"rows": inputs["rows"].at[4:].set(jnp.nan), "index": inputs["index"].at[4].set(-7)}
     wrong = labels.at[4:].set(-1)
     objective = kfgn.Objective(model, LOSS, l2=L2)
-    for given, sum_of in ((weights, 5.0), (weights > 0, 4.0)):
+    # A mask of bools is one of numbers before any method sees it.
+    masked = ((weights > 0, 4.0),) if method == "kflr" else ()
+    for given, sum_of in ((weights, 5.0), *masked):
         found = seen(objective, method, (padded, wrong, given), params)
         small = (part(inputs, slice(4)), labels[:4], given[:4])
         close(found, seen(objective, method, small, params))
         expected = true_gradient(params, inputs, labels, given.astype(float), sum_of)
         close(found[:2], expected)
         assert found[-1] == sum_of
-    plain = seen(objective, method, small[:2], params)
-    close(found, plain)
+    if masked:
+        close(found, seen(objective, method, small[:2], params))
 
 
 @pytest.mark.parametrize("method", ["kfra", "kflr", "empirical"])
