@@ -84,7 +84,8 @@ def optimizer(
         where the state's own shardings, as `init` outside makes them, are its specs.
       stagger: refresh the inverses of some blocks at each update instead of all at every
         so many, so that updates after the first cost about the same, as far as they observe
-        factors alike (`refresh_factors_every=1`).
+        factors alike (`refresh_factors_every=1`). With `factor_sharding` each device goes
+        through its share in turns; of a stack with a block for each device all are one turn.
       momentum: let the quadratic model weigh the previous step in too (Martens
         & Grosse 2015, section 7), at the cost of one more linear pass. A step
         that goes against it, or more than once along it, extrapolates: it is

@@ -257,6 +257,18 @@ class Preconditioner:
             direction |= {n: x.astype(gradient[n].dtype) for n, x in found.items()}
         return direction
 
+    def items(self, factors: Any) -> dict[Any, Any]:
+        """What can be inverted by itself, each with its factors or their shapes."""
+        return dict(factors)
+
+    def some(self, tree: Any, items: list[Any]) -> Any:
+        """Of factors or inverses what belongs to some items."""
+        return {n: tree[n] for n in items}
+
+    def put(self, tree: Any, new: Any, items: list[Any]) -> Any:
+        """Factors or inverses with those of some items replaced."""
+        return tree | new
+
     def arranged(self, found: Named, leaves: Named) -> Any:
         """What there is of the leaves' blocks, as the state keeps it."""
         return found

@@ -109,7 +109,7 @@ def scale_by_curvature(
     preconditioner = preconditioner_of(blocks, inverse, factor_sharding)
     every = refresh_factors_every, refresh_inverse_every
     tried = jax.eval_shape(gamma.candidates, number(), number()).shape[0]
-    check_stagger(stagger, refresh_inverse_every, factor_sharding, tried)
+    check_stagger(stagger, refresh_inverse_every, tried)
     recipe = _Recipe(preconditioner, gamma, tau, decay, *every, momentum, stagger)
     settings: dict[str, Any] = {"l2": blocks.l2, "unassigned": blocks.treatment, "method": method}
     settings["warn_after_skipped"] = warn_after_skipped

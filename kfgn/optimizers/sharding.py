@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kfgn.base.devices import AxisName, vary
@@ -146,6 +147,44 @@ class ShardedPreconditioner(Preconditioner):
         here = here.reshape(-1, *(1,) * (own.ndim - 1))
         return jax.lax.psum(jnp.where(here, own, jnp.zeros((), own.dtype)), self.axis)
 
+    def items(self, factors: Any) -> dict[Any, Any]:
+        """By stack and place in a device's share: devices take the same turns."""
+
+        def one(x: Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+        devices = 1 if self.inside else self.devices
+        return {
+            (key, place): jax.tree.map(one, stack)
+            for key, stack in factors.stacks.items()
+            for place in range(len(jax.tree.leaves(stack)[0]) // devices)
+        }
+
+    def some(self, tree: Any, items: list[Any]) -> Any:
+        """The shares of some places in stacks."""
+        places = _by_stack(items)
+
+        def taken(shares: Shares, _: Any) -> Shares:
+            return Shares(
+                {k: jax.tree.map(lambda x, p=p: x[p], shares.stacks[k]) for k, p in places.items()}
+            )
+
+        return self._by_share(taken, tree, ())
+
+    def put(self, tree: Any, new: Any, items: list[Any]) -> Any:
+        """Shares with those of some places replaced."""
+        places = _by_stack(items)
+
+        def replaced(both: tuple[Shares, Shares], _: Any) -> Shares:
+            old, new = (shares.stacks for shares in both)
+            found = {
+                k: jax.tree.map(lambda x, y, p=p: x.at[p].set(y), old[k], new[k])
+                for k, p in places.items()
+            }
+            return Shares(old | found)
+
+        return self._by_share(replaced, (tree, new), ())
+
     def decompose(self, factors: Any, old: Any, due: Flag) -> Any:
         """What does not depend on the damping, recomputed where it is due."""
         own = super().decompose
@@ -201,3 +240,8 @@ class ShardedPreconditioner(Preconditioner):
             axis_names=self.names,
             check_vma=False,
         )(shares, same)
+
+
+def _by_stack(items: list[tuple[str, int]]) -> dict[str, np.ndarray]:
+    """The places of items, by their stacks."""
+    return {key: np.array([p for k, p in items if k == key]) for key in dict(items)}

@@ -101,7 +101,7 @@ def scale_by_kronecker(
     check_period("refresh_factors_every", refresh_factors_every)
     check_period("refresh_inverse_every", refresh_inverse_every)
     preconditioner = preconditioner_of(blocks, inverse, factor_sharding)
-    check_stagger(stagger, refresh_inverse_every, factor_sharding)
+    check_stagger(stagger, refresh_inverse_every)
 
     def init(leaves: Named) -> ScaleByKroneckerState:
         start = counter(), counter(), no_streak(), counter(), no_metrics()

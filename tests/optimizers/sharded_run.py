@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kfgn
+from kfgn.optimizers import staggered
 
 jax.config.update("jax_enable_x64", True)
 # Two programs at once on more devices than cores may each wait for the other's threads.
@@ -71,7 +72,7 @@ def made(name, sharding):
             blocks, 0.1, refresh_inverse_every=2, inverse="eigen", factor_sharding=sharding
         )
         return optax.chain(tx, optax.scale(-0.1))
-    options = {"recipe": {}, "search": {"factor_damping": 1.0}}[name]
+    options = {"recipe": {}, "search": {"factor_damping": 1.0}, "stagger": {"stagger": True}}[name]
     shapes = {"refresh_inverse_every": 2, "factor_sharding": sharding}
     return kfgn.kflr(OBJECTIVE, params, batch, **shapes, **options)
 
@@ -154,7 +155,24 @@ def one_process(folder):
     check_predicted(mesh, same, spread, state)
     check_resumed(folder, saved, many)
     close(inside("search", True), alone[0])
+    check_turns(spread, same, mesh)
     close(inside("kronecker", False), run_alone("kronecker")[0])
+
+
+def check_turns(spread, same, mesh):
+    """All devices invert their part of one stack, and at the next update of the other."""
+    tx = made("stagger", NamedSharding(mesh, P("data")))
+    step, state, many = jax.jit(step_of(tx)), tx.init(same), same
+    for k in range(4):
+        before = get(state, "inverses").stacks
+        many, state = step(many, state, spread)
+        after = get(state, "inverses").stacks
+        new = {n: np.any(after[n].right != before[n].right, axis=(1, 2)) for n in after}
+        # The stack of layers has more to invert, and so the first turn.
+        turns = {n: k == 0 or k % 2 == (n.startswith(f"{WIDTH + 1}x{OUTPUTS}")) for n in after}
+        assert {n: bool(np.any(x)) for n, x in new.items()} == turns
+    staggered.in_turns = lambda blocks, _: [[n for n in blocks if n != "out"], ["out"]]
+    close(many, run_alone("stagger")[0])
 
 
 def run_alone(name):

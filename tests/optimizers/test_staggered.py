@@ -73,10 +73,8 @@ def test_the_work_of_turns_is_even():
 def test_what_cannot_take_turns():
     params, batch = make_params(), make_batch()
     mesh = jax.make_mesh((1,), ("d",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
     bad = {
         "does not search": {"factor_damping": 1.0},
-        "give one of them": {"factor_sharding": sharding},
         "whole number": {"refresh_inverse_every": jnp.array(5)},
         "True or False": {"stagger": 1},
     }
