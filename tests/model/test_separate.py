@@ -82,6 +82,22 @@ PAIRS = {
 }  # fmt: skip
 
 
+# Examples meet though all shapes are as if they did not.
+SAME_SHAPES = {
+    "pad": lambda p, x: lax.pad(x, np.float32(0), ((1, -1, 0), (0, 0, 0), (0, 0, 0))),
+    "window": lambda p, x: lax.reduce_window(x, -jnp.inf, lax.max, (2, 1, 1), (1, 1, 1), "SAME"),
+    "look up": lambda p, x: x[(x[:, 0, 0] > 0).astype(jnp.uint32)],
+    "constant": lambda p, x: x + np.array([len(x), 1.0], np.float32),
+    "flip": lambda p, x: jnp.flip(x, 0),
+}
+
+
+@pytest.mark.loose_dtypes
+@pytest.mark.parametrize("name", SAME_SHAPES)
+def test_shapes_that_tell_nothing(name):
+    assert not proven(SAME_SHAPES[name], 4, 2)
+
+
 @pytest.mark.loose_dtypes
 @pytest.mark.parametrize("name", PAIRS)
 def test_operation(name):
