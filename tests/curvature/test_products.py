@@ -130,13 +130,19 @@ def test_outputs(model, loss):
 def test_products_in_chunks(model, loss):
     """The matrices times a vector: all at once, one by one, with a remainder, above the count."""
     truth = truth_of(model, loss)
-    for name, (operator, matrix) in matrices(truth).items():
-        for chunk_size in (None, 1, 2, COUNT, 7):
-            product = functools.partial(operator.matvec, with_l2=True, chunk_size=chunk_size)
-            found = jax.jit(product)(truth.params, truth.batch, truth.vector)
-            assert jax.tree.structure(found) == jax.tree.structure(truth.params)
-            expected = (matrix + truth.penalty) @ truth.flat
-            close(ravel_pytree(found)[0], expected, f"{name} {chunk_size}")
+
+    @jax.jit
+    def everything(*args):
+        return {
+            (name, str(chunk_size)): operator.matvec(*args, with_l2=True, chunk_size=chunk_size)
+            for name, (operator, _) in matrices(truth).items()
+            for chunk_size in (None, 1, 2, COUNT, 7)
+        }
+
+    for (name, chunk_size), found in everything(truth.params, truth.batch, truth.vector).items():
+        assert jax.tree.structure(found) == jax.tree.structure(truth.params)
+        expected = (matrices(truth)[name][1] + truth.penalty) @ truth.flat
+        close(ravel_pytree(found)[0], expected, f"{name} {chunk_size}")
 
 
 @pytest.mark.usefixtures("x64")
