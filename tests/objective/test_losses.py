@@ -132,13 +132,15 @@ def test_sampled_gradients(name, shape):
     """At targets drawn from the model, gradients have mean 0 and the Hessian as covariance."""
     samples, loss = 20_000, LOSSES[name].loss
     outputs, targets = make_batch(name, shape, count=1)
-    repeated, labels = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (outputs, targets))
-    found = jax.jit(loss.sampled_gradients)(jax.random.key(4), repeated, labels)
-    gradients = np.asarray(found)
-    assert gradients.shape == (samples, outputs.size)
 
-    target = jax.tree.map(lambda a: a[0], targets)
-    hessian = np.asarray(loss.hessian(outputs[0], target))
+    @jax.jit
+    def run(batch):
+        repeated = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), batch)
+        first = jax.tree.map(lambda a: a[0], batch)
+        return loss.sampled_gradients(jax.random.key(4), *repeated), loss.hessian(*first)
+
+    gradients, hessian = map(np.asarray, run((outputs, targets)))
+    assert gradients.shape == (samples, outputs.size)
     outer = gradients[:, :, None] * gradients[:, None, :]
     # Five standard errors, as estimated from the sample, for some 60 entries in
     # all. An entry that is constant has none, so roundoff is allowed for.
