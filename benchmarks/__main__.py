@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "autoencoder": "train the paper's deep autoencoders",
     "speed": "time the curvature computations",
     "trainings": "small trainings as users write them, beside Adam",
+    "suite": "thirteen tasks beside first-order methods at their best rates",
     "loops": "what KFAC's step costs to compile and to run where a model has loops",
     "sharing": "what weight sharing's products lose",
     "rosenbrock": "gradient descent and Newton's method on Rosenbrock's function",

@@ -13,7 +13,7 @@ from benchmarks.experiments.trainings.images import cross_entropy, supervised
 from benchmarks.experiments.trainings.task import Task, started
 
 
-def tabular(seed: int) -> Task:
+def tabular(seed: int, size: int = 256) -> Task:
     """Mean and log variance of a number, where noise grows with one of eight columns."""
 
     class Regression(nn.Module):
@@ -27,7 +27,7 @@ def tabular(seed: int) -> Task:
     y = np.sin(2 * x[:, 0]) + x[:, 1] * x[:, 2] + rng.normal(size=4000) * np.exp(x[:, 3] - 1)
     data = jnp.asarray(x, jnp.float32), jnp.asarray(y[:, None], jnp.float32)
     loss = kfgn.losses.gaussian_negative_log_likelihood
-    return supervised(Regression(), data, seed, loss, 256)
+    return supervised(Regression(), data, seed, loss, size)
 
 
 def sets(seed: int) -> Task:

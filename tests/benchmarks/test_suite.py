@@ -1,0 +1,51 @@
+"""The suite: two tasks are trained for moments, and what the table says of losses is checked."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.experiments.suite import report, tasks
+
+pytestmark = pytest.mark.loose_dtypes
+
+
+def test_command(tmp_path):
+    arguments = ["suite", "--only", "tabular", "--scale", "0.002", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["measured"]["tabular"]
+    assert set(found) == {"adam", "adamw", "muon", "kfra", "kfac", "kflr"}
+    starts = {own["points"][0][2] for own in found.values()}
+    assert len(starts) == 1
+    for own in found.values():
+        assert own["points"][-1][1] >= 0.12 and own["points"][-1][2] < min(starts)
+        assert len(own["points"]) <= 21 and own["compile_seconds"] > 0
+    assert "tabular" in (tmp_path / "table.txt").read_text()
+    assert (tmp_path / "profile.png").exists() and (tmp_path / "losses.png").exists()
+
+
+@pytest.mark.parametrize("name", ["poisson", "heat"])
+def test_equations_hold_at_their_solutions(name, monkeypatch):
+    """The residuals, with the network replaced by the function that it is to find."""
+
+    def heat(params, x):
+        return [(jax.numpy.sin(np.pi * x[0]) * jax.numpy.exp(-0.1 * np.pi**2 * x[1]))[None]]
+
+    monkeypatch.setattr(tasks, "hidden_values", heat)
+    monkeypatch.setattr(tasks.equation, "network", lambda _, x: tasks.equation.solution(x))
+    task = tasks.TASKS[name](0, None).task
+    assert float(task.evaluate(task.params)) < 1e-9  # float32: residuals of 1e-5, squared
+
+
+def test_ratios():
+    def trained(*losses):
+        return report.Trained("", 0.0, [(k, float(k), x) for k, x in enumerate(losses)], None)
+
+    assert report.ratio(trained(4, 1), trained(4, 2)) == 0.5
+    assert report.ratio(trained(2, -2), trained(2, -1)) == 0.75  # gains of 4 and 3
+    assert trained(4, 3, 1, 1).seconds_to(2) == 2 and trained(4, 3).seconds_to(2) == np.inf
+    assert trained(1, np.nan).end == np.inf
