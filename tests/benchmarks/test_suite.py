@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -33,7 +33,7 @@ def test_equations_hold_at_their_solutions(name, monkeypatch):
     """The residuals, with the network replaced by the function that it is to find."""
 
     def heat(params, x):
-        return [(jax.numpy.sin(np.pi * x[0]) * jax.numpy.exp(-0.1 * np.pi**2 * x[1]))[None]]
+        return [(jnp.sin(np.pi * x[0]) * jnp.exp(-0.1 * np.pi**2 * x[1]))[None]]
 
     monkeypatch.setattr(tasks, "hidden_values", heat)
     monkeypatch.setattr(tasks.equation, "network", lambda _, x: tasks.equation.solution(x))

@@ -53,25 +53,19 @@ def ratio(ours: Trained, best: Trained) -> float:
 
 def tables(found: Found) -> list[Table]:
     """Tasks with ratios of losses and of times; below them, on how many tasks kfgn is ahead."""
-    ours_columns = [f"{m} {what}" for m in SECOND_ORDER for what in ("loss", "time", "test")]
-    columns = ("task", "best other", "loss", "its test", *ours_columns)
+    columns = ("task", "best other", "loss", "test", "kfgn", "loss", "ratio", "time", "test")
     rows, ratios = list[list[Any]](), dict[str, list[float]]()
     for name, own in found.items():
         best = peer(own)
-        row = [name, best.label, f"{best.end:.3g}", figure(best.test_loss, ".3g")]
-        for method in SECOND_ORDER:
-            if method not in own:
-                row += [None] * 3
-                continue
-            ours, reached = own[method], best.seconds_to(best.end)
+        for method in (m for m in SECOND_ORDER if m in own):
+            ours = own[method]
             ratios.setdefault(method, []).append(ratio(ours, best))
-            fraction = ours.seconds_to(best.end) / reached
+            fraction = ours.seconds_to(best.end) / best.seconds_to(best.end)
+            row = [name, best.label, f"{best.end:.3g}", figure(best.test_loss, ".3g"), method]
+            row += [f"{ours.end:.3g}", f"{ratios[method][-1]:.2f}"]
             time = f"{fraction:.2f}" if fraction < np.inf else None
-            row += [f"{ratios[method][-1]:.2f}", time, figure(ours.test_loss, ".3g")]
-        rows.append(row)
-    title = (
-        "Training losses over the best other method's at equal seconds, and time to its last loss"
-    )
+            rows.append([*row, time, figure(ours.test_loss, ".3g")])
+    title = "Losses at equal seconds, and the part of its time to the best other's last loss"
     counts = [[m, f"{sum(r < 1 for r in own)} of {len(own)}", f"{max(own):.2f}"]
               for m, own in ratios.items()]  # fmt: skip
     return [
