@@ -62,11 +62,11 @@ def tables(found: Found) -> list[Table]:
             ratios.setdefault(method, []).append(ratio(ours, best))
             fraction = ours.seconds_to(best.end) / best.seconds_to(best.end)
             row = [name, best.label, f"{best.end:.3g}", figure(best.test_loss, ".3g"), method]
-            row += [f"{ours.end:.3g}", f"{ratios[method][-1]:.2f}"]
+            row += [f"{ours.end:.3g}", f"{ratios[method][-1]:.2g}"]
             time = f"{fraction:.2f}" if fraction < np.inf else None
             rows.append([*row, time, figure(ours.test_loss, ".3g")])
     title = "Losses at equal seconds, and the part of its time to the best other's last loss"
-    counts = [[m, f"{sum(r < 1 for r in own)} of {len(own)}", f"{max(own):.2f}"]
+    counts = [[m, f"{sum(r < 1 for r in own)} of {len(own)}", f"{max(own):.2g}"]
               for m, own in ratios.items()]  # fmt: skip
     return [
         table(title, columns, rows),
