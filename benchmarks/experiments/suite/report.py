@@ -74,6 +74,10 @@ def tables(found: Found) -> list[Table]:
     ]
 
 
+# Of methods that other figures do not have.
+_COLORS = {**COLORS, "adamw": "tab:brown", "muon": "tab:pink", "L-BFGS": "black"}
+
+
 def figures(found: Found) -> dict[str, Figure]:
     """The performance profile, and the losses of every task against seconds."""
     return {"profile": _profile(found), "losses": _losses(found)}
@@ -92,7 +96,7 @@ def _profile(found: Found) -> Figure:
     across = np.geomspace(1, MOST, 200)
     for method, slower in factors.items():
         within = [np.mean(np.asarray(slower) <= factor) for factor in across]
-        axes.plot(across, within, label=method, color=COLORS.get(method))
+        axes.plot(across, within, label=method, color=_COLORS.get(method))
     axes.set(xscale="log", xlabel="times the best method's seconds", ylim=(-0.02, 1.02),
              ylabel="of its tasks at the best other's last loss")  # fmt: skip
     axes.legend(fontsize="small")
@@ -108,7 +112,7 @@ def _losses(found: Found) -> Figure:
     for axes, (name, own) in zip(grid.flat, found.items(), strict=False):
         for method, trained in own.items():
             _, seconds, losses = zip(*trained.points, strict=True)
-            axes.plot(seconds, losses, label=method, color=COLORS.get(method), linewidth=1)
+            axes.plot(seconds, losses, label=method, color=_COLORS.get(method), linewidth=1)
         axes.set_title(name, fontsize="small")
         if all(p[2] > 0 for trained in own.values() for p in trained.points):
             log_scale(axes)
