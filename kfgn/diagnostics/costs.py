@@ -25,6 +25,8 @@ from kfgn.objective.weights import loss_of
 SHARE, LONGEST = 0.6, 50
 # A FLOP of an inversion takes as long as so many of a product (measured on two CPU cores).
 _INVERSION = 4
+#: Inversions that one eigendecomposition takes as long as (measured there, too).
+DECOMPOSITION = 7
 _MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
 REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
 
@@ -84,6 +86,15 @@ def solve_cost(layer: Layer) -> int:
     """Of the product of a layer's gradient with both inverses."""
     a, b = layer.activation_size, layer.d_out
     return 2 * layer.stack * a * b * (b + (1 if layer.indexed else a))
+
+
+def moments_cost(at: Setting, layer: Layer, use: Use) -> int:
+    """Of one column's moments of EKFAC: its way back, and gradients in the factors' eigenbasis."""
+    form, places = use.form, use.form.positions
+    rows, columns = layer.activation_size, layer.d_out
+    turned = 2 * places * (columns**2 + (1 if layer.indexed else rows**2 + rows * columns))
+    whole = 2 * rows * columns * (places + columns + (1 if layer.indexed else rows))
+    return at.examples * (_product(use) + form.groups * min(turned, whole))
 
 
 def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:

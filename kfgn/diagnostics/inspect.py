@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import jax
 
@@ -13,10 +13,12 @@ from kfgn.base.types import PyTree, Shape
 from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS
 from kfgn.diagnostics.costs import (
+    DECOMPOSITION,
     REFRESH_EVERY,
     Setting,
     forward_cost,
     linear_cost,
+    moments_cost,
     node_cost,
     period,
     setting,
@@ -24,53 +26,16 @@ from kfgn.diagnostics.costs import (
     update_cost,
     use_cost,
 )
+from kfgn.diagnostics.machine import Machine
 from kfgn.diagnostics.per_device import PerDevice, per_device
+from kfgn.diagnostics.plan import Plan, plan_lines, plans
+from kfgn.diagnostics.rows import Row, Totals
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 from kfgn.model.equations import size
 from kfgn.model.factor_size import most_rows, too_large
 from kfgn.model.layer import Layer
 from kfgn.model.unite import unite
 from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
-
-
-class Row(NamedTuple):
-    """One block of the curvature; for the costs see `inspect`."""
-
-    name: str
-    parameters: tuple[str, ...]  # their paths, kernel first
-    kind: str  # "dense", "conv", "embedding", "scale", "shift", or a registered kind
-    activation: Shape  # of Q; with a leading axis of slots and groups where there are several
-    pre_activation: Shape  # of G, likewise
-    positions: int  # of one example at which a kernel is applied, by all of its uses
-    uses: int  # equations that a kernel is used in: more than one where it is tied
-    slots: int  # kernels that are stacked in one parameter
-    groups: int  # parts of a kernel that do not mix
-    transposed: bool  # whether some uses see the kernel transposed
-    bytes: int  # of both factors
-    flops: dict[str, int]  # by method, of the factors of a batch, with one sample
-    inversion: int  # FLOPs of inverting the factors once
-
-
-class Totals(NamedTuple):
-    """Sums over all blocks, and what the methods share among them."""
-
-    parameters: int  # numbers in all parameters
-    bytes: int
-    between: dict[str, int]  # FLOPs by method between the layers, which are no block's
-    flops: dict[str, int]  # with those
-    inversion: int
-    solve: int  # FLOPs of a direction by the inverses
-    gradient: int  # FLOPs of the batch's gradient, three times the forward pass
-    linear: int  # FLOPs of the quadratic model, for 256 of the batch's examples
-    update: dict[str, float]  # by method, what an update takes, predicted in gradients
-    periods: dict[str, int]  # by method, of factors and inverses, where "auto" sets them
-    update_auto: dict[str, float]  # what an update takes then
-    columns: int  # of the output Hessian's root: backward passes that "kflr" makes
-    largest: int  # entries per example of the largest value that "kfra" goes through, 0 for none
-    matrix_bytes: int  # of the matrix over that value's entries
-    feasible: bool  # whether "kfra" forms a matrix as large as that, and unrolls the loops
-    unrolls: bool  # whether there are loops, which "kfra" unrolls
-    too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -90,13 +55,15 @@ class Inspection:
     shapes: dict[str, Shape]  # of every parameter, by path
     totals: Totals
     per_device: PerDevice | None = None  # where a mesh was given
+    plan: tuple[Plan, ...] = ()  # seconds, where a mesh or a machine was given
 
     def __repr__(self) -> str:
         return f"<Inspection of {len(self.rows)} blocks, {len(self.unassigned)} parameters in none>"
 
     def __str__(self) -> str:
         lines = [*_block_lines(self), *_unassigned_lines(self), *_total_lines(self)]
-        return "\n".join([*lines, str(self.per_device)] if self.per_device else lines)
+        lines += [str(self.per_device)] if self.per_device else []
+        return "\n".join([*lines, *plan_lines(self.plan)])
 
 
 def inspect(
@@ -105,6 +72,7 @@ def inspect(
     batch: Any,
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
+    machine: Machine | None = None,
     file: TextIO | None = None,
 ) -> Inspection:
     """Prints a table of the objective's blocks, from shapes alone, and returns it.
@@ -137,7 +105,9 @@ def inspect(
       params: a pytree of arrays or `jax.ShapeDtypeStruct`.
       batch: `(inputs, targets)`, likewise; values are checked where there are any.
       mesh: say as well what an update costs each of these devices, the batch spread over all,
-        and what they send: `PerDevice`.
+        and what they send: `PerDevice`, and in seconds: a `Plan` for each method.
+      machine: the rates of a device that seconds are predicted by, such as `measure_machine()`
+        finds here; those of a large accelerator if None. Without a mesh it is one device.
       file: where to print, standard output if None.
 
     Raises:
@@ -154,10 +124,14 @@ def inspect(
     ((3, 3), 104)
     """
     found = inspection_of(objective, params, batch)
-    if mesh is not None:
+    if mesh is not None or machine is not None:
+        devices = 1 if mesh is None else mesh.size
         itemsize = factor_dtype(*(x.dtype for x in jax.tree.leaves(params))).itemsize
-        costs = per_device(found.rows, found.totals, found.shapes, mesh.size, itemsize)
-        found = dataclasses.replace(found, per_device=costs)
+        costs = per_device(found.rows, found.totals, found.shapes, devices, itemsize)
+        plan = plans(len(found.rows), found.totals, costs, machine or Machine())
+        found = dataclasses.replace(
+            found, per_device=costs if mesh is not None else None, plan=plan
+        )
     print(found, file=file)
     return found
 
@@ -206,6 +180,8 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
         matrix_bytes=max(t.matrix_bytes for t in totals),
         feasible=all(t.feasible for t in totals),
         unrolls=any(t.unrolls for t in totals),
+        values=sum(t.values for t in totals),
+        moments={n: sum(t.moments[n] for t in totals) for n in METHODS},
     )
     costs = whole.inversion, whole.solve, whole.gradient, whole.linear
     periods = {n: period(f, whole.inversion, whole.gradient) for n, f in whole.flops.items()}
@@ -213,6 +189,12 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
         update={n: update_cost(f, *costs, REFRESH_EVERY) for n, f in whole.flops.items()},
         periods=periods,
         update_auto={n: update_cost(f, *costs, periods[n]) for n, f in whole.flops.items()},
+        update_ekfac={
+            n: update_cost(
+                f + whole.moments[n], DECOMPOSITION * costs[0], *costs[1:], REFRESH_EVERY
+            )
+            for n, f in whole.flops.items()
+        },
     )
 
 
@@ -243,6 +225,8 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
     between = {name: method.flops_between(walk) for name, method in METHODS.items()}
     flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
     forward = sum(map(forward_cost, nodes or at.graph.uses.values()))
+    layers = at.graph.layers.values()
+    moments = sum(moments_cost(at, layer, use) for layer in layers for use in layer.uses.values())
     return Totals(
         parameters=sum(map(math.prod, shapes.values())),
         bytes=sum(row.bytes for row in rows),
@@ -260,6 +244,11 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
         matrix_bytes=largest**2 * at.itemsize,
         feasible=at.nodes is not None and largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
         unrolls=bool(at.graph.model.loops),
+        values=at.examples
+        * at.itemsize
+        * sum(size(v) for n in nodes or at.graph.nodes for v in n.outputs),
+        moments={n: method.passes(at.columns) * moments for n, method in METHODS.items()},
+        update_ekfac={},
         too_large=tuple(
             too_large(name, layer, side, most_rows(layer))
             for name, layer in at.graph.layers.items()
@@ -327,5 +316,7 @@ def _total_lines(found: Inspection) -> list[str]:
         "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
         'by periods "auto": '
         + ", ".join(f"{n} {x:.1f}, every {total.periods[n]}" for n, x in total.update_auto.items()),
+        'by inverse="ekfac", in gradients: '
+        + ", ".join(f"{n} {x:.1f}" for n, x in total.update_ekfac.items()),
         *total.too_large,
     ]

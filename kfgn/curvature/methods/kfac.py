@@ -31,3 +31,6 @@ class KFAC(Method):
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.column
+
+    def passes(self, columns: int) -> int:
+        return 1

@@ -92,6 +92,10 @@ class Method:
         """Of both factors, for one use of a kernel and one sample."""
         raise NotImplementedError
 
+    def passes(self, columns: int) -> int:
+        """Cotangents that `over_columns` goes through, with one sample."""
+        return columns
+
     def flops_between(self, walk: int) -> int:
         """Between the layers, where a walk of the mean matrix through all nodes takes so many."""
         return 0
