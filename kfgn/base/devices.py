@@ -91,6 +91,19 @@ def in_auto_axes(function: Callable[..., Tree]) -> Callable[..., Tree]:
     return run
 
 
+def replicated(tree: Tree) -> Tree:
+    """The same values, on every device where they are sharded over explicit axes."""
+
+    def everywhere(leaf: Any) -> Any:
+        if not _explicit_axes(leaf)[1]:
+            return leaf
+        own = (jax.typeof(leaf) if isinstance(leaf, jax.core.Tracer) else leaf).sharding
+        copies = jax.sharding.NamedSharding(own.mesh, jax.sharding.PartitionSpec())
+        return jax.sharding.reshard(leaf, copies) if any(own.spec) else leaf
+
+    return jax.tree.map(everywhere, tree)
+
+
 def refuse_explicit_axes(*args: PyTree) -> None:
     """Raises BatchError where JAX asks for the sharding of every value, and kfgn knows it not."""
     _, axes = _explicit_axes(args)

@@ -71,7 +71,8 @@ def _plan(
     inverses = (costs.state_bytes_of_share if shares else costs.state_bytes) / 2
 
     def compute(flops: float, rate: float, numbers: float) -> float:
-        return max(flops / rate, numbers / machine.memory)
+        # Products and passes over values take turns: the sum is nearer than the larger of both.
+        return flops / rate + numbers / machine.memory
 
     passes = METHODS[method].passes(totals.columns) if METHODS[method].probes else 0
     gradient = compute(totals.gradient / parts, machine.products, 3 * (values + weights))

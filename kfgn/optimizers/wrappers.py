@@ -7,6 +7,7 @@ import jax
 import optax
 
 from kfgn.base.checks import check_whole
+from kfgn.base.devices import replicated
 from kfgn.base.errors import OptionError, ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, PyTree
@@ -47,7 +48,7 @@ def by_curvature(
         **others: Any,
     ) -> tuple[PyTree, Any]:
         check_state(state, kind)
-        gradient = named_leaves(updates)
+        gradient = replicated(named_leaves(updates))
         curvature = require_curvature(curvature, blocks, gradient)
         require_settings(curvature, **settings)
         if isinstance(_factors(state), dict):
@@ -68,10 +69,14 @@ def by_curvature(
                     "factor_sharding make or restore it for this number of devices, and give "
                     "jax.shard_map its own shardings as specs"
                 )
+        params = replicated(params)
         step, moved = advance(state, gradient, curvature, params=params, **others)
         return with_leaves(updates, step), count_streak(state, moved, warn_after_skipped)
 
-    return optax.GradientTransformationExtraArgs(lambda params: init(named_leaves(params)), update)
+    def start(params: PyTree) -> Any:
+        return init(replicated(named_leaves(params)))
+
+    return optax.GradientTransformationExtraArgs(start, update)
 
 
 def _factors(state: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.experiments import ablations, cost, ranks, versus
+from benchmarks.experiments import ablations, cost, plan, ranks, versus
 from tests.benchmarks.measured import measured
 
 pytestmark = pytest.mark.loose_dtypes  # optax's Adam and L-BFGS promote dtypes
@@ -46,6 +46,24 @@ def test_cost(tmp_path, monkeypatch):
         ("S", "kfac"),
     }
     assert all(row["seconds"] > 0 for row in found["rows"])
+
+
+def test_plan(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "SWEEPS", {"N": (8,), "devices": (10**6,)})
+    monkeypatch.setattr(plan, "BASE", {"D": 4, "L": 1, "N": 8, "K": 2, "devices": 1})
+    monkeypatch.setattr(plan, "METHODS", ("kfra",))
+    found = measured(tmp_path, "plan", "--blocks", "1")
+    assert [(row["swept"], row["method"]) for row in found["rows"]] == [
+        ("N", "gradient"),
+        ("N", "kfra"),
+    ]
+    assert all(row["measured"] > 0 < row["predicted"] for row in found["rows"])
+    off = max(
+        x / y
+        for row in found["rows"]
+        for x, y in [sorted((row["predicted"], row["measured"]), reverse=True)]
+    )
+    assert max(x["worst"] for x in found["off"].values()) == pytest.approx(off, rel=1e-3)
 
 
 def test_versus(tmp_path, monkeypatch):

@@ -211,12 +211,60 @@ def test_per_device():
     assert (costs.inversion, costs.inversion_of_share) == (total.inversion,) * 2
     assert (costs.gradient_bytes, costs.direction_bytes) == (20 * 4,) * 2
     assert (costs.factor_bytes, costs.state_bytes_of_share) == (total.bytes, 2 * total.bytes)
-    assert str(found).splitlines()[-3:] == [
+    text = str(found).splitlines()
+    assert text[text.index("", 7) - 3 : text.index("", 7)] == [
         "of 2 devices each, gradient and factors: kfra 528, kflr 643, kfac 548, empirical 548",
         "all-reduced: 80 B of gradient at every update, 180 B of factors where they are observed",
         "inversion 163, state 360 B; with factor_sharding 163, 360 B, and 80 B of directions "
         "gathered",
     ]
+
+
+def test_plan():
+    """Seconds of two devices, by rates that leave one part after the other to be seen."""
+    rates = {"products": 10.0, "factors": 5.0, "inversions": 2.0, "decompositions": 0.5}
+    slow = kfgn.diagnostics.Machine(**rates, memory=1e9, link=4.0, launch=0.0)
+    mesh = jax.sharding.AbstractMesh((2,), ("d",))
+    found = kfgn.inspect(*_two_layers(), mesh=mesh, machine=slow, file=io.StringIO())
+    total, plan = found.totals, {(p.method, p.inverse, p.shares): p for p in found.plan}
+    assert len(plan) == 4 * 3
+    for (method, inverse, shares), p in plan.items():
+        ekfac = inverse == "ekfac"
+        assert p.gradient == pytest.approx(total.gradient / 2 / 10)
+        flops = total.flops[method] + ekfac * total.moments[method]
+        assert p.factors == pytest.approx(flops / 2 / 5 + total.bytes / 4)
+        assert p.inversion == pytest.approx(total.inversion / (0.5 if ekfac else 2.0))
+        # The gradient is all-reduced, and of all directions each device has the half.
+        assert p.sent == pytest.approx(80 / 4 + shares * 40 / 4)
+        solve = total.solve / (2 if shares else 1) / 5
+        assert p.rest == pytest.approx(solve + total.linear / 2 / 10 + p.gradient / 15, rel=1e-5)
+        dear = p.factors + p.inversion
+        assert p.longest == pytest.approx(p.gradient + p.rest + p.sent + dear)
+        assert p.update == pytest.approx(p.longest - dear + dear / 5)
+        assert p.update_auto == pytest.approx(p.longest - dear + dear / p.every)
+        assert dear / p.every <= 0.6 * p.gradient or p.every == 50
+    # Rates that no part waits for, but for the memory: values of 5 examples and parameters.
+    fast = kfgn.diagnostics.Machine(*[1e30] * 4, memory=8.0, link=1e30, launch=0.0)
+    alone = kfgn.inspect(*_two_layers(), machine=fast, file=io.StringIO())
+    assert alone.per_device is None and len(alone.plan) == 4 * 2
+    assert alone.totals.values == 4 * 5 * (3 + 3 + 2 + 2)  # the bias is added
+    assert alone.plan[0].gradient == pytest.approx(3 * (alone.totals.values + 80) / 8)
+    starts = kfgn.inspect(*_two_layers(), machine=fast._replace(launch=1.0), file=io.StringIO())
+    assert starts.plan[0].rest - alone.plan[0].rest == pytest.approx(200 + 2 * 40)
+    lines = str(alone).splitlines()[-9:]
+    assert lines[0].split()[-1] == "every" and len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.parametrize("method, columns", [("kfra", 2), ("kflr", 2), ("kfac", 1)])
+def test_moments_of_ekfac(method, columns):
+    """A way back, rows in the basis, and products of their squares, for every column."""
+    total = kfgn.inspect(*_two_layers(), file=io.StringIO()).totals
+    first = 5 * 2 * (4 * 4 + 3 * 3 + 4 * 3) + 5 * 2 * 4 * 3
+    out = 5 * 2 * (4 * 4 + 2 * 2 + 4 * 2) + 5 * 2 * 3 * 2
+    assert total.moments[method] == columns * (first + out)
+    refreshed = (total.flops[method] + total.moments[method] + 4 * 7 * total.inversion) / 5
+    others = total.gradient * (1 + 1 / 15) + total.solve + total.linear
+    assert total.update_ekfac[method] == pytest.approx((others + refreshed) / total.gradient)
 
 
 def test_text(monkeypatch):
@@ -236,6 +284,7 @@ def test_text(monkeypatch):
         "an update, in gradients: kfra 3.2, kflr 3.3, kfac 3.2, empirical 3.2",
         'by periods "auto": kfra 3.3, every 4, kflr 3.4, every 4, kfac 3.3, every 4, '
         "empirical 3.3, every 4",
+        'by inverse="ekfac", in gradients: kfra 5.1, kflr 5.2, kfac 4.9, empirical 4.9',
     ]
     header, first, out, between, total = lines[:5]
     assert len({len(line) for line in (header, first, out, total)}) == 1

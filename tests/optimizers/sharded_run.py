@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import kfgn
 from kfgn.optimizers import staggered
+from tests.tables import small
 
 jax.config.update("jax_enable_x64", True)
 # Two programs at once on more devices than cores may each wait for the other's threads.
@@ -157,6 +158,8 @@ def one_process(folder):
     close(inside("search", True), alone[0])
     check_turns(spread, same, mesh)
     close(inside("kronecker", False), run_alone("kronecker")[0])
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        check_parameters_in_shares(kind)
 
 
 def check_turns(spread, same, mesh):
@@ -173,6 +176,29 @@ def check_turns(spread, same, mesh):
         assert {n: bool(np.any(x)) for n, x in new.items()} == turns
     staggered.in_turns = lambda blocks, _: [[n for n in blocks if n != "out"], ["out"]]
     close(many, run_alone("stagger")[0])
+
+
+def check_parameters_in_shares(kind):
+    """Each device has half of the kernels, and a quarter of the batch."""
+    params, batch = small.make_params(jnp.float64), small.make_batch(jnp.float64)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), (kind, kind))
+    optimizer = kfgn.kfra(small.OBJECTIVE, params, batch)
+    step = jax.jit(small.make_step(optimizer))
+
+    def two(params, batch):
+        state = optimizer.init(params)
+        for _ in range(2):
+            params, state, _ = step(params, state, batch)
+        return params, state
+
+    def half(leaf):
+        columns = P(*(None,) * (leaf.ndim - 1), "model") if leaf.shape[-1] % 2 == 0 else P()
+        return jax.device_put(leaf, NamedSharding(mesh, columns))
+
+    halves = jax.tree.map(half, params)
+    assert not all(x.is_fully_replicated for x in jax.tree.leaves(halves))
+    spread = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    close(two(halves, spread), two(params, batch))
 
 
 def run_alone(name):
@@ -209,8 +235,10 @@ def inside(name, check_vma):
         out_specs=(P(), specs),
         check_vma=check_vma,
     )
-    many, state = run(jax.jit(step), same, tx.init(same), spread)
+    program = jax.jit(step).lower(same, tx.init(same), spread).compile()
+    many, state = run(program, same, tx.init(same), spread)
     check_shares(state)
+    check_sent(program)
     return many
 
 

@@ -135,5 +135,6 @@ def check_jit_equals_no_jit(record: Record, counts: tuple[int, ...]) -> None:
         (grads, state, params, keywords), expected = record.calls[count - 1]
         with jax.disable_jit():
             actual = record.tx.update(grads, state, params, **keywords)
-        # One update: float32's roundoff, which the solves magnify a little.
-        assert_close(actual, expected, 1e-4)
+        # One update: float32's roundoff, which the solves magnify a little. The change of an
+        # objective of about 1 has its roundoff, which differs between versions of jax.
+        assert_close(actual, expected, 1e-4, roundoff=float(np.finfo(np.float32).eps))

@@ -62,12 +62,16 @@ def make_step(tx: optax.GradientTransformation, method: str = "kfra", **options:
     return step
 
 
-def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Two trees alike agree leaf by leaf, relative to the largest entry of a leaf."""
+def assert_close(actual: Any, expected: Any, tolerance: float, roundoff: float = 0.0) -> None:
+    """Two trees alike agree leaf by leaf, relative to the largest entry of a leaf.
+
+    Scalars, which may be differences of larger numbers, agree to the roundoff of those.
+    """
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * max(1e-30, np.abs(b).max()))
+        within = tolerance * max(1e-30, np.abs(b).max()) + (roundoff if b.ndim == 0 else 0)
+        np.testing.assert_allclose(a, b, rtol=0, atol=within)
 
 
 def assert_equal(actual: Any, expected: Any) -> None:
