@@ -62,9 +62,8 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--blocks", type=positive_int, default=1, help="of ten updates, whose median counts (1)")
     given, rows = parser.parse_args(arguments), []
-    most = max(SWEEPS["devices"])
     with contextlib.suppress(RuntimeError):  # where devices are there already
-        jax.config.update("jax_num_cpu_devices", most)
+        jax.config.update("jax_num_cpu_devices", max(SWEEPS["devices"], default=1))
         # Two programs at once on more devices than cores may each wait for the other's threads.
         jax.config.update("jax_cpu_enable_async_dispatch", False)
     sizes = [(n, v) for n, values in SWEEPS.items() for v in values]

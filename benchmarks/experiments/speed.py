@@ -7,6 +7,7 @@ this machine reaches in a matrix product of 1000 x 1000, measured in the same ru
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -54,11 +55,13 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--blocks", type=positive_int, default=5, help="blocks of 20 updates to time (5)")
     add("--only", type=one_of("group", groups), help=f"one of {', '.join(groups)}")
+    add("--trace", help="folder for a trace by jax.profiler, to be read in TensorBoard or Perfetto")
     given, console = parser.parse_args(arguments), make_console()
     rows: list[Row] = []
-    for name, measure in groups.items():
-        if given.only in (None, name):
-            rows += measure(console, given.blocks)
+    with jax.profiler.trace(given.trace) if given.trace else contextlib.nullcontext():
+        for name, measure in groups.items():
+            if given.only in (None, name):
+                rows += measure(console, given.blocks)
     console.print(_table(rows))
     write_rows(given.out, "speed", arguments, rows)
     console.print(f"written to {given.out}")
