@@ -27,7 +27,10 @@ def check_stagger(stagger: Any, every: Any, candidates: int = 1) -> None:
 
 
 def in_turns(factors: Mapping[Any, Any], every: int) -> list[list[Any]]:
-    """Blocks by their names in so many parts, whose inversions are about the same work."""
+    """Blocks by their names in so many parts, whose inversions are about the same work.
+
+    The first part has the least: its update observes the factors, too, if they have that period.
+    """
     work = {
         name: sum(x.size * x.shape[-1] for x in jax.tree.leaves(block) if x.ndim > 1)
         for name, block in factors.items()
@@ -38,7 +41,7 @@ def in_turns(factors: Mapping[Any, Any], every: int) -> list[list[Any]]:
         least = loads.index(min(loads))
         parts[least].append(name)
         loads[least] += work[name]
-    return parts
+    return [parts[i] for i in sorted(range(every), key=loads.__getitem__)]
 
 
 def refresh_in_turns(

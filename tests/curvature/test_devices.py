@@ -96,6 +96,7 @@ def measured(method, axis_name, **options):
     every = {"refresh_factors_every": 2}  # the sums over devices are in a loop then
     optimizer = None
     if method == "kfra":
+        every["inverse"] = options.get("inverse", "factored")
         optimizer = kfgn.kfra(objective, case.params, batch, **every)
 
     def of(params, batch):
@@ -114,7 +115,8 @@ def measured(method, axis_name, **options):
 
 RUNS = [(method, {}) for method in METHODS]
 if net == "residual":  # options know no net
-    RUNS += [("kfra", {"spatial": "homogeneous"}), ("kflr", {"unassigned": "diagonal"})]
+    RUNS += [("kfra", {"spatial": "homogeneous"}), ("kfra", {"inverse": "ekfac"})]
+    RUNS += [("kflr", {"unassigned": "diagonal"})]
     RUNS += [("kfac", {"model_examples": 4, "samples": 2, "sharing": "reduce"})]
 for method, options in RUNS:
     one = jax.jit(measured(method, None, **options))(case.params, batch)

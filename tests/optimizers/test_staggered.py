@@ -68,6 +68,7 @@ def test_the_work_of_turns_is_even():
     loads = [sum(work[n] for n in turn) for turn in in_turns(factors, 4)]
     assert sum(loads) == sum(work.values())
     assert max(loads) <= 1.1 * sum(loads) / 4
+    assert loads[0] == min(loads)  # at that update factors are observed, too
 
 
 def test_what_cannot_take_turns():
