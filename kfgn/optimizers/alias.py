@@ -83,7 +83,7 @@ def optimizer(
         solve for that; None for all on every device. Also inside `jax.shard_map` over the axis,
         where the state's own shardings, as `init` outside makes them, are its specs.
       stagger: refresh the inverses of some blocks at each update instead of all at every
-        so many, so that updates after the first cost about the same, as far as they observe
+        so many, so that updates after the first few cost about the same, as far as they observe
         factors alike (`refresh_factors_every=1`). With `factor_sharding` each device goes
         through its share in turns; of a stack with a block for each device all are one turn.
       momentum: let the quadratic model weigh the previous step in too (Martens

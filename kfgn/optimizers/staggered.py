@@ -53,7 +53,7 @@ def refresh_in_turns(
     every: int,
     usable: Flag | Array,
 ) -> tuple[Any, Any]:
-    """The inverses, of which each part is refreshed at one update of `every`, all at the first.
+    """The inverses, of which each part is refreshed at one update of `every`, all at the first few.
 
     `known` are those so far, and the factors' extremes, which become those of the last part.
     """
@@ -62,7 +62,7 @@ def refresh_in_turns(
         if not items:
             continue
         mine, old = (preconditioner.some(x, items) for x in (factors, inverses))
-        due = usable & ((count == 0) | (count % every == i))
+        due = usable & ((count < min(every, 5)) | (count % every == i))
 
         def once(carry: Any, mine: Any = mine) -> Any:
             parts = preconditioner.decompose(mine, carry[1], jnp.array(True))
