@@ -25,6 +25,8 @@ def record(state: Any) -> dict[str, Any]:
         step_damping, factor_damping:    τ and γ
         reduction_ratio:                 ρ, eq. (42), actual_change / predicted_change as
                                          last measured, which is not at every update
+        agreement:                       the part of a step that the next batches would have
+                                         taken; 1 without momentum, see LevenbergMarquardt
         largest_eigenvalue, condition:   of the factors, and of the damped ones, at the last
                                          inversion: the largest over all layers; exact for
                                          inverse "eigen", else bounds by Frobenius norms
@@ -79,7 +81,7 @@ def _numbers(at: str, tree: Any) -> Iterator[tuple[bool, str, str, Any]]:
         if own and _is_own(child):
             yield from ((own, at, n, value) for _, _, n, value in _numbers(at, child))
         elif _is_number(child):
-            if (own and name not in ("average", "alarm")) or name in _OF_WRAPPERS:
+            if (own and name not in ("average", "alarm", "evidence")) or name in _OF_WRAPPERS:
                 yield own, at, name, child
         elif name == "hyperparams":
             yield from ((own, at, n, value) for n, value in child.items() if _is_number(value))

@@ -62,8 +62,8 @@ def optimizer(
       decay: of the moving average of the factors, per observation; None uses those of
         the batch that was observed last.
       step_damping: τ, added to the full Gauss-Newton matrix. A number is where
-        `kfgn.transforms.LevenbergMarquardt` starts, which adapts it by the
-        reduction ratio; or any rule with settings of its own.
+        `kfgn.transforms.LevenbergMarquardt` starts, which adapts it by the reduction ratio
+        and, with momentum, by the agreement of the next batches; or any rule of its own.
       factor_damping: γ, added to the Kronecker factors. None lets it follow τ,
         which measures better and saves the search; a number is where
         `kfgn.transforms.Greedy` starts, the paper's search; or any rule.

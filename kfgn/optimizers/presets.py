@@ -19,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             period=5,  # appendix C.3.1: T_τ
             decay=0.95,  # appendix C.3.1: ω_τ = 0.95^T_τ
             thresholds=(0.75, 0.75),  # appendix C.3.1, as printed
+            agreement=None,  # by ρ alone
         ),
         "factor_damping": Greedy(
             150.0**0.5,  # Martens & Grosse (2015), section 6.6: γ starts at sqrt(λ + η)
@@ -47,6 +48,7 @@ HESSIAN_FREE_PRESETS: dict[str, dict[str, Any]] = {
             period=1,
             decay=2 / 3,  # the code's drop; its boost is 3/2
             thresholds=(0.25, 0.75),  # the code, as Martens (2010), section 4.1
+            agreement=None,  # by ρ alone
         ),
         "tolerance": 0.1,  # the code's ξ of the truncated solution
         "max_iterations": 250,  # the code's greatest number of iterations
@@ -59,6 +61,7 @@ HESSIAN_FREE_PRESETS: dict[str, dict[str, Any]] = {
             period=1,
             decay=2 / 3,  # section 4.1: λ <- 2/3 λ, or 3/2 λ
             thresholds=(0.25, 0.75),  # section 4.1: ρ > 3/4, or ρ < 1/4
+            agreement=None,  # by ρ alone
         ),
         "tolerance": None,  # section 4.4: not by the residual
         "progress": 5e-4,  # section 4.4: ε = 0.0005

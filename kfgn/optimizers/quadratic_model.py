@@ -39,6 +39,7 @@ class Step(NamedTuple):
     coefficients: Float[Array, " directions"]  # c
     predicted: Scalar  # the model's change at the minimum, at most 0
     norm: Scalar  # of the step
+    along_previous: Float[Array, "2"]  # v'g and v'Av of the previous step v; 0 where there is none
 
     @property
     def step_size(self) -> Scalar:
@@ -57,7 +58,12 @@ class Step(NamedTuple):
         return jnp.any((self.coefficients[1:] < 0) | (self.coefficients[1:] > 1))
 
 
-def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar) -> Step:
+def best_step(
+    curvature: Curvature,
+    directions: list[Direction],
+    damping: Scalar,
+    agreement: Scalar | None = None,
+) -> Step:
     """The best coefficients of one or two directions, at damping `τ + η`.
 
     A direction that is zero, or parallel to one before it up to roundoff, gets
@@ -75,10 +81,15 @@ def best_step(curvature: Curvature, directions: list[Direction], damping: Scalar
         coefficients = jnp.stack([_over(slopes[0], grams[0, 0])])
     else:
         coefficients = _solve_two(slopes, grams)
+        if agreement is not None:
+            coefficients = _bounded(coefficients, slopes, grams, agreement)
     c = coefficients
     squared = total((1 + (i != j)) * c[i] * c[j] * x for (i, j), x in products.items())
-    predicted = -0.5 * jnp.dot(jnp.stack(slopes), c)
-    return Step(c, predicted, jnp.sqrt(jnp.maximum(squared, 0)))
+    curved = total((1 + (i != j)) * c[i] * c[j] * x for (i, j), x in grams.items())
+    predicted = 0.5 * curved - jnp.dot(jnp.stack(slopes), c)
+    last = len(directions) - 1
+    along = jnp.stack([slopes[last], grams[last, last]]) if last else jnp.zeros(2)
+    return Step(c, predicted, jnp.sqrt(jnp.maximum(squared, 0)), along.astype(jnp.float32))
 
 
 def _solve_two(b: list[Scalar], a: dict[tuple[int, int], Scalar]) -> Float[Array, " directions"]:
@@ -89,6 +100,20 @@ def _solve_two(b: list[Scalar], a: dict[tuple[int, int], Scalar]) -> Float[Array
     usable = left > 1e-5 * a[1, 1]
     second = jnp.where(usable, (b[1] - ratio * b[0]) / jnp.where(usable, left, 1), 0)
     return jnp.stack([first - ratio * second, second])
+
+
+def _bounded(
+    c: Float[Array, "2"], b: list[Scalar], a: dict[tuple[int, int], Scalar], agreement: Scalar
+) -> Float[Array, "2"]:
+    """The best coefficients with the previous step's within its bounds.
+
+    No batch takes more of a step back than there is, and what it would add to the step was for
+    the batch before it to say, unless the batches agree that steps are too short.
+    """
+    second = jnp.maximum(c[1], -1)
+    second = jnp.where(agreement > 1, second, jnp.minimum(second, 1))
+    first = _over(b[0] - second * a[0, 1], a[0, 0])
+    return jnp.where(second == c[1], c, jnp.stack([first, second]))
 
 
 def _over(a: Scalar, b: Scalar) -> Scalar:

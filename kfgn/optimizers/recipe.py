@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jaxtyping import Float
 
 from kfgn.base.checks import check_decay, check_flag
 from kfgn.base.linalg import inner
 from kfgn.base.types import Array, Named, Number, PyTree, Scalar
 from kfgn.curvature.curvature import Curvature
+from kfgn.optimizers.agreement import agreement_after
 from kfgn.optimizers.damping import FactorDamping, StepDamping, rules_of
 from kfgn.optimizers.layer_blocks import LayerBlocks
 from kfgn.optimizers.periods import Periods, check_period, inversion_due
@@ -61,6 +63,8 @@ class ScaleByCurvatureState(NamedTuple):
     reduction_ratio: Scalar  # ρ = actual / predicted change of the objective, as last measured
     predicted_change: Scalar  # by the quadratic model, for the whole step that was measured
     actual_change: Scalar  # of the objective, by that step
+    agreement: Scalar  # the part of a step that the next batches would have taken, on average
+    evidence: Float[Array, "2"]  # for that
     metrics: Metrics
     periods: Periods
     previous: Named  # the previous step, or nothing without momentum
@@ -157,6 +161,8 @@ class _Recipe:
             reduction_ratio=number(1),
             predicted_change=number(),
             actual_change=number(),
+            agreement=number(1),
+            evidence=jnp.zeros(2, jnp.float32),
             metrics=no_metrics(),
             periods=self._periods(),
             previous=zeros_like(leaves) if self.momentum else {},
@@ -190,7 +196,8 @@ class _Recipe:
             # The direction, and the step by the quadratic model of the full matrix.
             direction = self.preconditioner.apply(inverses, gamma + self.l2, gradient)
             directions = [push(curvature, direction), *along]
-            return directions, best_step(curvature, directions, state.step_damping + self.l2)
+            damping = state.step_damping + self.l2
+            return directions, best_step(curvature, directions, damping, state.agreement)
 
         look = curvature, observed, observed > state.observed, self.decay
         usable, gamma, inverses, extremes = self._invert(state, factors, best_along, usable, look)
@@ -204,7 +211,9 @@ class _Recipe:
         # The reduction ratio, where it is due or in doubt, and with it τ.
         known = state.reduction_ratio, state.step_damping, state.predicted_change
         before = Verdict(*known, state.actual_change, jnp.array(True), number(1))
-        verdict, step = judge(self.step_damping, state.count, before, curvature, best, step, fine)
+        evidence, agreement = agreement_after(state.evidence, best)
+        given = self.step_damping, state.count, before, curvature, best, step, fine, agreement
+        verdict, step = judge(*given)
         good = fine & verdict.finite
         share = jnp.where(good, verdict.share, 0)
         length = jnp.where(share > 0, share * best.norm.astype(jnp.float32), 0)
@@ -223,6 +232,8 @@ class _Recipe:
             reduction_ratio=verdict.ratio,
             predicted_change=verdict.predicted,
             actual_change=verdict.actual,
+            agreement=agreement,
+            evidence=evidence,
             metrics=Metrics(*seen),
             periods=self._periods(),
         )

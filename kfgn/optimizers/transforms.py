@@ -177,7 +177,7 @@ def scale_by_quadratic_model(
 
     The model has the full Gauss-Newton matrix of the batch, so this makes a
     step size for any direction, not only one of kfgn's. The first step, every fifth, and
-    those after one that failed are measured, and cut where the objective rises by more
+    those after a rise are measured, and cut where the objective rises by more
     than was promised as its fall, as in `kfgn.transforms.scale_by_curvature`.
 
     Args:
@@ -216,7 +216,8 @@ def scale_by_quadratic_model(
         usable = is_usable(curvature, (best, step))
         known = state.reduction_ratio, number(), state.predicted_change, number()
         before = Verdict(*known, finite=jnp.array(True), share=number(1))
-        verdict, step = judge(_MEASURED, state.count, before, curvature, best, step, usable)
+        given = _MEASURED, state.count, before, curvature, best, step, usable, number(1)
+        verdict, step = judge(*given)
         moved = state._replace(
             count=state.count + 1,
             step_size=verdict.share * best.step_size,

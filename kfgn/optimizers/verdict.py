@@ -34,6 +34,7 @@ def judge(
     best: Step,
     step: Named,
     fine: Flag,
+    agreement: Scalar,
 ) -> tuple[Verdict, Named]:
     """Measures the step where its turn has come, where it extrapolates, or is a first one.
 
@@ -47,7 +48,7 @@ def judge(
 
     Where the model has no curvature, as behind the bend of a Huber loss, nothing but τ
     bounds a step. One that is measured and raises the objective by more than was promised
-    as its fall is cut until the objective falls; so are those after it, until one is not.
+    as its fall is cut until the objective falls. After a rise the next steps are measured too.
 
     Args:
       rule: of τ.
@@ -57,6 +58,7 @@ def judge(
       best: the step by the quadratic model.
       step: the same by parameter name, to be subtracted.
       fine: whether the batch is usable, and all that is known of the step finite.
+      agreement: of batches with the steps before them.
 
     Returns:
       The verdict, and its share of the step. A loop of no turn or one made both: what passes
@@ -64,7 +66,7 @@ def judge(
     """
     doubtful = best.extrapolates
     due = rule.due(count + 1) & (best.predicted != 0)
-    wary = (count == 0) | ~(before.ratio >= -1)
+    wary = (count == 0) | ~(before.ratio >= 0)
     # The mean over the batch is not known better than that.
     roundoff = 8 * jnp.finfo(curvature.value.dtype).eps * jnp.abs(curvature.value)
 
@@ -92,7 +94,7 @@ def judge(
         share = jnp.where(is_fine(share, rise), share, 0)
         ratio = (first / best.predicted).astype(jnp.float32)
         judged = jnp.where(share == 0, -jnp.inf, ratio)  # the worst of ratios
-        adapted = rule.adapted(before.damping, judged)
+        adapted = rule.adapted(before.damping, rule.judged(judged, agreement))
         adapted = jnp.where(due | (share < 1), adapted, before.damping)
         predicted, actual = (x.astype(jnp.float32) for x in (best.predicted, first))
         finite = jnp.isfinite(rise)

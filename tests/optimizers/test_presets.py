@@ -26,6 +26,7 @@ PAPER = {
     "step_damping.period": 5,  # appendix C.3.1, T_τ = 5
     "step_damping.decay": 0.95,  # appendix C.3.1, ω_τ = 0.95^T_τ
     "step_damping.thresholds": (0.75, 0.75),  # appendix C.3.1
+    "step_damping.agreement": None,  # by ρ alone
     "factor_damping.initial": 12.24744871391589,  # sqrt(150)
     "factor_damping.minimum": 1e-10,
     "factor_damping.maximum": 1e10,
@@ -41,6 +42,7 @@ CNN = {
     "damping.period": 1,
     "damping.decay": 2 / 3,  # the drop; the boost is 3/2
     "damping.thresholds": (0.25, 0.75),
+    "damping.agreement": None,
     "tolerance": 0.1,  # ξ
     "max_iterations": 250,
 }
@@ -53,6 +55,7 @@ MARTENS = {
     "damping.period": 1,
     "damping.decay": 2 / 3,  # section 4.1
     "damping.thresholds": (0.25, 0.75),  # section 4.1
+    "damping.agreement": None,
     "tolerance": None,  # section 4.4
     "progress": 0.0005,  # section 4.4
     "max_iterations": 250,  # the code
@@ -66,7 +69,8 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
     "LevenbergMarquardt": (
         kfgn.transforms.LevenbergMarquardt(2.0),
         {"initial": 2.0, "minimum": 1e-9, "maximum": 1e6, "period": 5, "decay": 0.97,
-         "thresholds": (0.25, 0.75)},  # Martens & Grosse (2015), section 6.5
+         "thresholds": (0.25, 0.75),  # Martens & Grosse (2015), section 6.5
+         "agreement": (0.6, 0.65)},  # ours
     ),
     "Greedy": (
         kfgn.transforms.Greedy(2.0),

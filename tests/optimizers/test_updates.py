@@ -80,6 +80,7 @@ class Settings(NamedTuple):
     low: float = 0.25
     high: float = 0.75
     omega: float = 0.9
+    agreement: tuple[float, float] | None = (0.6, 0.65)
 
     def optimizer(self, params, batch):
         return kfgn.kfra(
@@ -100,6 +101,7 @@ class Settings(NamedTuple):
                 period=self.tau_period,
                 decay=self.omega,
                 thresholds=(self.low, self.high),
+                agreement=self.agreement,
             ),
         )
 
@@ -111,6 +113,8 @@ class Reference:
         self.settings, self.count, self.previous = settings, 0, None
         self.gamma, self.tau, self.ratio = settings.gamma, settings.tau, 1.0
         self.checked, self.refused = 0, 0  # between the updates at which τ adapts; altogether
+        self.evidence, self.agreement = np.zeros(2), 1.0
+        self.judged: list[float] = []  # the agreements where ρ alone would lower τ
         self.inverses: list[np.ndarray] = []
         self.factors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -124,6 +128,7 @@ class Reference:
             pairs = zip(old, new, strict=True)
             self.factors[name] = tuple(beta * a + (1 - beta) * b for a, b in pairs)
         g, curvature = as_vector(gradient), dense_gauss_newton(params, batch)
+        agreed = self.agreement  # as the updates before say
 
         def solve(inverses):
             """The best step in the span of the direction and the last step, and its value."""
@@ -131,7 +136,11 @@ class Reference:
             basis = [direction] if self.previous is None else [direction, self.previous]
             v = np.stack(basis, axis=1)
             model = curvature + (self.tau + L2) * np.eye(len(g))
-            coefficients = np.linalg.solve(v.T @ model @ v, -v.T @ g)
+            a, b = v.T @ model @ v, -v.T @ g
+            coefficients = np.linalg.solve(a, b)
+            if self.previous is not None:
+                second = np.clip(coefficients[1], -1, np.inf if agreed > 1 else 1)
+                coefficients = np.array([(b[0] - second * a[0, 1]) / a[0, 0], second])
             step = v @ coefficients
             return step, g @ step + 0.5 * step @ model @ step, coefficients[1:]
 
@@ -144,16 +153,25 @@ class Reference:
             candidates = [self.gamma, self.gamma * factor, self.gamma / factor]
             self.gamma = min(candidates, key=lambda gamma: solve(self.invert(gamma))[1])
             self.inverses = self.invert(self.gamma)
+        if s.momentum:
+            last = np.zeros_like(g) if self.previous is None else self.previous
+            curved = last @ (curvature + (self.tau + L2) * np.eye(len(g))) @ last
+            self.evidence = 0.9 * self.evidence + 0.1 * np.array([-last @ g, curved])
+            slope, curved = self.evidence
+            self.agreement = 1 + slope / curved if curved else 1.0
+        least, enough = s.agreement or (-np.inf, -np.inf)
         step, predicted, follows = solve(self.inverses)
         due, extrapolates = self.count % s.tau_period == 0, any(c < 0 or c > 1 for c in follows)
-        if due or extrapolates or done == 0 or self.ratio < -1:
+        if due or extrapolates or done == 0 or self.ratio < 0:
             before, after = OBJECTIVE(params, batch), OBJECTIVE(moved_by(params, step), batch)
             self.ratio = float(after - before) / predicted
             assert extrapolates or self.ratio >= -1  # no step is cut
             factor = s.omega**s.tau_period
-            self.tau *= factor if due and self.ratio > s.high else 1
-            refused = extrapolates and self.ratio < 0
-            self.tau /= factor if refused or (due and self.ratio < s.low) else 1
+            lowers, refused = due and self.ratio > s.high, extrapolates and self.ratio < 0
+            raises = refused or (due and (self.ratio < s.low or self.agreement < least))
+            self.judged += [self.agreement] if lowers else []
+            self.tau *= factor if lowers and self.agreement > enough else 1
+            self.tau /= factor if raises else 1
             self.checked += extrapolates and not due
             self.refused += refused
             step = 0 * step if refused else step
@@ -189,13 +207,16 @@ def moved_by(params: Any, step: np.ndarray) -> Any:
         Settings(low=5.0, high=5.0, gamma=0.05),  # no step is good enough: τ rises
         Settings(gamma=None, refresh=2),
         Settings(gamma=None, refresh=3, inverse="eigen"),
+        Settings(agreement=None),
     ],
-    ids=["factored, momentum", "eigen", "rising", "γ follows τ", "eigen, γ follows τ"],
+    ids=["factored, momentum", "eigen", "rising", "γ follows τ", "eigen, γ follows τ", "ρ alone"],
 )
 def test_recipe_equals_its_dense_reference(settings, x64):
-    taus, gammas, _ = beside_reference(settings, make_params(jnp.float64), 8)
+    taus, gammas, reference = beside_reference(settings, make_params(jnp.float64), 8)
     assert len(set(taus)) > 1 and len(set(gammas)) > 1  # both did adapt
-    assert (max(taus) > settings.tau) == (settings.low == 5)
+    disagree = settings.agreement is not None and min(reference.judged, default=1) < 0.6
+    assert (max(taus) > settings.tau) == (settings.low == 5 or disagree)
+    assert disagree == (settings.momentum and settings.agreement is not None and settings.low < 5)
 
 
 def test_steps_that_extrapolate_are_refused_where_the_objective_rises(x64):
@@ -223,6 +244,7 @@ def beside_reference(settings: Settings, params: Any, updates: int) -> Any:
         assert float(get("factor_damping")) == pytest.approx(reference.gamma, rel=1e-5)
         assert float(get("step_damping")) == pytest.approx(reference.tau, rel=1e-5)
         assert float(get("reduction_ratio")) == pytest.approx(reference.ratio, rel=1e-4)
+        assert float(get("agreement")) == pytest.approx(reference.agreement, rel=1e-4)
         assert int(get("refused")) == reference.refused
         taus.append(reference.tau)
         gammas.append(reference.gamma)

@@ -95,6 +95,15 @@ class StepDamping(Damping):
         """The next value, by the reduction ratio ρ of eq. (42) at an update that is due."""
         raise NotImplementedError
 
+    def judged(self, ratio: Array, agreement: Array) -> Array:
+        """ρ as `adapted` is given it; a rule may lower it where the next batches disagree.
+
+        `agreement` is the part of a step that they would have taken, on average of some ten
+        updates; 1 where that is not known, as without momentum.
+        """
+        del agreement
+        return ratio
+
 
 class FactorDamping(Damping):
     """A rule for γ, the damping of the Kronecker factors.
