@@ -599,3 +599,41 @@ def test_clip_by_curvature_bounds_the_dense_quadratic_form(bound, x64):
     assert after @ matrix @ after == pytest.approx(min(curved, bound), rel=1e-6)
     assert int(state.clipped) == (bound < curved)
     np.testing.assert_allclose(after, before * np.sqrt(min(curved, bound) / curved), rtol=1e-6)
+
+
+def test_a_classifier_that_fits_its_training_set_stays_there():
+    """By ρ alone the damping falls until steps of one batch undo what the others taught."""
+    size, examples, updates = 16, 128, 400
+    inputs = jax.random.normal(jax.random.key(0), (4, examples, 8))
+    noise = jax.random.normal(jax.random.key(1), (4, examples, 3))
+    labels = jnp.argmax(inputs[..., :3] + noise, axis=-1)
+
+    def model(params, x):
+        return jnp.tanh(jnp.tanh(x @ params[0]) @ params[1]) @ params[2]
+
+    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
+    objective = kfgn.Objective(model, loss)
+    shapes = (8, 24), (24, 24), (24, 3)
+
+    def values(seed, inputs, labels):
+        keys = jax.random.split(seed, 4)
+        pairs = zip(keys[1:], shapes, strict=True)
+        params = [jax.random.normal(key, shape) / shape[0] ** 0.5 for key, shape in pairs]
+        first = inputs[:size], labels[:size]
+        optimizer, curvature_fn = kfgn.make(objective, params, first, method="kflr")
+
+        def step(carry, key):
+            params, state = carry
+            chosen = jax.random.randint(key, (size,), 0, examples)
+            (_, grads), curvature = curvature_fn(params, (inputs[chosen], labels[chosen]))
+            updates, state = optimizer.update(grads, state, params, curvature=curvature)
+            params = optax.apply_updates(params, updates)
+            return (params, state), objective(params, (inputs, labels))
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(step, start, jax.random.split(keys[0], updates))[1]
+
+    found = jax.jit(jax.vmap(values))(jax.random.split(jax.random.key(2), 4), inputs, labels)
+    assert np.all(found[:, 0] > 0.5)
+    assert np.max(found[:, 200:]) < 0.1
+    assert np.max(found[:, -1]) < 0.01
