@@ -7,10 +7,11 @@ trained for all of them, as are L-BFGS, where every batch is the same, and what
 the same batches. Seconds are of updates: compiling, drawing and evaluating do not count, and what
 compiling took is recorded. Training losses are of held examples. SOAP and kfac-jax are not among
 the methods: neither is a requirement of the benchmarks. A finished training is kept: `--resume`
-goes on with the next.
+goes on with the next, unless kfgn or the tasks have changed since.
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import time
@@ -23,6 +24,7 @@ import jax
 import numpy as np
 import optax
 
+import benchmarks
 import kfgn
 from benchmarks.experiments.suite.report import Trained, figures, tables
 from benchmarks.experiments.suite.tasks import TASKS, Suited
@@ -51,6 +53,16 @@ class Setting(NamedTuple):
     cosine: bool = False
 
 
+def sources(
+    folders: Sequence[Path] = tuple(Path(p.__file__ or "").parent for p in (kfgn, benchmarks)),
+) -> str:
+    """A digest of the modules in folders: what a training was made by."""
+    found = hashlib.sha256()
+    for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Trains with every method on every task, and writes tables and figures."""
     parser = options(NAME, __doc__, resumable=True)
@@ -60,10 +72,11 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     with experiment(NAME, arguments, given, total=len(given.only)) as run:
         found: dict[str, dict[str, Trained]] = {}
+        code = sources()
         for name in given.only:
             trainer = _Trainer(TASKS[name], given.seed, given.data_dir)
             suited = trainer.suited
-            what = {"task": name, "seed": given.seed}
+            what = {"task": name, "seed": given.seed, "code": code}
 
             def train(
                 setting: Setting, seconds: float, trainer: Any = trainer, what: Any = what

@@ -19,6 +19,7 @@ from benchmarks.experiments.trainings.task import Task, of_data, started
 from benchmarks.harness.models import ENCODER, Autoencoder, chain, chain_params, hidden_values
 
 HELD = 2000  # examples that losses are evaluated on
+ELSE = 1000  # added to the seed of data that are drawn: those of the test
 ALL, PAIR = ("kfra", "kfac", "kflr"), ("kfra", "kfac")
 
 
@@ -138,23 +139,27 @@ def _variational(seed: int, folder: Path | None) -> Suited:
                        methods=PAIR)  # fmt: skip
 
 
-def _equation(model: Callable[..., Any], points: Any, targets: Any, seed: int) -> Suited:
+def _equation(model: Callable[..., Any], drawn: Callable[[int], Any], seed: int) -> Suited:
     """A network 2-32-32-1 whose derivatives are taken in the model; always the same points."""
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
-    batch = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (points, targets))
+    found = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), [*map(drawn, (seed, seed + ELSE))])
+    losses = [lambda p, batch=batch: objective.mean_loss(p, batch) for batch in found]
     params = chain_params((2, 32, 32, 1), seed)
-    task = Task(objective, params, lambda key, _: batch, lambda p: objective.mean_loss(p, batch))
+    task = Task(objective, params, lambda key, _: found[0], losses[0])
     # KFRA walks through the derivatives: an update takes hundreds of gradients.
-    return Suited(task, methods=("kfac", "kflr"), deterministic=True)
+    return Suited(task, losses[1], methods=("kfac", "kflr"), deterministic=True)
 
 
 def _poisson(seed: int, _: Path | None) -> Suited:
     """-Δu = f in the unit square, u = 0 on its boundary."""
-    rng = np.random.default_rng(seed)
-    inside, edge = rng.uniform(size=(2, 500, 2))
-    k = np.arange(500)
-    edge[k, k % 2] = k // 2 % 2
-    return _equation(equation.residuals, (inside, edge), np.zeros((500, 2)), seed)
+
+    def drawn(seed: int) -> Any:
+        inside, edge = np.random.default_rng(seed).uniform(size=(2, 500, 2))
+        k = np.arange(500)
+        edge[k, k % 2] = k // 2 % 2
+        return (inside, edge), np.zeros((500, 2))
+
+    return _equation(equation.residuals, drawn, seed)
 
 
 def _heat(seed: int, _: Path | None) -> Suited:
@@ -170,17 +175,32 @@ def _heat(seed: int, _: Path | None) -> Suited:
 
         return jax.vmap(one)(*points)
 
-    rng = np.random.default_rng(seed)
-    inside, edge = rng.uniform(size=(2, 500, 2))
-    side = np.arange(500) % 4  # both ends a quarter each, the start a half
-    edge[side == 0, 0], edge[side == 1, 0], edge[side > 1, 1] = 0, 1, 0
-    values = np.where(side > 1, 10 * np.sin(np.pi * edge[:, 0]), 0)
-    return _equation(model, (inside, edge), np.stack([np.zeros(500), values], axis=1), seed)
+    def drawn(seed: int) -> Any:
+        inside, edge = np.random.default_rng(seed).uniform(size=(2, 500, 2))
+        side = np.arange(500) % 4  # both ends a quarter each, the start a half
+        edge[side == 0, 0], edge[side == 1, 0], edge[side > 1, 1] = 0, 1, 0
+        values = np.where(side > 1, 10 * np.sin(np.pi * edge[:, 0]), 0)
+        return (inside, edge), np.stack([np.zeros(500), values], axis=1)
+
+    return _equation(model, drawn, seed)
 
 
 def _tabular(seed: int, _: Path | None) -> Suited:
     """Mean and variance of a number, 128 examples at a time."""
-    return Suited(others.tabular(seed, size=128))
+    held = others.tabular(seed + ELSE)
+    return Suited(others.tabular(seed, size=128), held.evaluate)
+
+
+def _transformer(seed: int, _: Path | None) -> Suited:
+    """The next of 32 characters."""
+    task, held = sequences.transformer(seed), sequences.later_characters()
+    held = held[:, :-1], held[:, 1:]
+    return Suited(task, lambda params: task.objective.mean_loss(params, held), methods=PAIR)
+
+
+def _gru(seed: int, _: Path | None) -> Suited:
+    """The sum of two of 40 numbers."""
+    return Suited(sequences.adding(seed), sequences.adding(seed + ELSE).evaluate)
 
 
 Make = Callable[[int, Path | None], Suited]
@@ -189,8 +209,8 @@ TASKS: dict[str, Make] = {
     "mixture": _mixture,
     "fashion": functools.partial(_perceptron, 300, ALL),
     "resnet": _resnet,
-    "transformer": lambda seed, _: Suited(sequences.transformer(seed), methods=PAIR),
-    "gru": lambda seed, _: Suited(sequences.adding(seed)),
+    "transformer": _transformer,
+    "gru": _gru,
     "variational": _variational,
     "poisson": _poisson,
     "heat": _heat,

@@ -17,9 +17,21 @@ from benchmarks.experiments.trainings.task import Task
 @functools.cache
 def characters() -> tuple[int, jax.Array]:
     """How many characters there are, and text by their numbers, `[2000, 33]`."""
-    text = "".join(topics[name] for name in sorted(topics))[: 2000 * 33]
-    found, numbers = np.unique(list(text), return_inverse=True)
+    found, numbers = np.unique(_text(0), return_inverse=True)
     return len(found), jnp.asarray(numbers.reshape(2000, 33), jnp.int32)
+
+
+def later_characters() -> jax.Array:
+    """The text that follows, of characters that `characters` has, `[at most 2000, 33]`."""
+    found, text = np.unique(_text(0)), _text(1)
+    rows = np.isin(text, found).reshape(2000, 33).all(axis=1)
+    return jnp.asarray(np.searchsorted(found, text).reshape(2000, 33)[rows], jnp.int32)
+
+
+def _text(part: int) -> np.ndarray:
+    """66,000 characters."""
+    text = "".join(topics[name] for name in sorted(topics))
+    return np.array(list(text[part * 2000 * 33 :][: 2000 * 33]))
 
 
 @functools.cache
