@@ -57,10 +57,10 @@ def test_ratios():
 
 def test_sources_are_told_apart(tmp_path):
     (tmp_path / "a.py").write_text("rate = 1")
-    before = suite.sources((tmp_path,))
-    assert suite.sources((tmp_path,)) == before
+    before = suite.sources(tmp_path)
+    assert suite.sources(tmp_path) == before
     (tmp_path / "a.py").write_text("rate = 2")
-    assert suite.sources((tmp_path,)) != before != suite.sources()
+    assert suite.sources(tmp_path) != before != suite.sources()
 
 
 def test_resuming_measures_anew_what_other_sources_made(tmp_path, monkeypatch):

@@ -53,11 +53,10 @@ class Setting(NamedTuple):
     cosine: bool = False
 
 
-def sources(
-    folders: Sequence[Path] = tuple(Path(p.__file__ or "").parent for p in (kfgn, benchmarks)),
-) -> str:
-    """A digest of the modules in folders: what a training was made by."""
+def sources(*folders: Path) -> str:
+    """A digest of the modules in folders, of kfgn and the benchmarks where none is given."""
     found = hashlib.sha256()
+    folders = folders or tuple(Path(str(m.__file__)).parent for m in (kfgn, benchmarks))
     for path in sorted(p for folder in folders for p in folder.rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
