@@ -126,6 +126,44 @@ def test_exact_structures(structure):
     np.testing.assert_allclose(jnp.mean(white, axis=0), 0, atol=5 / 20_000**0.5)
 
 
+@pytest.mark.loose_dtypes  # laplax's own arithmetic
+@pytest.mark.parametrize("structure", ["full", "diagonal"])
+def test_laplax_has_the_same_numbers(structure):
+    """Products with Σ, and the evidence, of what laplax has as well; skipped where it is not."""
+    pytest.importorskip("laplax", reason="pip install laplax")
+    from laplax.curv.cov import estimate_curvature, set_posterior_fn
+    from laplax.curv.ggn import create_ggn_mv
+    from laplax.eval.likelihood import marginal_log_likelihood
+
+    objective, params, (x, labels) = network()
+    own = kfgn.posterior.laplace(
+        objective, params, (x, labels), structure=structure, prior_precision=TAU
+    )
+
+    def model(input, params):
+        return net(params, input)
+
+    def one(input, params):
+        return net(params, input[None])[0]
+
+    def twice_the_loss(outputs, labels):  # which laplax halves, as squares are
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(outputs), labels[:, None], axis=1)
+        return -2 * jnp.sum(chosen)
+
+    data = {"input": x, "target": labels}
+    product = create_ggn_mv(one, params, data, "cross_entropy")
+    curvature = estimate_curvature(structure, product, layout=params)
+    posterior = set_posterior_fn(structure, curvature, layout=params)({"prior_prec": TAU})
+    v = jax.tree.map(jnp.cos, params)
+    found = ravel_pytree(posterior.cov_mv(posterior.state)(v))[0]
+    np.testing.assert_allclose(ravel_pytree(own.solve(v))[0], found, **CLOSE)
+
+    evidence = marginal_log_likelihood(
+        curvature, {"prior_prec": TAU}, data, model, params, twice_the_loss, structure
+    )
+    np.testing.assert_allclose(own.log_marginal_likelihood(), evidence, **CLOSE)
+
+
 def test_kronecker_is_the_factors_with_the_prior_added_exactly():
     objective, params, batch = network()
     posterior = kfgn.posterior.laplace(objective, params, batch, prior_precision=TAU)
