@@ -72,34 +72,38 @@ def shaken_value(value: Any) -> Any:
     """Floats with an error of some roundoff, other values as they are."""
     if not jnp.issubdtype(value.dtype, jnp.inexact):
         return value
-    signs = np.sign(_numbers(value.shape, value.dtype, lambda x: x, 7))
-    return (value * (1 + 4 * float(jnp.finfo(value.dtype).eps) * signs)).astype(value.dtype)
+    eps = 4 * float(jnp.finfo(value.dtype).eps)
+    return value * _numbers(value.shape, value.dtype, lambda x: 1 + eps * np.sign(x), 7)
 
 
 def made_up(value: Any, draw: Draw, place: int) -> Any:
     """Made-up numbers for a shape, smaller the more of them are summed; other values stay."""
     if not isinstance(value, Shape):
         return value
-    numbers = _numbers(value.shape, value.dtype, draw, place)
-    if jnp.issubdtype(value.dtype, jnp.inexact) and len(value.shape) > 1:
-        numbers = numbers * min(1.0, 2 / math.sqrt(max(1, math.prod(value.shape[:-1]))))
-    return _as_dtype(numbers, value.dtype)
+    summed = math.prod(value.shape[:-1]) if len(value.shape) > 1 else 1
+    scale = min(1.0, 2 / math.sqrt(max(1, summed)))
+    return _numbers(value.shape, value.dtype, lambda x: scale * draw(x), place)
 
 
 def examples(shape: Shape, draw: Draw, place: int) -> Any:
     """The examples of a batch, and what they are changed into."""
-    numbers = _numbers((2 * COUNT, *shape.shape), shape.dtype, draw, -1 - place)
-    if numbers.dtype == bool:
-        numbers[COUNT:] = ~numbers[:COUNT]
-    else:
+    inexact = jnp.issubdtype(shape.dtype, jnp.inexact)
+    kind = np.float64 if inexact else np.bool_
+    numbers = _numbers((2 * COUNT, *shape.shape), kind, draw, -1 - place)
+    if inexact:
         numbers[COUNT:] *= 3.0  # a maximum moves, too
+    else:
+        numbers[COUNT:] = ~numbers[:COUNT]
     return _as_dtype(numbers, shape.dtype)
 
 
-def _numbers(shape: tuple[int, ...], dtype: Any, draw: Draw, place: int) -> np.ndarray:
-    """Floats from the draw; for integers and others zeros and ones, as booleans."""
-    numbers = np.resize(np.roll(_POOL, 211 * place), shape)
-    return draw(numbers) if jnp.issubdtype(dtype, jnp.inexact) else numbers > 0
+def _numbers(shape: tuple[int, ...], dtype: Any, draw: Draw, place: int) -> Any:
+    """From the draw, repeated; for integers and others zeros and ones."""
+    pool = np.roll(_POOL, 211 * place)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return _as_dtype(np.resize(pool > 0, shape), dtype)
+    drawn = draw(pool) if jnp.issubdtype(dtype, jnp.inexact) else pool > 0
+    return np.resize(drawn.astype(dtype), shape)
 
 
 def _as_dtype(numbers: np.ndarray, dtype: Any) -> Any:

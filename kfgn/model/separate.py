@@ -14,6 +14,7 @@ import numpy as np
 
 from kfgn.model.equations import Equation, Var, is_variable
 from kfgn.model.primitives import TABLE
+from kfgn.model.rebatched import rebatched
 
 #: The axis of examples of a value; None for one that is the same for every batch.
 Place = int | None
@@ -48,7 +49,7 @@ def acts_alone(programs: Sequence[jex.ClosedJaxpr], counts: Sequence[int], param
 
 def _walk(programs: Sequence[Any], counts: Sequence[int], given: Sequence[Place]) -> list[Place]:
     """The places of the outputs of jaxprs, from those of their arguments."""
-    jaxprs = [getattr(program, "jaxpr", program) for program in programs]
+    jaxprs = [rebatched(getattr(program, "jaxpr", program)) for program in programs]
     first, *others = jaxprs
     _require(all(len(j.eqns) == len(first.eqns) for j in others))
     for known in zip(*(getattr(program, "consts", ()) for program in programs), strict=True):
