@@ -70,7 +70,7 @@ RULES: dict[str, tuple[Any, dict[str, Any]]] = {
         kfgn.transforms.LevenbergMarquardt(2.0),
         {"initial": 2.0, "minimum": 1e-9, "maximum": 1e6, "period": 5, "decay": 0.97,
          "thresholds": (0.25, 0.75),  # Martens & Grosse (2015), section 6.5
-         "agreement": (0.6, 0.65)},  # ours
+         "agreement": (0.5, 0.6)},  # ours
     ),
     "Greedy": (
         kfgn.transforms.Greedy(2.0),

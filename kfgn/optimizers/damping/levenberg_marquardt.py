@@ -27,13 +27,13 @@ class LevenbergMarquardt(StepDamping):
     >>> rule = kfgn.transforms.LevenbergMarquardt(1.0, period=1, decay=0.5)
     >>> [float(rule.adapted(jnp.array(1.0), jnp.array(ratio))) for ratio in (0.1, 0.5, 0.9)]
     [2.0, 1.0, 0.5]
-    >>> [float(rule.judged(jnp.array(0.9), agreement)) for agreement in (0.1, 0.62, 0.9)]
+    >>> [float(rule.judged(jnp.array(0.9), agreement)) for agreement in (0.1, 0.55, 0.9)]
     [-inf, 0.75, 0.8999999761581421]
     """
 
     decay: Number = 0.97
     thresholds: tuple[Number, Number] = (0.25, 0.75)
-    agreement: tuple[Number, Number] | None = (0.6, 0.65)
+    agreement: tuple[Number, Number] | None = (0.5, 0.6)
 
     def adapted(self, value: Array, ratio: Array) -> Array:
         """The value times ω, as it is, or over ω."""
