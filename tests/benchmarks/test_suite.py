@@ -82,6 +82,27 @@ def test_resuming_measures_anew_what_other_sources_made(tmp_path, monkeypatch):
     assert main([*arguments, "--resume"]) == 0 and len(trained) == 61
 
 
+def test_another_inverse_reaches_kfgn_and_trains_only_its_methods_again(tmp_path, monkeypatch):
+    made, trained = [], []
+
+    def make(*own, method, inverse):
+        made.append((method, inverse))
+        raise KeyboardInterrupt
+
+    def train(self, setting, seconds):
+        trained.append(setting.method)
+        if len(trained) == 30:  # the last
+            self._compiled(setting.method, None)
+        return report.Trained(setting.method, 0.0, [(0, 0.0, 2.0), (1, 1.0, 1.0)], 1.0)
+
+    monkeypatch.setattr(suite.kfgn, "make", make)
+    monkeypatch.setattr(suite._Trainer, "train", train)
+    arguments = ["suite", "--only", "tabular", "--out", str(tmp_path)]
+    assert main([*arguments, "--inverse", "ekfac"]) != 0 and made == [("kflr", "ekfac")]
+    assert main([*arguments, "--resume"]) == 0
+    assert trained[30:] == ["kfra", "kfac", "kflr"]
+
+
 def test_text_of_the_test_is_of_the_same_characters():
     (count, text), held = sequences.characters(), sequences.later_characters()
     assert held.shape[1] == 33 and len(held) > 1000 and int(held.max()) < count

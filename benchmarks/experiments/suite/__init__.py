@@ -3,11 +3,11 @@
 Adam, AdamW and Muon are tried at a grid of rates, constant and decayed by a cosine over the seconds
 of the training, for `TRIAL` of a task's seconds each; the setting with the least training loss is
 trained for all of them, as are L-BFGS, where every batch is the same, and what
-`kfgn.make(method=...)` returns with nothing else set. All start from the same parameters and see
-the same batches. Seconds are of updates: compiling, drawing and evaluating do not count, and what
-compiling took is recorded. Training losses are of held examples. SOAP and kfac-jax are not among
-the methods: neither is a requirement of the benchmarks. A finished training is kept: `--resume`
-goes on with the next, unless kfgn or the tasks have changed since.
+`kfgn.make(method=..., inverse=...)` returns with nothing else set. All start from the same
+parameters and see the same batches. Seconds are of updates: compiling, drawing and evaluating do
+not count, and what compiling took is recorded. Training losses are of held examples. SOAP and
+kfac-jax are not among the methods: neither is a requirement of the benchmarks. A finished training
+is kept: `--resume` goes on with the next, unless kfgn or the tasks have changed since.
 """
 
 import functools
@@ -33,6 +33,7 @@ from benchmarks.harness.arguments import options, positive_number, some_of
 from benchmarks.harness.experiment import experiment
 from benchmarks.harness.optimizers import with_gradient
 from benchmarks.harness.timing import compiled
+from kfgn.base.kronecker import INVERSES
 
 NAME = "suite"
 TRIAL = 1 / 6  # of the seconds, for every setting of the grid
@@ -68,12 +69,13 @@ def main(arguments: Sequence[str]) -> None:
     add = parser.add_argument
     add("--scale", type=positive_number, default=1.0, help="times every task's seconds (1)")
     add("--only", type=some_of("task", TASKS), default=tuple(TASKS), help="tasks, with commas")
+    add("--inverse", choices=INVERSES, default=INVERSES[0], help="of kfgn's factors (factored)")
     given = parser.parse_args(arguments)
     with experiment(NAME, arguments, given, total=len(given.only)) as run:
         found: dict[str, dict[str, Trained]] = {}
         code = sources()
         for name in given.only:
-            trainer = _Trainer(TASKS[name], given.seed, given.data_dir)
+            trainer = _Trainer(TASKS[name], given.seed, given.data_dir, given.inverse)
             suited = trainer.suited
             what = {"task": name, "seed": given.seed, "code": code}
 
@@ -81,6 +83,8 @@ def main(arguments: Sequence[str]) -> None:
                 setting: Setting, seconds: float, trainer: Any = trainer, what: Any = what
             ) -> Trained:
                 settings = {**what, **setting._asdict(), "seconds": seconds}
+                if setting.method in trainer.suited.methods:
+                    settings["inverse"] = given.inverse
                 return Trained(*run.measure(settings, lambda: trainer.train(setting, seconds)))
 
             whole = suited.seconds * given.scale
@@ -99,8 +103,10 @@ def main(arguments: Sequence[str]) -> None:
 class _Trainer:
     """Trains on one task; a method is compiled once."""
 
-    def __init__(self, make: Callable[..., Suited], seed: int, folder: Path | None) -> None:
-        self._make, self.seed, self._folder = make, seed, folder
+    def __init__(
+        self, make: Callable[..., Suited], seed: int, folder: Path | None, inverse: str
+    ) -> None:
+        self._make, self.seed, self._folder, self._inverse = make, seed, folder, inverse
         self._programs: dict[str, Any] = {}
 
     @functools.cached_property
@@ -145,7 +151,9 @@ class _Trainer:
         if method in self.suited.methods:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", kfgn.errors.CostWarning)  # the table says it
-                made = kfgn.make(task.objective, task.params, batch, method=method)
+                made = kfgn.make(
+                    task.objective, task.params, batch, method=method, inverse=self._inverse
+                )
             optimizer, curvature_fn = made
 
             def step(params: Any, state: Any, batch: Any, key: jax.Array, rate: Any) -> Any:
