@@ -42,6 +42,14 @@ class LayerBlocks:
     l2: Number = 0.0
     shared: frozenset[str] = frozenset()
 
+    def __repr__(self) -> str:
+        """A line for each layer; `kfgn.inspect` shows more."""
+        lines = [f"{n!r}: {', '.join(map(repr, x.parameters))}" for n, x in self.layers.items()]
+        if self.unassigned:
+            outside = ", ".join(map(repr, self.unassigned))
+            lines.append(f"in no layer, {self.treatment!r}: {outside}")
+        return "\n".join(["LayerBlocks", *lines])
+
     def present(self, leaves: Named) -> dict[str, Block]:
         """What is preconditioned of the leaves: layers, and parameters that have a diagonal.
 
@@ -124,8 +132,9 @@ def find_blocks(
     >>> import jax.numpy as jnp, kfgn
     >>> objective = kfgn.Objective(lambda w, x: x @ w, kfgn.losses.half_squared_error)
     >>> blocks = find_blocks(objective, jnp.ones((3, 2)), (jnp.ones((8, 3)), jnp.ones((8, 2))))
-    >>> [layer.parameters for layer in blocks.layers.values()]
-    [('',)]
+    >>> blocks
+    LayerBlocks
+    '': ''
     """
     check_unassigned(unassigned)
     check_factor_size(large_factors, factor_limit)

@@ -350,6 +350,7 @@ def test_a_layer_is_forgotten():
         objective_of(model), params, make_batch(inputs), unassigned="gradient"
     )
     assert "square" in blocks.unassigned
+    assert repr(blocks).splitlines()[-1].startswith("in no layer, 'gradient': ")
     assert_exact(model, params, inputs)
 
 
