@@ -134,6 +134,16 @@ def _product(use: Use) -> int:
     return 2 * groups * form.positions * form.d_in * form.d_out
 
 
+def values_cost(at: Setting) -> int:
+    """Entries of all values of one example, those of every iteration of a loop that is kept."""
+    if at.nodes is not None:
+        return sum(size(value) for node in at.nodes for value in node.outputs)
+    return sum(
+        math.prod(1 if loop.once else loop.length for loop in around) * sum(map(size, e.outvars))
+        for e, around in at.graph.model.every_equation
+    )
+
+
 def node_cost(node: Node, count: int) -> int:
     """Of a node between layers; a backward pass costs twice its equations."""
     inside, outside = (sum(map(size, values)) for values in (node.inputs, node.outputs))

@@ -25,6 +25,7 @@ from kfgn.diagnostics.costs import (
     solve_cost,
     update_cost,
     use_cost,
+    values_cost,
 )
 from kfgn.diagnostics.machine import Machine
 from kfgn.diagnostics.per_device import PerDevice, per_device
@@ -244,9 +245,7 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
         matrix_bytes=largest**2 * at.itemsize,
         feasible=at.nodes is not None and largest**2 * at.itemsize <= recursion.MATRIX_BYTES,
         unrolls=bool(at.graph.model.loops),
-        values=at.examples
-        * at.itemsize
-        * sum(size(v) for n in nodes or at.graph.nodes for v in n.outputs),
+        values=at.examples * at.itemsize * values_cost(at),
         moments={n: method.passes(at.columns) * moments for n, method in METHODS.items()},
         update_ekfac={},
         too_large=tuple(

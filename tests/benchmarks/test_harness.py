@@ -38,6 +38,7 @@ def test_every_command_has_a_command_line_of_its_own(monkeypatch):
 
 
 def test_the_first_ctrl_c_is_a_request_and_the_second_an_interrupt():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with interrupt.heard():
         interrupt.check()
         os.kill(os.getpid(), signal.SIGINT)
