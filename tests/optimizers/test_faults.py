@@ -217,7 +217,8 @@ def test_nothing_goes_to_the_host_and_nothing_stays(trained):
             if k % 975 == 49:
                 alive.append((len(jax.live_arrays()), sum(x.nbytes for x in jax.live_arrays())))
                 resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert alive[0] == alive[1] == alive[2]
+    # Fewer where what other tests had made was let go meanwhile; an update's would be thousands.
+    assert alive[2] <= alive[0]
     assert resident[2] - resident[0] < 2**12  # KiB, where an update's arrays are of 3 KiB
 
 
