@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -68,25 +70,54 @@ def pytest_configure(config: pytest.Config) -> None:
         if subprocess.run(command, env=flags, capture_output=True).returncode == 0:
             os.environ |= flags
     config.addinivalue_line("markers", "loose_dtypes: allow implicit dtype promotion")
-    config.addinivalue_line("markers", "row(parameter): what the tests of a row share is compiled")
+
+
+#: Files whose tests share nothing, and those with tests of every row of a table.
+ALONE = {"test_pages", "test_notebook"}
+BY_ROW = {"test_every_model", "test_exact", "test_training", "test_architectures"}
+
+
+@functools.cache
+def group_of(test: str) -> str:
+    """What one worker has all tests of, since they share what is compiled: a row, or a file.
+
+    A test's id names its row; "a row with another loss" is of that row.
+    """
+    file, _, name = test.partition("::")
+    stem = file.rpartition("/")[2].removesuffix(".py")
+    if stem in ALONE:
+        return test
+    if stem in BY_ROW:
+        for part in name.partition("[")[2].removesuffix("]").split("-"):
+            row = part.partition(" with ")[0]
+            if row in _rows():
+                return row
+    return file
+
+
+@functools.cache
+def _rows() -> set[str]:
+    from tests.tables import architectures, nets, training_models
+
+    return architectures.ROWS.keys() | nets.MODELS.keys() | training_models.TRAINING.keys()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups by their tests' ids; those that pytest-xdist marks are lost with pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker has all tests of a row of a table, or else of a file, and compiles for them once.
-
-    A test is of a row if it is marked `row` with the name of the parameter that names it;
-    "a row with another loss" is of that row.
-    """
-    rows: list[pytest.Item] = []
-    for item in items:
-        group, mark = f"{item.path.parent.name}/{item.path.stem}", item.get_closest_marker("row")
-        if mark and hasattr(item, "callspec") and mark.args[0] in item.callspec.params:
-            group = f"{item.callspec.params[mark.args[0]]}".partition(" with ")[0]
-            rows.append(item)
-        item.add_marker(pytest.mark.xdist_group(group))
-    # The many short groups come last, so that no worker waits for the others at the end.
-    items.sort(key=set(rows).__contains__)
+    """The many short groups come last, so that no worker waits for the others at the end."""
+    items.sort(key=lambda item: group_of(item.nodeid) in _rows())
 
 
 def pytest_collection_finish() -> None:

@@ -294,6 +294,7 @@ def on_four_devices(script: str, *arguments: str) -> None:
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4",
+        "NPROC": "16",  # threads: with fewer, programs in flight can wait for each other's devices
         "PYTHONPATH": str(root),
     }
     code = BEFORE + script + 'print("equal")\n'

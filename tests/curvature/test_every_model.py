@@ -24,7 +24,7 @@ from tests.tables.row_truth import (
     truth,
 )
 
-pytestmark = [pytest.mark.usefixtures("x64", "promotion"), pytest.mark.row("name")]
+pytestmark = pytest.mark.usefixtures("x64", "promotion")
 
 every_model = pytest.mark.parametrize("name", ROWS)  # how it is read knows of no loss
 EVERY = [*ROWS, *(f"{name} with {loss}" for name, loss in SECOND_LOSS.items())]

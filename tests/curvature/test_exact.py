@@ -23,7 +23,7 @@ from tests.tables.dense import submatrix
 from tests.tables.losses import LOSSES
 from tests.tables.nets import MODELS, dense
 
-pytestmark = [pytest.mark.usefixtures("x64"), pytest.mark.row("model")]
+pytestmark = pytest.mark.usefixtures("x64")
 
 # Each model with the loss of its row, and each loss with one model: the recursions know the
 # loss by its gradient and Hessian in the outputs alone. Where branches meet, a full Hessian,

@@ -62,7 +62,7 @@ def float32_after():
     jax.config.update("jax_enable_x64", False)
 
 
-pytestmark = [pytest.mark.loose_dtypes, pytest.mark.row("name")]
+pytestmark = pytest.mark.loose_dtypes
 
 
 def test_quickstart_learns(monkeypatch):

@@ -21,7 +21,6 @@ MODULES = [name for name in kfgn.__all__ if inspect.ismodule(getattr(kfgn, name)
 
 
 @pytest.mark.loose_dtypes  # as a reader's own session has it
-@pytest.mark.row("page")
 @pytest.mark.parametrize("page", RUNNING)
 def test_python_blocks_run(page):
     run(ROOT / page)

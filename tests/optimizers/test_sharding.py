@@ -50,7 +50,8 @@ def test_the_state_of_other_devices_is_refused():
 
 def start(*arguments: str, devices: int = 8) -> subprocess.Popen[str]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    # Threads: with fewer, programs in flight can wait for each other's devices.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "32"}
     command = [sys.executable, "-W", "error", "-m", "tests.optimizers.sharded_run", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)

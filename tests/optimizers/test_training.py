@@ -19,8 +19,6 @@ import pytest
 import kfgn
 from tests.tables.training_models import TRAINING, Training
 
-pytestmark = pytest.mark.row("name")
-
 STEPS = 20
 FALLS_TO = 0.7  # of the initial loss
 

@@ -25,8 +25,6 @@ def every_row(test: Callable) -> Callable:
     return pytest.mark.parametrize("name", ROWS)(test)
 
 
-pytestmark = pytest.mark.row("name")
-
 MOST_PARAMETERS, MOST_OUTPUTS = 150, 4
 AXES = {"scalar": 1, "vector": 2, "pooled": 2, "sequence": 3, "image": 4}
 
