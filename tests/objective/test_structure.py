@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -23,6 +24,9 @@ SUMS = {
     "conditional": lambda o, y: jnp.sum(jnp.where(o > y, (o - y) ** 2, 0.5 * (o - y) ** 2)),
     "jitted": lambda o, y: jax.jit(lambda a: jnp.sum(jnp.exp(a)[None, ..., None]))(o),
     "linear": lambda o, y: jnp.sum(o * y),
+    "stretches": lambda o, y: jnp.sum(o[:1] ** 4) + jnp.sum(jnp.cosh(o[1:]) * y[1:]),
+    "joined": lambda o, y: jnp.sum(jnp.concatenate([y[:1], o[1:] ** 2, y[:1]]) ** 2),
+    "padded": lambda o, y: jnp.sum(jnp.pad(jnp.exp(o), ((2, 1), (0, 0))) * 3),
     "own_weights": lambda o, y: jnp.sum(jax.lax.stop_gradient(jnp.max(o)) * o**2),
 }
 # Their Hessians have entries off the diagonal, if only a few.
@@ -30,6 +34,11 @@ COUPLED = {
     "root_of_sum": lambda o, y: jnp.sqrt(1 + jnp.sum((o - y) ** 2)),
     "logsumexp": lambda o, y: jax.scipy.special.logsumexp(o),
     "neighbors": lambda o, y: jnp.sum((o.ravel()[1:] - o.ravel()[:-1]) ** 2),
+    "joined_in_turn": lambda o, y: jnp.sum(jnp.concatenate([o[1:], o[:1]]) * o),
+    "columns": lambda o, y: jnp.sum(o[:, 1:] ** 2 * o[:, :-1]),
+    "strided": lambda o, y: jnp.sum(o.ravel()[::2] * o.ravel()[:3]),
+    "padded_beside": lambda o, y: jnp.sum(jnp.pad(o[:1], ((1, 0), (0, 0))) * o),
+    "one_for_all": lambda o, y: jnp.sum(o.ravel()[0] * o),
     "reversed": lambda o, y: jnp.sum(o * o.ravel()[::-1].reshape(o.shape)),
     "transposed": lambda o, y: jnp.sum(o * o.T.reshape(o.shape)),
     "rolled_once": lambda o, y: jnp.sum(o**2) + o.ravel()[0] * o.ravel()[-1],
@@ -100,6 +109,35 @@ def test_coupled_outputs_are_not_taken_for_sums(name):
     size = outputs[0].size
     hessians = jax.jit(jax.vmap(loss.hessian))(outputs, targets)
     close(hessians, np.asarray(truth).reshape(4, size, size), "Hessian")
+
+
+def bound(outputs, image):
+    """Of a variational autoencoder: sums over each of three outputs."""
+    logits, mean, s = outputs["logits"], outputs["mean"], outputs["log_variance"]
+    fit = jnp.sum(jax.nn.softplus(logits) - logits * image)
+    return fit + 0.5 * jnp.sum(mean**2 + jnp.exp(s) - s - 1)
+
+
+def gaussian(outputs, target):
+    """Mean and variance are coupled."""
+    mean, s = outputs["mean"], outputs["log_variance"]
+    return 0.5 * jnp.sum((target - mean) ** 2 * jnp.exp(-s) + s)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scalar", [False, True])
+@pytest.mark.parametrize(("function", "diagonal"), [(bound, True), (gaussian, False)])
+def test_several_outputs(function, diagonal, scalar):
+    shapes = {"logits": (3, 2), "mean": (4,), "log_variance": (4,)}
+    shapes = {name: () if scalar and name != "logits" else shape for name, shape in shapes.items()}
+    outputs = {name: jax.random.normal(jax.random.key(len(name)), s) for name, s in shapes.items()}
+    target = jnp.ones(shapes["logits" if diagonal else "mean"])
+    loss = kfgn.losses.from_function(function)
+    flat, restore = jax.flatten_util.ravel_pytree(outputs)
+    truth = jax.hessian(lambda x: function(restore(x), target))(flat)
+    found = loss.second_derivatives(outputs, target)
+    assert (found is not None) == diagonal
+    close(jnp.diag(found) if diagonal else loss.hessian(outputs, target), truth)
 
 
 @pytest.mark.usefixtures("x64")
