@@ -104,11 +104,13 @@ def measured(method, axis_name, **options):
         moved = curvature.linearized(curvature.gradient)
         product = curvature.output_product(moved, moved)
         found = value, grads, curvature.factors, product, curvature.displaced(curvature.gradient)
-        state = optimizer.init(params) if optimizer else None
-        for _ in range(2 if optimizer else 0):
-            updates, state = optimizer.update(grads, state, params, curvature=curvature)
-            found = *found, updates
-        return found, state
+        if optimizer is None:
+            return found
+
+        def update(state, _):
+            return optimizer.update(grads, state, params, curvature=curvature)[::-1]
+
+        return found, jax.lax.scan(update, optimizer.init(params), length=2)
 
     return of
 

@@ -11,7 +11,7 @@ import pytest
 import kfgn
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.model.layer import Layer
-from tests.tables.architectures import ROWS, SECOND_LOSS
+from tests.tables.architectures import KINDS, ROWS, SAME_EQUATIONS, SECOND_LOSS
 from tests.tables.row_truth import (
     entries,
     factors,
@@ -108,8 +108,11 @@ def test_gradient(name):
     close(name, results(name)["gradient"], truth(name).gradient)
 
 
-@every_exact_row
-@pytest.mark.parametrize("kind", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "gauss_newton") for name in EXACT]
+    + [(name, "hessian") for name in EXACT if name not in SAME_EQUATIONS],
+)
 def test_blocks(name, kind):
     """Exact for every parameter, in a layer or not, with all cross terms of tied ones."""
     whole = truth(name).hessian if kind == "hessian" else truth(name).gauss_newton.mean(axis=0)
@@ -120,7 +123,7 @@ def test_blocks(name, kind):
         close(name, ours.reshape(expected.shape), expected)
 
 
-@every_exact_model
+@pytest.mark.parametrize("name", [name for name in EXACT if name in KINDS])
 def test_hessian_diagonal(name):
     diagonal = np.diag(truth(name).hessian)
     found = results(name)["hessian_diagonal"]

@@ -27,7 +27,6 @@ FALLS_TO = 0.7  # of the initial loss
 # the factors alone.
 RUNS = [
     *((name, "kfra", "expand") for name in TRAINING),
-    ("transformer", "kflr", "expand"),
     ("unet", "kflr", "expand"),
     ("resnet", "kfac", "expand"),
     ("transformer", "kfac", "reduce"),

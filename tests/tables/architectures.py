@@ -22,7 +22,16 @@ from tests.tables.losses import LOSSES as PLAIN
 from tests.tables.losses import LossRow
 from tests.tables.rows import Case, Row
 
-__all__ = ["LOSSES", "ROWS", "SECOND_LOSS", "Case", "Row", "make_targets"]
+__all__ = [
+    "KINDS",
+    "LOSSES",
+    "ROWS",
+    "SAME_EQUATIONS",
+    "SECOND_LOSS",
+    "Case",
+    "Row",
+    "make_targets",
+]
 
 
 def _merged(*tables: dict[str, Row]) -> dict[str, Row]:
@@ -42,6 +51,18 @@ ROWS: dict[str, Row] = _merged(
     attention.ROWS,
     frameworks.ROWS,
 )
+
+#: Rows of every kind of layer, use and loop. A Hessian's diagonal is that of its blocks but for
+#: the last step, at a kernel, which knows of no graph around it.
+KINDS = frozenset((*layers.ROWS, *uses.ROWS, *loops.LAYER_LOOPS))
+
+#: Rows whose equations are those of another, from another library or in a net around them: how
+#: they are read, and what is made of the Jacobians, is compared; the Hessian knows equations.
+FROM_ELSEWHERE = """
+    linen_gru_sequence nnx_gru equinox_gru linen_optimized_lstm linen_setup encoder_block
+    attention_nnx attention_nnx_defaults attention_equinox vision_transformer equinox_image
+"""
+SAME_EQUATIONS = frozenset(FROM_ELSEWHERE.split())
 
 
 def classes_and_value(outputs: Any, target: Any) -> jax.Array:

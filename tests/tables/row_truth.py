@@ -22,7 +22,15 @@ import kfgn
 from kfgn.base.trees import named_leaves
 from kfgn.model.graph import Graph, build_graph
 from kfgn.model.layer import Layer
-from tests.tables.architectures import LOSSES, ROWS, Case, Row, make_targets
+from tests.tables.architectures import (
+    KINDS,
+    LOSSES,
+    ROWS,
+    SAME_EQUATIONS,
+    Case,
+    Row,
+    make_targets,
+)
 from tests.tables.rows import raveled
 
 
@@ -174,16 +182,20 @@ def results(name: str) -> dict[str, Any]:
         first = jax.tree.map(lambda a: a[:1], batch)
         found = {
             "gradient": ravel_pytree(gradient)[0],
-            "block_hessian": kfgn.hessian(objective).blocks(params, batch),
             "block_gauss_newton": kfgn.gauss_newton(objective).blocks(params, batch),
             "expand": curvature.factors,
             "kfra_of_one": factors("kfra", first)[1].factors,
         }
+        hessian = kfgn.hessian(objective)
+        if name not in SAME_EQUATIONS:
+            found["block_hessian"] = hessian.blocks(params, batch)
         if name not in ROWS:  # a second loss goes the same ways to these
             return found
         if shared:
             found["reduce"] = factors("kflr", batch, sharing="reduce")[1].factors
-        return found | {"hessian_diagonal": kfgn.hessian(objective).diagonal(params, batch)}
+        if name in KINDS:
+            found["hessian_diagonal"] = hessian.diagonal(params, batch)
+        return found
 
     return jax.tree.map(np.asarray, everything(case.params, batch))
 
