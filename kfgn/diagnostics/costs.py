@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from kfgn.base.errors import LoopError
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.types import PyTree
-from kfgn.curvature.methods import UseCost
+from kfgn.curvature.methods import LossCost, UseCost
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
 from kfgn.model.graph import Graph, Node, build_graph
@@ -27,6 +27,8 @@ SHARE, LONGEST = 0.6, 50
 _INVERSION = 4
 #: Inversions that one eigendecomposition takes as long as (measured there, too).
 DECOMPOSITION = 7
+# FLOPs of a root of a matrix of K rows, in K³, that take as long as those of a product.
+_ROOT = 8
 _MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
 REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
 
@@ -38,17 +40,21 @@ class Setting(NamedTuple):
     nodes: tuple[Node, ...] | None  # that a walk goes through; None where loops are too long
     examples: int
     columns: int
+    loss: LossCost
     itemsize: int  # of a factor's entries
 
 
 def setting(term: Term, params: PyTree) -> Setting:
     inputs, targets, outputs = require_batch(term.objective, params, (term.inputs, term.targets))
-    columns = loss_of(term.objective.loss, targets).sqrt_columns
-    root = jax.eval_shape(lambda o, t: jnp.zeros(columns(o, t)[0]), outputs, targets)
+    loss, count = loss_of(term.objective.loss, targets), count_of(inputs)
+    root = jax.eval_shape(lambda o, t: jnp.zeros(loss.sqrt_columns(o, t)[0]), outputs, targets)
+    batch = jax.eval_shape(lambda *x: x, outputs, targets)
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    size = loss.decomposed(*one)
+    roots = (_ROOT if loss.convex else _INVERSION * DECOMPOSITION) * count * size**3
+    cost = LossCost(0 if loss.convex else roots, roots, 0 if loss.samples else roots)
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
-    return Setting(
-        term.graph, _nodes(term, params), count_of(inputs), root.shape[0], dtype.itemsize
-    )
+    return Setting(term.graph, _nodes(term, params), count, root.shape[0], cost, dtype.itemsize)
 
 
 def _nodes(term: Term, params: PyTree) -> tuple[Node, ...] | None:

@@ -176,6 +176,7 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
         gradient=sum(t.gradient for t in totals),
         linear=sum(t.linear for t in totals),
         columns=sum(t.columns for t in totals),
+        roots=sum(t.roots for t in totals),
         too_large=tuple(dict.fromkeys(text for t in totals for text in t.too_large)),
         largest=max(t.largest for t in totals),
         matrix_bytes=max(t.matrix_bytes for t in totals),
@@ -223,7 +224,7 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
     nodes = at.nodes or ()
     largest = max((size(v) for n in nodes for v in (*n.outputs, *n.inputs)), default=0)
     walk = sum(node_cost(node, at.examples) for node in nodes if node.use is None)
-    between = {name: method.flops_between(walk) for name, method in METHODS.items()}
+    between = {name: method.flops_between(walk, at.loss) for name, method in METHODS.items()}
     flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
     forward = sum(map(forward_cost, nodes or at.graph.uses.values()))
     layers = at.graph.layers.values()
@@ -241,6 +242,7 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
         periods={},
         update_auto={},
         columns=at.columns,
+        roots=at.loss.root,
         largest=largest,
         matrix_bytes=largest**2 * at.itemsize,
         feasible=at.nodes is not None and largest**2 * at.itemsize <= recursion.MATRIX_BYTES,

@@ -45,4 +45,5 @@ class Totals(NamedTuple):
     values: int  # bytes of all values between a batch's equations
     moments: dict[str, int]  # by method, FLOPs of the moments that inverse="ekfac" takes besides
     update_ekfac: dict[str, float]  # by method, what an update takes then, in gradients
+    roots: int = 0  # FLOPs of decomposing output Hessians that have no structure, among `between`
     too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms

@@ -120,6 +120,18 @@ class Loss:
         hessian = self.hessian(outputs, target)
         return semi_definite_root(hessian) if self.convex else root_of_part(hessian)
 
+    def decomposed(self, outputs: Outputs, target: Any) -> int:
+        """K where a root of an example's `[K, K]` output Hessian decomposes it, else 0."""
+        if type(self).hessian_sqrt is not Loss.hessian_sqrt:
+            return 0  # in closed form
+        known = jax.eval_shape(self.second_derivatives, outputs, target) is not None
+        return 0 if known else sum(leaf.size for leaf in jax.tree.leaves(outputs))
+
+    @property
+    def samples(self) -> bool:
+        """Whether targets can be drawn from the model's predictive distribution."""
+        return self._sample is not None
+
     def gauss_newton_product(
         self, outputs: Outputs, target: Any, vector: Float[Array, " K"]
     ) -> Float[Array, " K"]:

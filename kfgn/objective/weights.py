@@ -116,6 +116,10 @@ class WeightedLoss(Loss):
     def name(self) -> str:  # type: ignore[override]
         return self.loss.name
 
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        return self.loss.convex
+
     def _size(self, weights: Array) -> Array:
         return weights if self.signed else jnp.abs(weights)
 
@@ -141,6 +145,14 @@ class WeightedLoss(Loss):
     def hessian_sqrt(self, outputs: Outputs, target: Weighted) -> Float[Array, "K R"]:
         root = self.loss.hessian_sqrt(_clean(outputs, target), target.targets)
         return _times(jnp.sqrt(jnp.abs(target.weights)), root)
+
+    def decomposed(self, outputs: Outputs, target: Weighted) -> int:
+        cleaned = jax.eval_shape(_clean, outputs, target)
+        return self.loss.decomposed(cleaned, target.targets)
+
+    @property
+    def samples(self) -> bool:
+        return self.loss.samples
 
     def gauss_newton_product(
         self, outputs: Outputs, target: Weighted, vector: Float[Array, " K"]

@@ -88,7 +88,7 @@ def make(
         )
     others = {f"method {n!r}": costs[n] for n in able if n != method}
     others[" and ".join(f'{n}="auto"' for n in _PERIODS)] = totals.update_auto[method]
-    _warn_of_cost(method, costs[method], others)
+    _warn_of_cost(method, costs[method], others, totals)
     optimizer = _ALIASES[method](objective, params, batch, **ours[0])
     measured = value_grad_and_curvature(objective, method, **ours[1])
     draws = method_of(method).draws
@@ -123,17 +123,23 @@ def _able(totals: Totals, options: dict[str, Any]) -> list[str]:
     return able
 
 
-def _warn_of_cost(method: str, cost: float, others: dict[str, float]) -> None:
+def _warn_of_cost(method: str, cost: float, others: dict[str, float], totals: Totals) -> None:
     """Warns of a dear method, with what is cheapest of the others."""
     if cost <= _DEAR:
         return
+    advice = ""
+    if totals.between[method] >= totals.roots > totals.flops[method] / 2:
+        advice = (
+            " Most of it decomposes the loss's output Hessian of every example: take a loss of "
+            'kfgn.losses, or for "kfac" pass sample= to kfgn.losses.from_function.'
+        )
     best = min(others, key=lambda n: others[n])
     remedy = "nothing is cheaper: take a larger batch, whose gradient costs more"
     if others[best] < cost:
         remedy = f"{best} is predicted to take {others[best]:.1f}"
     warnings.warn(
         f"an update by method {method!r} is predicted to take {cost:.0f} times a gradient; "
-        f"{remedy}. kfgn.inspect(objective, params, batch) shows where it goes.",
+        f"{remedy}. kfgn.inspect(objective, params, batch) shows where it goes.{advice}",
         CostWarning,
         stacklevel=3,
     )

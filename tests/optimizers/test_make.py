@@ -107,6 +107,33 @@ def test_a_dear_method_is_said_with_the_cheaper_one():
     assert found["kfra"] > 10 > found["kfac"]
 
 
+def test_a_loss_that_is_decomposed_is_said_with_the_remedy():
+    """Each example's output Hessian, of all positions and classes together, has a root then."""
+    params = shapes({"a": jnp.zeros((8, 16)), "b": jnp.zeros((16, 50))})
+    batch = shapes((jnp.zeros((4, 12, 8)), jnp.zeros((4, 12), jnp.int32)))
+
+    def entropy(logits, labels):
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def drawn(key, logits):
+        return jax.random.categorical(key, logits)
+
+    def made(loss, method, weighted=False):
+        weights = (shapes(jnp.zeros(4)),) if weighted else ()
+        objective = kfgn.Objective(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], loss)
+        return kfgn.make(objective, params, (*batch, *weights), method=method)
+
+    for convex in (True, False):
+        loss = kfgn.losses.from_function(entropy, convex=convex)
+        for method in ("kfac", "kflr"):
+            with pytest.warns(kfgn.errors.CostWarning, match="pass sample= to kfgn.losses.from"):
+                made(loss, method)
+    with pytest.warns(kfgn.errors.CostWarning, match="pass sample= to kfgn.losses.from"):
+        made(kfgn.losses.from_function(entropy, convex=True), "kfac", weighted=True)
+    made(kfgn.losses.from_function(entropy, convex=True, sample=drawn), "kfac")  # no warning
+    made(kfgn.losses.softmax_cross_entropy_with_integer_labels, "kfac")
+
+
 def test_longer_periods_are_the_remedy_where_every_method_is_dear():
     """Wide layers and a small batch: inverses are most of an update."""
     params = shapes({"a": jnp.zeros((64, 2000)), "b": jnp.zeros((2000, 2))})

@@ -5,13 +5,13 @@ from kfgn.curvature.methods.empirical import Empirical
 from kfgn.curvature.methods.kfac import KFAC
 from kfgn.curvature.methods.kflr import KFLR
 from kfgn.curvature.methods.kfra import KFRA
-from kfgn.curvature.methods.method import Method, Request, UseCost
+from kfgn.curvature.methods.method import LossCost, Method, Request, UseCost
 
 METHODS: dict[str, Method] = {
     method.name: method for method in (KFRA(), KFLR(), KFAC(), Empirical())
 }
 
-__all__ = ["METHODS", "Method", "Request", "UseCost", "method_of"]
+__all__ = ["METHODS", "LossCost", "Method", "Request", "UseCost", "method_of"]
 
 
 def method_of(name: str) -> Method:

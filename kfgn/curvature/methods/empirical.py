@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kfgn.base.types import Array, PyTree
-from kfgn.curvature.methods.method import Method, Request, UseCost
+from kfgn.curvature.methods.method import LossCost, Method, Request, UseCost
 from kfgn.objective.weights import rooted
 
 
@@ -19,6 +19,9 @@ class Empirical(Method):
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.column
+
+    def flops_between(self, walk: int, loss: LossCost) -> int:
+        return 0
 
     def passes(self, columns: int) -> int:
         return 1

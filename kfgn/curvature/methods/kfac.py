@@ -6,7 +6,7 @@ import jax
 
 from kfgn.base.linalg import sum_of_examples
 from kfgn.base.types import Array, PyTree
-from kfgn.curvature.methods.method import Method, Request, UseCost
+from kfgn.curvature.methods.method import LossCost, Method, Request, UseCost
 
 
 class KFAC(Method):
@@ -31,6 +31,9 @@ class KFAC(Method):
 
     def flops(self, use: UseCost) -> int:
         return use.activation + use.column
+
+    def flops_between(self, walk: int, loss: LossCost) -> int:
+        return loss.drawn
 
     def passes(self, columns: int) -> int:
         return 1

@@ -6,7 +6,7 @@ from kfgn.base.devices import mean_over_devices, vary_like
 from kfgn.base.types import Array
 from kfgn.curvature.channels import walk_channels
 from kfgn.curvature.factors import Moments, over_positions, walked_moments
-from kfgn.curvature.methods.method import Method, Request, UseCost
+from kfgn.curvature.methods.method import LossCost, Method, Request, UseCost
 from kfgn.curvature.recursion import Walk, walk_back
 
 
@@ -29,8 +29,8 @@ class KFRA(Method):
     def flops(self, use: UseCost) -> int:
         return use.activation + use.congruence
 
-    def flops_between(self, walk: int) -> int:
-        return walk
+    def flops_between(self, walk: int, loss: LossCost) -> int:
+        return walk + loss.mean
 
 
 def _recursion(request: Request) -> dict[str, Float[Array, "s o o"]]:

@@ -68,6 +68,14 @@ class UseCost(NamedTuple):
     columns: int  # of the output Hessian's root
 
 
+class LossCost(NamedTuple):
+    """FLOPs of what a batch's output Hessians take, zero where they are known in closed form."""
+
+    mean: int  # the mean Hessian
+    root: int  # a square root of each
+    drawn: int  # gradients at sampled targets, or the root times random signs
+
+
 class Method:
     """How pre-activation factors are made; one object for each, registered by its name."""
 
@@ -96,9 +104,9 @@ class Method:
         """Cotangents that `over_columns` goes through, with one sample."""
         return columns
 
-    def flops_between(self, walk: int) -> int:
-        """Between the layers, where a walk of the mean matrix through all nodes takes so many."""
-        return 0
+    def flops_between(self, walk: int, loss: LossCost) -> int:
+        """Beside the layers, where a walk of the mean matrix through all nodes takes so many."""
+        return loss.root
 
     def check_key(self, key: Array | None) -> None:
         """Raises OptionError where a key is missing, or given and not used."""
