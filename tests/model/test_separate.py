@@ -13,6 +13,7 @@ from kfgn.model.separate import acts_alone
 from tests.tables.architectures import ROWS
 
 PARAMETER = np.arange(6.0, dtype=np.float32).reshape(3, 2)
+JAX = tuple(int(x) for x in jax.__version__.split(".")[:3])
 
 
 def proven(function, *shape, dtype=jnp.float32):
@@ -102,8 +103,12 @@ def test_shapes_that_tell_nothing(name):
     assert not proven(SAME_SHAPES[name], 4, 2)
 
 
+# Before 0.10.1 a product of batches of one example has axes of two kinds: it is tried instead.
+TRIED = ("matrices", "matrices, one head") if JAX < (0, 10, 1) else ()
+
+
 @pytest.mark.loose_dtypes
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [name for name in PAIRS if name not in TRIED])
 def test_operation(name):
     apart, meeting = PAIRS[name]
     assert proven(apart, 4, 2)
