@@ -24,6 +24,9 @@ from kfgn.model.graph import Node
 PairBlocks = dict[tuple[Var, Var], Array]
 Values = dict[Var, Array]
 
+# With so many times fewer outputs than inputs, a product of rows is faster than their way back.
+_FEW = 8
+
 
 class Jacobian:
     """The Jacobian of a node in every example of the batch."""
@@ -205,19 +208,42 @@ class _Pulled(Jacobian):
 
     def left(self, o: Var, i: Var, block: Array) -> Array:
         entries = block.shape[1] * (size(o) + size(i))
-        return self._mean(lambda rows: rows({o: block}, i, turned=True).T, entries)
+        return self._mean(lambda rows: rows({o: block}, i, turned=True), entries).T
 
     def congruence(self, own: PairBlocks, i: Var, j: Var) -> Array:
-        """By rows first, then columns."""
+        """By rows first, then columns; or as one product of rows, where there are few outputs."""
         outputs = dict.fromkeys(o for o, _ in own)
         behind = {o: {p: block for (q, p), block in own.items() if q is o} for o in outputs}
+        if self.one is None and _FEW * sum(map(size, outputs)) <= size(i):
+            return self._product(behind, i, j)
 
         def of_rows(rows: _Rows) -> Array:
             right = {o: rows(blocks, j) for o, blocks in behind.items()}
-            return rows(right, i, turned=True).T
+            return rows(right, i, turned=True)
 
-        entries = sum(map(size, self.node.outputs)) * (size(i) + size(j))
-        return self._mean(of_rows, entries)
+        entries = (sum(map(size, self.node.outputs)) + size(i)) * size(j)
+        # Turned once, not in each example: the sum over those goes through memory in order.
+        return self._mean(of_rows, entries).T
+
+    def _product(self, behind: dict[Var, Values], i: Var, j: Var) -> Array:
+        """`sum_no J_noi' (M J)_noj / N` without a matrix of the inputs for every example."""
+
+        def rows_of(arguments: list[Array]) -> tuple[Array, Array]:
+            rows = self._rows(arguments)
+            basis = {o: jnp.eye(size(o), dtype=_dtype(blocks)) for o, blocks in behind.items()}
+            left = jnp.concatenate([rows({o: x}, i) for o, x in basis.items()])
+            return left, jnp.concatenate([rows(blocks, j) for blocks in behind.values()])
+
+        def summed(given: tuple[list[Array], Array | None]) -> Array:
+            arguments, importance = given
+            left, right = jax.vmap(rows_of)(arguments)
+            left = weighed(importance, left).reshape(-1, size(i))
+            return matmul(left.T, right.reshape(-1, size(j)))
+
+        entries = sum(map(size, behind)) * (size(i) + size(j))
+        return (
+            sum_over_examples(summed, (self.arguments, self.importance), 4 * entries) / self.count
+        )
 
     def gradient(self, outs: Values) -> Values:
         if self.one is not None:
@@ -230,6 +256,10 @@ class _Pulled(Jacobian):
 
         pulled = jax.vmap(one)(self.arguments, list(outs.values()))
         return dict(zip(self.node.inputs, pulled, strict=True))
+
+
+def _dtype(blocks: Values) -> Any:
+    return next(iter(blocks.values())).dtype
 
 
 def batched_function(node: Node, shared: Values, values: Values) -> Callable[..., list[Array]]:

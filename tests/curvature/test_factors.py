@@ -99,6 +99,35 @@ def test_kfra_behind_a_branch_that_mixes_units(branch):
     assert np.max(np.abs(alone - mixed)) > 1e-3
 
 
+@float64
+@pytest.mark.parametrize("weighted", [False, True])
+def test_kfra_before_a_pool(weighted):
+    """`E[J'MJ]` where the Jacobian has few rows, of two outputs that both go on."""
+    rng = np.random.default_rng(2)
+    shapes = {"first": (5, 32), "mean": (2, 3), "largest": (2, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    inputs, targets = (jnp.asarray(rng.normal(size=(6, n))) for n in (5, 3))
+    weights = jnp.asarray(rng.uniform(0.5, 2, size=6)) if weighted else jnp.ones(6)
+    weights = weights / jnp.mean(weights)
+
+    def pooled(h):
+        groups = jnp.tanh(h).reshape(2, 16)
+        return jnp.concatenate([jnp.mean(groups, axis=1), jax.nn.logsumexp(groups**2, axis=1)])
+
+    def model(p, x):
+        mean, largest = jnp.split(jax.vmap(pooled)(x @ p["first"]), 2, axis=1)
+        return mean @ p["mean"] + largest @ p["largest"]
+
+    objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
+    batch = (inputs, targets, weights) if weighted else (inputs, targets)
+    found = factors_of(objective, "kfra", params, batch)["first"]
+    kernel = jnp.concatenate([params["mean"], params["largest"]])
+    jacobians = jax.vmap(jax.jacobian(pooled))(inputs @ params["first"])
+    # With half the squared error M is `W W'` times the weights' mean, which is 1.
+    jacobians = jacobians * jnp.sqrt(weights)[:, None, None]
+    close(found.pre_activation, expected_by_hand(jacobians, kernel @ kernel.T))
+
+
 # A kernel used as it is and transposed.
 
 
