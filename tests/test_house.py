@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import kfgn
+from tests.conftest import group_of
 
 ROOT = Path(kfgn.__file__).parent
 #: A room may import from itself and from those before it. The facades, the modules
@@ -141,3 +142,11 @@ def test_annotated(name):
             assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter}"
     assert signature.return_annotation is not inspect.Signature.empty, name
     typing.get_type_hints(value)  # names that exist, shapes that jaxtyping can read
+
+
+def test_tests_of_a_row_have_one_worker():
+    """Or else each compiles what they share; nothing but the time that tests take would tell."""
+    file, row = "tests/curvature/test_every_model.py", "layer_norm"
+    ids = f"{file}::test_layers[{row}]", f"{file}::test_blocks[{row} with sigmoid-hessian]"
+    assert {group_of(test) for test in ids} == {row}
+    assert group_of("tests/base/test_linalg.py::test_a[residual]") == "tests/base/test_linalg.py"

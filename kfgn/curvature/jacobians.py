@@ -240,10 +240,8 @@ class _Pulled(Jacobian):
             left = weighed(importance, left).reshape(-1, size(i))
             return matmul(left.T, right.reshape(-1, size(j)))
 
-        entries = sum(map(size, behind)) * (size(i) + size(j))
-        return (
-            sum_over_examples(summed, (self.arguments, self.importance), 4 * entries) / self.count
-        )
+        each = 4 * sum(map(size, behind)) * (size(i) + size(j))
+        return sum_over_examples(summed, (self.arguments, self.importance), each) / self.count
 
     def gradient(self, outs: Values) -> Values:
         if self.one is not None:

@@ -52,7 +52,7 @@ def setting(term: Term, params: PyTree) -> Setting:
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     size = loss.decomposed(*one)
     roots = (_ROOT if loss.convex else _INVERSION * DECOMPOSITION) * count * size**3
-    cost = LossCost(0 if loss.convex else roots, roots, 0 if loss.samples else roots)
+    cost = LossCost(0 if loss.convex else roots, roots, 0 if loss.can_sample else roots)
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
     return Setting(term.graph, _nodes(term, params), count, root.shape[0], cost, dtype.itemsize)
 

@@ -128,7 +128,7 @@ class Loss:
         return 0 if known else sum(leaf.size for leaf in jax.tree.leaves(outputs))
 
     @property
-    def samples(self) -> bool:
+    def can_sample(self) -> bool:
         """Whether targets can be drawn from the model's predictive distribution."""
         return self._sample is not None
 

@@ -79,8 +79,9 @@ def _parts_of(equation: core.JaxprEqn, operands: list[_Part]) -> list[_Part]:
         return [_one_of({part - start for part, start in pairs if part is not None})]
     if name in ("slice", "pad"):
         moved = _cut(given[0].shape, results[0].shape, name, parameters)
-        own = operands[0]
-        return [False if moved is None or own is None else own + moved]
+        own, *filled = operands  # what is filled in is the same for all entries
+        found = moved is not None and own is not None and filled in ([], [None])
+        return [own + moved if found else False]  # type: ignore[operator]
     size = math.prod(results[0].shape)
     same = all(n == size for n, part in zip(sizes, operands, strict=True) if part is not None)
     if not same or len(results) > 1 or not _keeps_entries(name, parameters, sizes):

@@ -151,8 +151,8 @@ class WeightedLoss(Loss):
         return self.loss.decomposed(cleaned, target.targets)
 
     @property
-    def samples(self) -> bool:
-        return self.loss.samples
+    def can_sample(self) -> bool:
+        return self.loss.can_sample
 
     def gauss_newton_product(
         self, outputs: Outputs, target: Weighted, vector: Float[Array, " K"]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import kfgn
-from kfgn.objective.structure import semi_definite_root
+from kfgn.objective.structure import is_entrywise, semi_definite_root
 from tests.tables.comparison import close
 
 SUMS = {
@@ -109,6 +110,12 @@ def test_coupled_outputs_are_not_taken_for_sums(name):
     size = outputs[0].size
     hessians = jax.jit(jax.vmap(loss.hessian))(outputs, targets)
     close(hessians, np.asarray(truth).reshape(4, size, size), "Hessian")
+
+
+def test_what_is_filled_in_counts():
+    x = jnp.arange(4.0)
+    assert is_entrywise(lambda v: lax.pad(v[1:], np.float32(0), [(1, 0, 0)]), x)
+    assert not is_entrywise(lambda v: lax.pad(v[1:], v[2], [(1, 0, 0)]), x)
 
 
 def bound(outputs, image):
