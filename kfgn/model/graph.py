@@ -155,8 +155,8 @@ class Graph:
         graph repeats them.
 
         Statistics of the batch are those of these examples, or are given, `[N, ...]` in
-        the order of `model.statistics`. They have a derivative if `exact`: effects have
-        then run before. Those of `products` that are given are not computed; their
+        the order of `model.statistics`. They have a derivative if `exact`. In either case
+        effects have run before. Those of `products` that are given are not computed; their
         derivatives are.
         """
         refuse_explicit_axes(params, inputs)
@@ -166,7 +166,7 @@ class Graph:
         with_aux = model.aux and not set(variables(keep)).isdisjoint(variables(model.aux.atoms))
         equations = model.equations if with_aux else model.jaxpr.eqns
         equations = [e for e in equations if not (self._is_shared(e) and e.outvars)]
-        if exact:
+        if exact or statistics is not None:  # effects have run
             equations = [e for e in equations if e.outvars]
         if statistics is not None:
             equations = [e for e in equations if not model.is_collective(e)]

@@ -89,7 +89,7 @@ def test_effects_make_no_difference_to_layers():
 def test_effects_run_once(jit, capfd):
     """For each example of the user's own values, and once for what all examples share."""
     objective = kfgn.Objective(watched, kfgn.losses.half_squared_error)
-    curvature = kfgn.value_grad_and_curvature(objective, "kfra")
+    curvature = kfgn.value_grad_and_curvature(objective, "kfra", model_examples=2)
     seen.clear()
     (jax.jit(curvature) if jit else curvature)(PARAMS, (X, Y))
     jax.effects_barrier()
