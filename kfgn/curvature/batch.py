@@ -21,25 +21,22 @@ from kfgn.base.devices import (
 from kfgn.base.linalg import congruence_diagonal, inner, products_at
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
+from kfgn.curvature.activations import Inputs, activation_moments, examples_for
 from kfgn.curvature.averaging import bases_of_term, summed
 from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
-from kfgn.curvature.factors import (
-    Diagonal,
-    Factors,
-    activation_moments,
-    assemble,
-)
+from kfgn.curvature.factors import Diagonal, Factors, assemble
 from kfgn.curvature.forward_pass import Linearized, linearize
 from kfgn.curvature.lazy_factors import lazily
 from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
-from kfgn.model.layer import require_blocks
+from kfgn.model.layer import Layer, require_blocks
+from kfgn.model.parameter_use import Use
 from kfgn.model.unite import Term, United, unite
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, mean_of
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term, require_objective
-from kfgn.objective.weights import importance
+from kfgn.objective.weights import importance, spread
 
 
 def value_grad_and_curvature(
@@ -50,6 +47,7 @@ def value_grad_and_curvature(
     sharing: str = "expand",
     spatial: str = "joint",
     model_examples: int | None = 256,
+    activation_rows: int | None = None,
     unassigned: str = "block",
     large_factors: str = "raise",
     factor_limit: int | None = None,
@@ -89,6 +87,10 @@ def value_grad_and_curvature(
       model_examples: the number of examples, spread evenly over the batch, that
         stand for it in the quadratic model's Gauss-Newton matrix, whose cost
         they set (Martens & Grosse 2015, section 8); None takes the whole batch.
+      activation_rows: Q of a kernel that is applied at several positions of an example is
+        taken of no more examples, spread evenly over the batch, than have so many times
+        as many positions as it has rows, and of 64 at least. It may be most of what the
+        factors of convolutions cost. None takes the whole batch; `kfgn.make` says 4.
       unassigned: what a parameter in no layer gets, such as a kernel that is normalized.
         "block": the exact block of the Gauss-Newton matrix of its own, up to 1024 entries,
         at the cost of one backward pass per column of the output Hessian's root, else an
@@ -123,7 +125,7 @@ def value_grad_and_curvature(
     l2 = float(objective.l2) if isinstance(objective.l2, numbers.Real) else None
     settings = CurvatureSettings(
         *(method, samples, sharing, spatial, model_examples, unassigned, l2),
-        *(large_factors, factor_limit, precision, inverse),
+        *(large_factors, factor_limit, precision, inverse, activation_rows),
     )
     chosen = method_of(method)
 
@@ -203,16 +205,26 @@ def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors
     moments = method_of(settings.method).moments(request)
     factors: dict[str, Factors | Diagonal] = {}
     for name, layer in model.graph.layers.items():
-        values = {n: model.values[use.input] for n, use in layer.uses.items()}
-        activation = activation_moments(
-            layer, values, request.sharing, model.dtype, model.weights, request.importance
-        )
+        seen = {n: _inputs(request, layer, use, settings) for n, use in layer.uses.items()}
+        activation = activation_moments(layer, seen, request.sharing, model.dtype, model.weights)
         both = mean_over_devices((activation, moments[name]), axis_name)
         factors[name] = assemble(layer, *both)
     if settings.unassigned in ("diagonal", "block") and model.graph.reasons:
         lone = own_factors(model, whole=settings.unassigned == "block")
         factors.update(mean_over_devices(lone, axis_name))
     return factors
+
+
+def _inputs(request: Request, layer: Layer, use: Use, settings: CurvatureSettings) -> Inputs:
+    """What a use is applied to, of all examples or of as many as Q asks for."""
+    model = request.model
+    values = model.values[use.input]
+    asked = examples_for(layer, use, settings.activation_rows, settings.sharing)
+    few = part_of_device(asked, request.axis_name)
+    if few is None or 2 * few > model.examples:
+        return Inputs(values, request.importance)
+    values, targets = spread(values, model.targets, few)
+    return Inputs(values, importance(targets, request.axis_name))
 
 
 def _basis_moments(

@@ -48,6 +48,7 @@ class CurvatureSettings:
     factor_limit: int | None = None
     precision: str = "highest"
     inverse: str = "factored"
+    activation_rows: int | None = None
 
     def __post_init__(self) -> None:
         method = method_of(self.method)
@@ -59,6 +60,8 @@ class CurvatureSettings:
             raise OptionError(f"spatial is an option of method {able}, not of {self.method!r}")
         if self.model_examples is not None:
             check_whole("model_examples", self.model_examples, 1)
+        if self.activation_rows is not None:
+            check_whole("activation_rows", self.activation_rows, 1)
         check_unassigned(self.unassigned)
         check_factor_size(self.large_factors, self.factor_limit)
         check_choice("precision", self.precision, PRECISIONS)

@@ -19,14 +19,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from kfgn.base.checks import check_choice
-from kfgn.base.diagonals import cut, diagonal_blocks, on_diagonals
+from kfgn.base.diagonals import cut, diagonal_blocks
 from kfgn.base.linalg import (
-    map_examples,
     precision,
     second_moment,
-    sum_over_examples,
     total,
-    weighed,
 )
 from kfgn.base.types import Array
 from kfgn.curvature.weights import Weights, on_both_sides
@@ -88,33 +85,6 @@ def check_sharing(sharing: str) -> None:
     check_choice("sharing", sharing, ("expand", "reduce"))
 
 
-def activation_moments(
-    layer: Layer,
-    values: dict[str, Array],
-    sharing: str,
-    dtype: Any,
-    weights: dict[str, Weights],
-    importance: Float[Array, " N"] | None = None,
-) -> Moments:
-    """Q, from the data operand `[N, ...]` of every use by its name, weighed by `importance`."""
-    roots = None if importance is None else jnp.sqrt(importance)
-
-    def of(slot: dict[str, Use], blocks: int) -> Array:
-        if _sharing(layer, sharing) == "expand" and all(u.form.indexed for u in slot.values()):
-            counts = _counts(layer, slot, values, dtype, weights, importance)
-            return counts if layer.indexed else on_diagonals(counts, blocks)
-        if _sharing(layer, sharing) == "reduce":
-            count = sum(use.form.positions for use in slot.values())
-            pooled = {n: _pooled(use, values[n], dtype) for n, use in slot.items()}
-            rows = {n: a * weights[n].rows[:, None] if n in weights else a
-                    for n, a in pooled.items()}  # fmt: skip
-            return _moment(weighed(roots, total(rows.values()) / count), blocks)
-        return total(_in_chunks(u, values[n], dtype, roots, weights.get(n), blocks)
-                     for n, u in slot.items())  # fmt: skip
-
-    return _of_both(layer, 0, of)
-
-
 def gradient_moments(
     layer: Layer,
     gradients: dict[str, Array],
@@ -129,15 +99,15 @@ def gradient_moments(
         rows |= {n: weights[n].routed(g * weights[n].columns[:, None])
                  for n, g in rows.items() if n in weights}  # fmt: skip
         rows = {n: beside_bias(layer, layer.uses[n], g) for n, g in rows.items()}
-        if _sharing(layer, sharing) == "reduce":
+        if sharing_of(layer, sharing) == "reduce":
             if layer.indexed:
                 rows = {n: layer.uses[n].kernel.factor * g for n, g in rows.items()}
                 rows |= {n: g * weights[n].rows[0, 0] for n, g in rows.items() if n in weights}
-            return _moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()), blocks)
+            return moment(total(jnp.sum(g, axis=2, keepdims=True) for g in rows.values()), blocks)
         count = total(_places(use, weights.get(n)) for n, use in slot.items())
-        return total(_moment(g, blocks) for g in rows.values()) / count
+        return total(moment(g, blocks) for g in rows.values()) / count
 
-    return _of_both(layer, 1, of)
+    return of_both_sides(layer, 1, of)
 
 
 def walked_moments(
@@ -153,14 +123,14 @@ def walked_moments(
         own = {n: sums[n] for n in slot}
         own |= {n: on_both_sides(x, weights[n].columns) for n, x in own.items() if n in weights}
         summed = total(beside_bias(layer, layer.uses[n], x, 2) for n, x in own.items())
-        if _sharing(layer, sharing) == "reduce":
+        if sharing_of(layer, sharing) == "reduce":
             rows = weights[layer.name].rows if layer.name in weights else jnp.ones((1, 1))
             row = (layer.first.kernel.factor * rows[0, 0].astype(summed.dtype)) ** 2
             return diagonal_blocks(summed * row if layer.indexed else summed, blocks)
         count = total(_places(use, weights.get(n)) for n, use in slot.items())
         return diagonal_blocks(summed / count, blocks)
 
-    return _of_both(layer, 1, of)
+    return of_both_sides(layer, 1, of)
 
 
 def beside_bias(layer: Layer, use: Use, array: Array, axes: int = 1) -> Array:
@@ -195,7 +165,7 @@ def over_positions(
         return jnp.einsum("st,top->sop", often, own, precision=precision())
     if entries.shape == (1, 1, len(matrix)) and np.all(np.diff(entries) == 1):
         return matrix[None]
-    if _sharing(layer, sharing) == "reduce":
+    if sharing_of(layer, sharing) == "reduce":
         rows = jnp.sum(matrix[entries], axis=1)  # `[s, o, D]`
         return jnp.stack([jnp.sum(r[:, e], axis=1) for r, e in zip(rows, entries, strict=True)])
     return jnp.sum(matrix[entries[..., :, None], entries[..., None, :]], axis=1)
@@ -218,18 +188,18 @@ def assemble(layer: Layer, activation: Moments, pre_activation: Moments) -> Fact
     )
 
 
-def _sharing(layer: Layer, sharing: str) -> str:
+def sharing_of(layer: Layer, sharing: str) -> str:
     # A row that is added everywhere has a constant for its input: "reduce" is
     # exact. Rows that are looked up keep a diagonal Q with "expand" alone, and
     # of several uses the recursion knows no cross terms.
     if layer.indexed:
-        return "reduce" if _is_one_row(layer) else "expand"
+        return "reduce" if is_one_row(layer) else "expand"
     if any(use.choice is not None for use in layer.uses.values()):
         return "expand"  # the positions of an expert are not those of an example
     return sharing
 
 
-def _is_one_row(layer: Layer) -> bool:
+def is_one_row(layer: Layer) -> bool:
     return layer.activation_size == 1 == sum(use.form.turns for use in layer.uses.values())
 
 
@@ -244,7 +214,7 @@ def _slots(layer: Layer, flipped: bool = False) -> list[dict[str, Use]]:
     return [{n: u for n, u in slot.items() if (u in layer.flipped) == flipped} for slot in whole]
 
 
-def _of_both(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]) -> Moments:
+def of_both_sides(layer: Layer, side: int, of: Callable[[dict[str, Use], int], Array]) -> Moments:
     """`of(uses, blocks)` of the factor on one side, Q or G, and on the other for flipped uses."""
     shapes = layer.activation_shape, layer.pre_activation_shape
     parts = [of(slot, layer.splits[side]) for slot in _slots(layer)]
@@ -264,7 +234,7 @@ def _trace(matrix: Float[Array, "*S d d"], each: bool) -> Array:
     return traces[..., None, None] if each else jnp.sum(traces)
 
 
-def _moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*blocks b b"]:
+def moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*blocks b b"]:
     """`sum_nt r_nst r_nst' / N` of rows, or the blocks on its diagonal."""
     if blocks > 1:
         parts = cut(rows, blocks).swapaxes(2, 3)
@@ -276,63 +246,3 @@ def _moment(rows: Float[Array, "N s t d"], blocks: int = 1) -> Float[Array, "s*b
         flat = rows.reshape(-1, width)
         return (second_moment(flat) * (positions if positions > 1 else 1))[None]
     return jnp.einsum("nsti,nstj->sij", rows, rows, precision=precision()) / count
-
-
-def _bytes_each(use: Use, dtype: Any) -> int:
-    """What the inputs of a use take for one example: a convolution's patches repeat its data."""
-    form = use.form
-    return form.groups * form.positions * use.width * jnp.dtype(dtype).itemsize
-
-
-def _in_chunks(
-    use: Use,
-    values: Array,
-    dtype: Any,
-    roots: Float[Array, " N"] | None,
-    weights: Weights | None,
-    blocks: int,
-) -> Float[Array, "s d d"]:
-    """The second moment of a use's inputs, with roots of weights if there are any."""
-
-    def moment(chunk: tuple[Array, Array | None]) -> Array:
-        rows = use.activations(chunk[0], dtype)
-        if weights is not None:
-            rows = weights.routed(rows * weights.rows[:, None])
-        return _moment(weighed(chunk[1], rows), blocks)
-
-    def summed(chunk: tuple[Array, Array | None]) -> Array:
-        return moment(chunk) * chunk[0].shape[0]
-
-    if use.form.positions == 1 or use.choice is not None:  # no larger than the data
-        return moment((values, roots))
-    return sum_over_examples(summed, (values, roots), _bytes_each(use, dtype)) / values.shape[0]
-
-
-def _pooled(use: Use, values: Array, dtype: Any) -> Float[Array, "N s 1 d"]:
-    """A use's inputs summed over its positions."""
-
-    def one(value: Array) -> Array:
-        return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
-
-    return map_examples(one, values, max(1, 2**26 // _bytes_each(use, dtype)))
-
-
-def _counts(
-    layer: Layer,
-    slot: dict[str, Use],
-    values: dict[str, Array],
-    dtype: Any,
-    weights: dict[str, Weights],
-    importance: Float[Array, " N"] | None,
-) -> Float[Array, "s d_in"]:
-    """How often each row is looked up per example, the diagonal of "expand"'s Q."""
-    if _is_one_row(layer):  # "reduce", whose G has the factor in it
-        return jnp.ones((1, 1), dtype)
-    counts = nothing = jnp.zeros((layer.first.form.groups, layer.activation_size), dtype)
-    for name, use in slot.items():
-        found = use.form.activations(values[name])
-        weight = jnp.full(found.shape, use.kernel.factor**2 / found.shape[0], dtype)
-        group = jnp.arange(found.shape[1])[:, None]
-        own = nothing.at[group, found].add(weighed(importance, weight))
-        counts = counts + (own * weights[name].rows ** 2 if name in weights else own)
-    return counts

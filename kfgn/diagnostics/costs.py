@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kfgn.base.errors import LoopError
 from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.types import PyTree
+from kfgn.curvature.activations import examples_for
 from kfgn.curvature.methods import LossCost, UseCost
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
@@ -42,9 +43,10 @@ class Setting(NamedTuple):
     columns: int
     loss: LossCost
     itemsize: int  # of a factor's entries
+    rows: int | None  # `activation_rows` of `kfgn.value_grad_and_curvature`
 
 
-def setting(term: Term, params: PyTree) -> Setting:
+def setting(term: Term, params: PyTree, rows: int | None) -> Setting:
     inputs, targets, outputs = require_batch(term.objective, params, (term.inputs, term.targets))
     loss, count = loss_of(term.objective.loss, targets), count_of(inputs)
     root = jax.eval_shape(lambda o, t: jnp.zeros(loss.sqrt_columns(o, t)[0]), outputs, targets)
@@ -54,7 +56,8 @@ def setting(term: Term, params: PyTree) -> Setting:
     roots = (_ROOT if loss.convex else _INVERSION * DECOMPOSITION) * count * size**3
     cost = LossCost(0 if loss.convex else roots, roots, 0 if loss.can_sample else roots)
     dtype = factor_dtype(*(x.dtype for x in jax.tree.leaves((outputs, params))))
-    return Setting(term.graph, _nodes(term, params), count, root.shape[0], cost, dtype.itemsize)
+    nodes = _nodes(term, params)
+    return Setting(term.graph, nodes, count, root.shape[0], cost, dtype.itemsize, rows)
 
 
 def _nodes(term: Term, params: PyTree) -> tuple[Node, ...] | None:
@@ -110,8 +113,10 @@ def use_cost(at: Setting, layer: Layer, use: Use) -> UseCost:
     summed = layer.indexed and layer.activation_size == 1 == form.turns == len(layer.uses)
     moment = 2 * form.groups * (1 if summed else form.positions) * form.d_out**2
     square = 1 if layer.indexed else 2 * use.width**2
+    few = examples_for(layer, use, at.rows, "expand")
+    looked_at = at.examples if few is None or 2 * few > at.examples else few
     return UseCost(
-        activation=at.examples * form.groups * form.positions * square,
+        activation=looked_at * form.groups * form.positions * square,
         column=at.examples * (moment + product),
         # Of one iteration of a loop; the product is that of all. With a kernel that data
         # chooses, every example has its own.

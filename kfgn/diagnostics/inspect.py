@@ -74,6 +74,7 @@ def inspect(
     *,
     mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None,
     machine: Machine | None = None,
+    activation_rows: int | None = None,
     file: TextIO | None = None,
 ) -> Inspection:
     """Prints a table of the objective's blocks, from shapes alone, and returns it.
@@ -84,7 +85,8 @@ def inspect(
     kernel takes `P = 2 S T d_in d_out`, or `D_out` for a shift; the use's whole
     input and pre-activation have `D_in` and `D_out` entries. Summed over uses:
 
-        activation factor:  2 N S T d_a^2, or N T where it is a diagonal
+        activation factor:  2 N S T d_a^2, N being less with `activation_rows`, or N T where it
+                            is a diagonal
         one column:         2 N S T d_out^2, its moment, and N P, the way back to the input
         congruence:         P (D_in + D_out), of the mean matrix on its way back to the input
         inversion:          d^3 for each matrix in both factors (by Cholesky), d for a diagonal
@@ -109,6 +111,7 @@ def inspect(
         and what they send: `PerDevice`, and in seconds: a `Plan` for each method.
       machine: the rates of a device that seconds are predicted by, such as `measure_machine()`
         finds here; those of a large accelerator if None. Without a mesh it is one device.
+      activation_rows: as for `kfgn.value_grad_and_curvature`; `kfgn.make` says 4.
       file: where to print, standard output if None.
 
     Raises:
@@ -124,7 +127,7 @@ def inspect(
     >>> found.rows[0].activation, found.rows[0].flops["kfac"]
     ((3, 3), 104)
     """
-    found = inspection_of(objective, params, batch)
+    found = inspection_of(objective, params, batch, activation_rows)
     if mesh is not None or machine is not None:
         devices = 1 if mesh is None else mesh.size
         itemsize = factor_dtype(*(x.dtype for x in jax.tree.leaves(params))).itemsize
@@ -137,7 +140,9 @@ def inspect(
     return found
 
 
-def inspection_of(objective: AnyObjective, params: PyTree, batch: Any) -> Inspection:
+def inspection_of(
+    objective: AnyObjective, params: PyTree, batch: Any, activation_rows: int | None = None
+) -> Inspection:
     """What `inspect` prints."""
     require_objective(objective)
     united = unite(objective, params, batch)
@@ -146,7 +151,7 @@ def inspection_of(objective: AnyObjective, params: PyTree, batch: Any) -> Inspec
     totals = []
     for name, term in united.terms.items():
         with named_term(name):
-            at = setting(term, params)
+            at = setting(term, params, activation_rows)
         own = {term.names[n]: _row(at, layer) for n, layer in term.graph.layers.items()}
         for n, row in own.items():
             parts[n].append(row._replace(name=n))

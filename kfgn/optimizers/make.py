@@ -20,6 +20,7 @@ from kfgn.optimizers.alias import kfac, kflr, kfra
 _ALIASES = {"kflr": kflr, "kfra": kfra, "kfac": kfac}  # the more exact first
 _DEAR = 10.0  # gradients, above which an update is warned of
 _PERIODS = "refresh_factors_every", "refresh_inverse_every"
+_ROWS = 4  # for each of Q, from the examples that kernels at several positions take
 _ALIKE = 1.5  # times the least cost, up to which the more exact method is taken
 
 
@@ -46,7 +47,7 @@ def make(
         1.5 times the cheapest one's, by the costs that `kfgn.inspect` shows; "kfra",
         which unrolls loops, only where there are none, or no other can be taken.
       options: of `kfgn.kfra` and of `kfgn.value_grad_and_curvature`; those that both
-        have go to both.
+        have go to both. Only `activation_rows` is 4 where it is not given.
 
     Returns:
       `(optimizer, curvature_fn)`. The latter takes a `key=` whatever the method is, and
@@ -70,8 +71,8 @@ def make(
     (True, 'kflr')
     """
     check_choice("method", method, ("auto", *_ALIASES))
-    ours = _split(options)
-    totals = inspection_of(objective, params, batch).totals
+    ours = _split({"activation_rows": _ROWS, **options})
+    totals = inspection_of(objective, params, batch, ours[1]["activation_rows"]).totals
     able = _able(totals, options)
     by_cost = all(str(options.get(n)) == "auto" for n in _PERIODS)
     costs = totals.update_auto if by_cost else totals.update
