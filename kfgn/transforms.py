@@ -1,5 +1,6 @@
 """The parts of the optimizers as optax transformations, their damping rules and presets."""
 
+from kfgn.optimizers.average_parameters import average_parameters
 from kfgn.optimizers.damping import (
     Damping,
     FactorDamping,
@@ -15,7 +16,6 @@ from kfgn.optimizers.newton import scale_by_newton
 from kfgn.optimizers.presets import HESSIAN_FREE_PRESETS, PRESETS
 from kfgn.optimizers.recipe import scale_by_curvature
 from kfgn.optimizers.transforms import (
-    average_parameters,
     clip_by_curvature,
     scale_by_kronecker,
     scale_by_quadratic_model,

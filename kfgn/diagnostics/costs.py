@@ -12,9 +12,10 @@ from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.types import PyTree
 from kfgn.curvature.activations import examples_for
 from kfgn.curvature.methods import LossCost, UseCost
+from kfgn.model.build_graph import build_graph
 from kfgn.model.dependence import keeps_order
 from kfgn.model.equations import Equation, size
-from kfgn.model.graph import Graph, Node, build_graph
+from kfgn.model.graph import Graph, Node
 from kfgn.model.layer import Layer
 from kfgn.model.parameter_use import Use
 from kfgn.model.unite import Term

@@ -31,7 +31,7 @@ from kfgn.diagnostics.machine import Machine
 from kfgn.diagnostics.per_device import PerDevice, per_device
 from kfgn.diagnostics.plan import Plan, plan_lines, plans
 from kfgn.diagnostics.rows import Row, Totals
-from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
+from kfgn.diagnostics.table import block_lines, total_lines, unassigned_lines
 from kfgn.model.equations import size
 from kfgn.model.factor_size import most_rows, too_large
 from kfgn.model.layer import Layer
@@ -62,7 +62,9 @@ class Inspection:
         return f"<Inspection of {len(self.rows)} blocks, {len(self.unassigned)} parameters in none>"
 
     def __str__(self) -> str:
-        lines = [*_block_lines(self), *_unassigned_lines(self), *_total_lines(self)]
+        outside = sum(math.prod(self.shapes[name]) for name in self.unassigned)
+        lines = block_lines(self.rows, self.totals)
+        lines += unassigned_lines(self.unassigned, self.shapes) + total_lines(self.totals, outside)
         lines += [str(self.per_device)] if self.per_device else []
         return "\n".join([*lines, *plan_lines(self.plan)])
 
@@ -262,67 +264,3 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
             if side > most_rows(layer)
         ),
     )
-
-
-def _block_lines(found: Inspection) -> list[str]:
-    total, empty = found.totals, [""] * 5
-    between = [flops_text(n) if n else "" for n in total.between.values()]
-    rows = [
-        ["block", "parameters", "kind", "Q", "G", "sharing", "factors", *total.flops, "inversion"],
-        *map(_cells, found.rows),
-        ["(between layers)", *empty, "", *between, ""],
-        ["total", *empty, bytes_text(total.bytes), *_costs(total)],
-    ]
-    return aligned(rows, right=2 + len(total.flops))
-
-
-def _costs(of: Row | Totals) -> list[str]:
-    return [flops_text(n) for n in (*of.flops.values(), of.inversion)]
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        row.name,
-        shortened(", ".join(p.removeprefix(f"{row.name}/") for p in row.parameters), 40),
-        row.kind,
-        "x".join(map(str, row.activation)),
-        "x".join(map(str, row.pre_activation)),
-        _sharing(row),
-        bytes_text(row.bytes),
-        *_costs(row),
-    )
-
-
-def _sharing(row: Row) -> str:
-    counts = {k: getattr(row, k) for k in ("positions", "uses", "slots", "groups")}
-    parts = [f"{n} {name}" for name, n in counts.items() if n > 1]
-    return ", ".join(parts + ["transposed"] * row.transposed) or "-"
-
-
-def _unassigned_lines(found: Inspection) -> list[str]:
-    rows = [("no block", "shape", "reason")]
-    for name, reason in found.unassigned.items():
-        shape = str(found.shapes[name])
-        rows.append((name, shape, shortened(reason.removeprefix(f"(shape {shape}) "), 120)))
-    return ["", *aligned(rows)] if found.unassigned else []
-
-
-def _total_lines(found: Inspection) -> list[str]:
-    total = found.totals
-    outside = sum(math.prod(found.shapes[name]) for name in found.unassigned)
-    return [
-        "",
-        f"{total.parameters:,} parameters, {outside:,} in no block; costs in FLOPs per batch",
-        f"kflr: {total.columns:,} column(s) of the output Hessian's root, a backward pass for each",
-        f"kfra: matrices of up to {total.largest:,} x {total.largest:,} "
-        f"({bytes_text(total.matrix_bytes)}), {'within' if total.feasible else 'BEYOND'} "
-        f"the limit of {bytes_text(recursion.MATRIX_BYTES)}"
-        if total.feasible or total.largest
-        else "kfra: has loops to unroll that are longer than it goes",
-        "an update, in gradients: " + ", ".join(f"{n} {x:.1f}" for n, x in total.update.items()),
-        'by periods "auto": '
-        + ", ".join(f"{n} {x:.1f}, every {total.periods[n]}" for n, x in total.update_auto.items()),
-        'by inverse="ekfac", in gradients: '
-        + ", ".join(f"{n} {x:.1f}" for n, x in total.update_ekfac.items()),
-        *total.too_large,
-    ]

@@ -35,7 +35,8 @@ A glossary:
 - *entry*: one number of an array.
 """
 
-from kfgn.model.graph import Graph, build_graph
+from kfgn.model.build_graph import build_graph
+from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer, require_blocks
 from kfgn.model.layer_kinds import register_layer
 from kfgn.model.nodes import Node

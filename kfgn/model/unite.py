@@ -9,11 +9,12 @@ import numpy as np
 
 from kfgn.base.devices import AxisName
 from kfgn.base.types import Batch, Number, PyTree, Scalar
+from kfgn.model.build_graph import build_graph
 from kfgn.model.carried import carry
 from kfgn.model.factor_size import limited
 from kfgn.model.find_layers import UNMET, named_layers
 from kfgn.model.flat_model import FlatModel
-from kfgn.model.graph import Graph, build_graph
+from kfgn.model.graph import Graph
 from kfgn.model.layer import Layer
 from kfgn.objective.objective import Objective, examples_of, read_batch
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term

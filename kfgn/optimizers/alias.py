@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding
 from kfgn.base.types import Batch, Number, PyTree
 from kfgn.diagnostics.inspect import inspection_of
 from kfgn.objective.sum_of import AnyObjective
+from kfgn.optimizers.average_parameters import average_parameters
 from kfgn.optimizers.damping import FactorDamping, StepDamping
 from kfgn.optimizers.layer_blocks import find_blocks
 from kfgn.optimizers.recipe import scale_by_curvature
-from kfgn.optimizers.transforms import average_parameters
 
 Options = ParamSpec("Options")
 

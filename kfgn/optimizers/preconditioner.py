@@ -1,8 +1,8 @@
-"""The Kronecker-factored preconditioner: averages of factors, their inverses, directions."""
+"""The Kronecker-factored preconditioner: factors, their inverses, directions."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,6 @@ from kfgn.curvature.blocks import LoneParameter
 from kfgn.curvature.curvature import Curvature
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms
 from kfgn.optimizers.layer_blocks import LayerBlocks
-from kfgn.optimizers.periods import observation_due
 from kfgn.optimizers.state import Count, Flag, all_finite, keep_if, number, zeros_like
 
 
@@ -53,61 +52,10 @@ def moving_average(old: PyTree, new: PyTree, count: Count, decay: Number | None)
     return jax.tree.map(average, old, new)
 
 
-class Observed(NamedTuple):
-    """The factors' average after an update."""
-
-    factors: Named
-    times: Count  # it has seen factors
-    usable: Flag  # whether the batch is: false where its factors were seen and are not finite
-
-
-def observe(
-    curvature: Curvature,
-    before: Observed,
-    updates: Count,
-    every: int | Array,
-    decay: Number | None,
-    preconditioner: "Preconditioner",
-    leaves: Named,
-) -> Observed:
-    """The average with the factors of a batch, which are computed only where that is due.
-
-    They are due at the first ten updates and at every so many, if the batch is usable so far.
-    The loop, of no turn or one, copies nothing of what passes through it, as a conditional
-    would, and stays a loop under `jax.vmap`.
-    """
-
-    def once(_: Any) -> tuple[Flag, Observed]:
-        new = _read(curvature, preconditioner.blocks.present(leaves), preconditioner.two_term)
-        if preconditioner.two_term:
-            _require_alike(new, before.factors)
-        usable = before.usable & all_finite(new)
-        times = before.times + 1
-        new = preconditioner.arranged(new, leaves)
-        average = moving_average(before.factors, new, times, decay)
-        factors, times = keep_if(usable, (average, times), before[:2])
-        return jnp.array(False), Observed(factors, times, usable)
-
-    if isinstance(every, int) and every == 1:
-        return once(None)[1]
-    due = before.usable & observation_due(updates, every)
-    return jax.lax.while_loop(lambda carry: carry[0], once, (due, before))[1]
-
-
-def _read(curvature: Curvature, names: Iterable[str], two_term: bool) -> Named:
+def factors_of(curvature: Curvature, names: Iterable[str], two_term: bool) -> Named:
+    """A curvature's factors by block, those in several terms of a sum apart if asked for."""
     found = curvature.terms if two_term else curvature.factors
     return {name: found[name] for name in names}
-
-
-def _require_alike(new: Named, known: Named) -> None:
-    """Raises OptionError where a curvature has merged what an optimizer keeps in two terms."""
-    for name, factors in new.items():
-        if not isinstance(factors, type(known[name])):
-            raise OptionError(
-                f'inverse="two-term" needs the terms of layer {name!r} apart, and the curvature '
-                "has them merged: pass what kfgn.value_grad_and_curvature returned, or the "
-                "average of such, without with_factors or multi_steps"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -295,7 +243,7 @@ class Preconditioner:
     def at(self, damping: Scalar, curvature: Curvature, leaves: Named) -> Callable[[Named], Named]:
         """`r -> (Q ⊗ G + damping I)^-1 r` of one curvature for the layers among the leaves."""
         names = self.blocks.present(leaves)
-        parts = self._parts(_read(curvature, names, self.two_term))
+        parts = self._parts(factors_of(curvature, names, self.two_term))
         if self.inverse == "ekfac":
             moments = self._moments(parts, curvature)
             parts |= {n: parts[n]._replace(scales=x) for n, x in moments.items()}

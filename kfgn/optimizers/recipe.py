@@ -21,8 +21,9 @@ from kfgn.curvature.curvature import Curvature
 from kfgn.optimizers.agreement import agreement_after
 from kfgn.optimizers.damping import FactorDamping, StepDamping, rules_of
 from kfgn.optimizers.layer_blocks import LayerBlocks
+from kfgn.optimizers.observe import Observed, observe
 from kfgn.optimizers.periods import Periods, check_period, inversion_due
-from kfgn.optimizers.preconditioner import Observed, Preconditioner, observe
+from kfgn.optimizers.preconditioner import Preconditioner
 from kfgn.optimizers.quadratic_model import Direction, Step, best_step, combine, push
 from kfgn.optimizers.sharding import preconditioner_of
 from kfgn.optimizers.skipped import SkippedStreak, no_streak

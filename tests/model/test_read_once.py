@@ -13,7 +13,7 @@ import pytest
 
 import kfgn
 from kfgn.model import primitives
-from kfgn.model.graph import build_graph
+from kfgn.model.build_graph import build_graph
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 SHAPES = jax.eval_shape(lambda: PARAMS)

@@ -20,7 +20,7 @@ from jax.interpreters import ad, batching, mlir
 import kfgn
 from kfgn.base.trees import named_leaves
 from kfgn.model import differentiability, layer_kinds, primitives
-from kfgn.model.graph import build_graph
+from kfgn.model.build_graph import build_graph
 
 pytestmark = pytest.mark.usefixtures("x64")
 
