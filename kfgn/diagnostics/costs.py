@@ -31,6 +31,8 @@ _INVERSION = 4
 DECOMPOSITION = 7
 # FLOPs of a root of a matrix of K rows, in K³, that take as long as those of a product.
 _ROOT = 8
+#: Rows of a factor for every one that a batch knows of it, and at least, up to which it is whole.
+_KNOWN, _LEAST = 3, 256
 _MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
 REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
 
@@ -95,7 +97,38 @@ def linear_cost(forward: int, examples: int) -> int:
 def solve_cost(layer: Layer) -> int:
     """Of the product of a layer's gradient with both inverses."""
     a, b = layer.activation_size, layer.d_out
-    return 2 * layer.stack * a * b * (b + (1 if layer.indexed else a))
+    rows, columns = (-(-size // n) for size, n in zip((a, b), layer.splits, strict=True))
+    return 2 * layer.stack * a * b * (columns + (1 if layer.indexed else rows))
+
+
+def inversion_cost(layer: Layer) -> int:
+    """Of the inverses of a layer's factors, or of the blocks on their diagonals."""
+    sizes, splits = (layer.activation_size, layer.d_out), layer.splits
+    q, g = (n * (-(-size // n)) ** 3 for size, n in zip(sizes, splits, strict=True))
+    return layer.stack * ((sizes[0] if layer.indexed else q) + g)
+
+
+def whole_sizes(at: Setting) -> list[tuple[int, int]]:
+    """The size of every factor, and how many rows it has at most to be worth keeping whole.
+
+    A solve takes `2 (a + b)` operations for each entry of a kernel, its gradient six for every
+    row of the batch, which knows no more of a factor than so many rows.
+    """
+    found = []
+    for layer in at.graph.layers.values():
+        known = at.examples * max(layer.positions(slot) for slot in range(len(layer.slots)))
+        sizes = (1 if layer.indexed else layer.activation_size), layer.d_out
+        found += [(size, max(_KNOWN * known, _LEAST)) for size in sizes]
+    return found
+
+
+def split_at(sizes: list[tuple[int, int]]) -> int | None:
+    """The rows above which factors are split, so that none is that is worth keeping whole."""
+    large = [(size, most) for size, most in sizes if size > most]
+    if not large:
+        return None
+    limit = max(min(most for _, most in large), *(size for size, most in sizes if size <= most), 1)
+    return limit if max(large)[0] > limit else None
 
 
 def moments_cost(at: Setting, layer: Layer, use: Use) -> int:

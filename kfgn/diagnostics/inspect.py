@@ -17,15 +17,18 @@ from kfgn.diagnostics.costs import (
     REFRESH_EVERY,
     Setting,
     forward_cost,
+    inversion_cost,
     linear_cost,
     moments_cost,
     node_cost,
     period,
     setting,
     solve_cost,
+    split_at,
     update_cost,
     use_cost,
     values_cost,
+    whole_sizes,
 )
 from kfgn.diagnostics.machine import Machine
 from kfgn.diagnostics.per_device import PerDevice, per_device
@@ -143,25 +146,31 @@ def inspect(
 
 
 def inspection_of(
-    objective: AnyObjective, params: PyTree, batch: Any, activation_rows: int | None = None
+    objective: AnyObjective,
+    params: PyTree,
+    batch: Any,
+    activation_rows: int | None = None,
+    large_factors: str = "whole",
+    factor_limit: int | None = None,
 ) -> Inspection:
-    """What `inspect` prints."""
+    """What `inspect` prints, with options of `kfgn.value_grad_and_curvature`."""
     require_objective(objective)
-    united = unite(objective, params, batch)
+    united = unite(objective, params, batch, None, large_factors, factor_limit)
     sizes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items()}
     parts: dict[str, list[Row]] = {name: [] for name in united.layers}
-    totals = []
+    totals: list[Totals] = []
+    sizes_of: list[tuple[int, int]] = []
     for name, term in united.terms.items():
         with named_term(name):
             at = setting(term, params, activation_rows)
         own = {term.names[n]: _row(at, layer) for n, layer in term.graph.layers.items()}
         for n, row in own.items():
             parts[n].append(row._replace(name=n))
+        sizes_of += whole_sizes(at)
         totals.append(_totals(at, tuple(own.values()), sizes))
     rows = tuple(map(_together, parts.values()))
-    return Inspection(
-        rows, dict(united.reasons), sizes, _of_all(totals, rows, united.layers.values())
-    )
+    whole = _of_all(totals, rows, united.layers.values())._replace(split_at=split_at(sizes_of))
+    return Inspection(rows, dict(united.reasons), sizes, whole)
 
 
 def _together(rows: Sequence[Row]) -> Row:
@@ -210,7 +219,6 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
 def _row(at: Setting, layer: Layer) -> Row:
     shapes = (layer.activation_shape, layer.pre_activation_shape)
     uses = [use_cost(at, layer, use) for use in layer.uses.values()]
-    size_q, size_g = layer.activation_size, layer.d_out
     return Row(
         layer.name,
         layer.parameters,
@@ -223,7 +231,7 @@ def _row(at: Setting, layer: Layer) -> Row:
         transposed=bool(layer.flipped),
         bytes=sum(map(math.prod, shapes)) * at.itemsize,
         flops={name: sum(map(method.flops, uses)) for name, method in METHODS.items()},
-        inversion=layer.stack * ((size_q if layer.indexed else size_q**3) + size_g**3),
+        inversion=inversion_cost(layer),
     )
 
 

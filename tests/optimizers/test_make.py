@@ -177,3 +177,76 @@ def test_a_made_pair_trains_and_takes_every_option_once():
     assert values[-1] < 0.9 * values[0]
     with pytest.raises(kfgn.errors.OptionError, match=r"unknown option\(s\) 'dampng'"):
         kfgn.make(OBJECTIVE, params, batch, dampng=1.0)
+
+
+# Factors that cost more than a batch knows of them.
+
+
+def wide_hidden(width, count, positions=1):
+    """Shapes of a net with a hidden layer, at so many positions of an example."""
+    objective = kfgn.Objective(
+        lambda p, x: jnp.mean(jnp.tanh(x @ p["a"]["w"] + p["a"]["b"]) @ p["out"], axis=1), SQUARED
+    )
+    params = {
+        "a": {"w": jnp.zeros((8, width)), "b": jnp.zeros(width)},
+        "out": jnp.zeros((width, 2)),
+    }
+    batch = jnp.zeros((count, positions, 8)), jnp.zeros((count, 2))
+    return objective, shapes(params), shapes(batch)
+
+
+dear = pytest.mark.filterwarnings("ignore::kfgn.errors.CostWarning")  # the hidden width alone
+
+
+@dear
+@pytest.mark.parametrize(
+    ("width", "count", "positions", "limit"),
+    [
+        (600, 32, 1, 256),  # at least 256 rows are whole
+        (600, 128, 1, 384),
+        (600, 200, 1, None),  # three rows for each of 200 examples
+        (600, 32, 8, None),
+        (200, 2, 1, None),
+    ],
+)
+def test_factors_are_split_where_a_batch_knows_little_of_them(width, count, positions, limit):
+    problem = wide_hidden(width, count, positions)
+    optimizer, curvature_fn = kfgn.make(*problem, method="kfac")
+    _, curvature = jax.eval_shape(curvature_fn, *problem[1:], key=jax.random.key(0))
+    settings = curvature.settings
+    assert (settings.large_factors, settings.factor_limit) == (
+        ("raise", None) if limit is None else ("split", limit)
+    )
+    factors = curvature.factors
+    whole = {1: (width, width), 2: (2, 1, 300, 300), 3: (3, 1, 200, 200)}
+    blocks = 1 if limit is None else -(-width // limit)
+    assert factors["out"].activation.shape == whole[blocks]
+    jax.eval_shape(
+        lambda p, c: optimizer.update(p, optimizer.init(p), p, curvature=c), problem[1], curvature
+    )
+    found = kfgn.inspect(*problem, file=io.StringIO())
+    assert found.totals.split_at == limit
+    assert (f"more than {limit} rows" in str(found)) == (limit is not None)
+
+
+@dear
+def test_what_a_user_says_of_large_factors_stays():
+    for options in ({"large_factors": "diagonal"}, {"factor_limit": 1000}):
+        problem = wide_hidden(600, 32)
+        _, curvature_fn = kfgn.make(*problem, method="kfac", **options)
+        _, curvature = jax.eval_shape(curvature_fn, *problem[1:], key=jax.random.key(0))
+        found = {n: getattr(curvature.settings, n) for n in ("large_factors", "factor_limit")}
+        assert found == {"large_factors": "raise", "factor_limit": None} | options
+
+
+def test_splitting_leaves_what_is_small_whole():
+    """The limit is one for all layers: here 350, as "a" has at 20 positions, not 256."""
+    objective = kfgn.Objective(
+        lambda p, x: jnp.tanh(jnp.mean(jnp.tanh(x @ p["a"]), axis=1) @ p["b"]) @ p["c"], SQUARED
+    )
+    for hidden, limit in (600, 350), (340, None):
+        params = {"a": (350, 30), "b": (30, hidden), "c": (hidden, 3)}
+        params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in params.items()}
+        batch = shapes((jnp.zeros((32, 20, 350)), jnp.zeros((32, 3))))
+        found = kfgn.inspect(objective, params, batch, file=io.StringIO())
+        assert found.totals.split_at == limit
