@@ -112,9 +112,9 @@ _ROWS = {
     "scatter-add scatter-sub": _linear(linear_in=(0, 2)),
     # Functions of every entry.
     "abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp cos cosh "
-    "digamma erf erf_inv erfc exp exp2 expm1 floor integer_pow is_finite lgamma log log1p "
-    "logistic max min pow rem round rsqrt sign sin sinh sqrt square stop_gradient tan tanh "
-    "xor and or not eq ne lt le gt ge": Primitive(elementwise=True),
+    "digamma erf erf_inv erfc exp exp2 expm1 floor integer_pow is_finite lgamma log log1p log2 "
+    "logistic max min one_minus_square pow rem round rsqrt sign sin sinh sqrt square "
+    "stop_gradient tan tanh xor and or not eq ne lt le gt ge": Primitive(elementwise=True),
     # Calls.
     "jit pjit": Primitive(body="jaxpr", inlined=True),
     " ".join(REMAT): Primitive(body="jaxpr", inlined=True),

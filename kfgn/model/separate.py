@@ -13,6 +13,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from kfgn.model.equations import Equation, Var, is_variable
+from kfgn.model.loops import counts_of
 from kfgn.model.primitives import TABLE
 from kfgn.model.rebatched import rebatched
 
@@ -42,7 +43,7 @@ def acts_alone(programs: Sequence[jex.ClosedJaxpr], counts: Sequence[int], param
     inputs = len(programs[0].jaxpr.invars) - params
     try:
         places = _walk(programs, counts, [None] * params + [0] * inputs)
-    except _Unproven:
+    except Exception:  # what is not followed, such as an equation of another jax, proves nothing
         return False
     return not any(places)
 
@@ -197,6 +198,7 @@ def _dropping(names: str) -> Rule:
 
     def rule(equation: Equation, places: Sequence[Place]) -> Place:
         place, axes = _operand(equation, places), equation.params[names]
+        axes = axes if isinstance(axes, Iterable) else (axes,)
         _require(place not in axes)
         return place - sum(axis < place for axis in axes)
 
@@ -283,7 +285,7 @@ def _of_scan(
     equation: Equation, bodies: Sequence[Any], counts: Sequence[int], places: Sequence[Place]
 ) -> list[Place]:
     """A loop over other axes than that of the examples."""
-    consts, carried = equation.params["num_consts"], equation.params["num_carry"]
+    consts, carried = counts_of(equation, bodies[0].jaxpr)
     given = list(places[: consts + carried])
     for place in places[consts + carried :]:
         _require(place != 0)
@@ -308,6 +310,7 @@ _RULES: dict[str, Rule] = dict.fromkeys(_ENTRYWISE, _entrywise) | {
     "squeeze": _dropping("dimensions"),
     "concatenate": _kept_by("dimension"),
     "split": _kept_by("axis"),
+    "unstack": _dropping("axis"),
     "sort": _kept_by("dimension"),
     "rev": _kept_by("dimensions"),
     **dict.fromkeys(("argmax", "argmin"), _dropping("axes")),

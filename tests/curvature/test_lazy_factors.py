@@ -119,5 +119,7 @@ def test_gradient_costs_what_that_of_jax_does():
         jax.jit(function).lower(params, batch).compile().cost_analysis()
         for function in (jax.value_and_grad(objective), lambda *both: ours(*both)[0])
     ]
-    for name in ("flops", "bytes accessed"):  # 5% more with copies
-        assert costs[1][name] < 1.01 * costs[0][name]
+    # 5% more bytes with copies. A forward pass made twice would be a third more operations; those
+    # of the outputs' gradients alone are counted as up to 5% more without XLA's optimizations.
+    for name, more in ("bytes accessed", 1.01), ("flops", 1.06):
+        assert costs[1][name] < more * costs[0][name]

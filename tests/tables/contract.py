@@ -136,5 +136,20 @@ def check_jit_equals_no_jit(record: Record, counts: tuple[int, ...]) -> None:
         with jax.disable_jit():
             actual = record.tx.update(grads, state, params, **keywords)
         # One update: float32's roundoff, which the solves magnify a little. The change of an
-        # objective of about 1 has its roundoff, which differs between versions of jax.
-        assert_close(actual, expected, 1e-4, roundoff=float(np.finfo(np.float32).eps))
+        # objective of about 1 has the roundoff of both values, which differs between versions.
+        both = map(_without_ratio, (actual, expected))
+        assert_close(*both, 1e-4, roundoff=2 * float(np.finfo(np.float32).eps))
+
+
+def _without_ratio(tree: Any) -> Any:
+    """With the change of the objective alone, not over what was predicted of it."""
+
+    def has_ratio(node: Any) -> bool:
+        return hasattr(node, "reduction_ratio")
+
+    def changed(node: Any) -> Any:
+        if not has_ratio(node):
+            return node
+        return node._replace(reduction_ratio=node.reduction_ratio * node.predicted_change)
+
+    return jax.tree.map(changed, tree, is_leaf=has_ratio)

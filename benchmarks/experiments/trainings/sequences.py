@@ -22,9 +22,14 @@ def characters() -> tuple[int, jax.Array]:
 
 
 def later_characters() -> jax.Array:
-    """The text that follows, of characters that `characters` has, `[at most 2000, 33]`."""
+    """The text that follows, of characters that `characters` has, `[at most 2000, 33]`.
+
+    Rows of the first text are left out, such as those of spaces alone.
+    """
     found, text = np.unique(_text(0)), _text(1)
     rows = np.isin(text, found).reshape(2000, 33).all(axis=1)
+    first = set(map(tuple, _text(0).reshape(2000, 33).tolist()))
+    rows &= [tuple(row) not in first for row in text.reshape(2000, 33).tolist()]
     return jnp.asarray(np.searchsorted(found, text).reshape(2000, 33)[rows], jnp.int32)
 
 
