@@ -112,14 +112,13 @@ def test_gradient_costs_what_that_of_jax_does():
     objective = kfgn.Objective(
         lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], kfgn.losses.half_squared_error
     )
-    params = {"a": jnp.ones((48, 64)), "b": jnp.ones((64, 32))}
-    batch = jnp.ones((128, 48)), jnp.ones((128, 32))
+    params = {"a": jnp.ones((48, 64)), "b": jnp.ones((64, 4))}
+    batch = jnp.ones((128, 48)), jnp.ones((128, 4))
     ours = kfgn.value_grad_and_curvature(objective, "empirical")
     costs = [
         jax.jit(function).lower(params, batch).compile().cost_analysis()
         for function in (jax.value_and_grad(objective), lambda *both: ours(*both)[0])
     ]
-    # 5% more bytes with copies. A forward pass made twice would be a third more operations; those
-    # of the outputs' gradients alone are counted as up to 5% more without XLA's optimizations.
-    for name, more in ("bytes accessed", 1.01), ("flops", 1.06):
-        assert costs[1][name] < more * costs[0][name]
+    # With a copy of the hidden values 10% more; jax 0.12 writes down a constant like the outputs.
+    for name in ("flops", "bytes accessed"):
+        assert costs[1][name] < 1.01 * costs[0][name]
