@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import Jaxpr
 from jax.tree_util import Partial
 
 from kfgn.base.devices import in_auto_axes
 from kfgn.base.types import PyTree
+from kfgn.curvature.convolutions import run_in_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,4 +92,4 @@ def _run(jaxpr: Jaxpr, *read: Any) -> list[Any]:
     constants = len(jaxpr.constvars)
     given = zip(read[constants:], jaxpr.invars, strict=True)
     arguments = [x.astype(cast(Any, v.aval).dtype) for x, v in given]
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, read[:constants]))(*arguments)
+    return run_in_order(jaxpr, list(read[:constants]), arguments)

@@ -29,7 +29,7 @@ def later_characters() -> jax.Array:
     found, text = np.unique(_text(0)), _text(1)
     rows = np.isin(text, found).reshape(2000, 33).all(axis=1)
     first = set(map(tuple, _text(0).reshape(2000, 33).tolist()))
-    rows &= [tuple(row) not in first for row in text.reshape(2000, 33).tolist()]
+    rows &= np.array([tuple(row) not in first for row in text.reshape(2000, 33).tolist()])
     return jnp.asarray(np.searchsorted(found, text).reshape(2000, 33)[rows], jnp.int32)
 
 
