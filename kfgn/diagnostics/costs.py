@@ -33,6 +33,9 @@ DECOMPOSITION = 7
 _ROOT = 8
 #: Rows of a factor for every one that a batch knows of it, and at least, up to which it is whole.
 _KNOWN, _LEAST = 3, 256
+# FLOPs of a product that an entry of another operation takes as long as where matrices of all
+# examples go through it: memory is what it waits for (10 to 50 measured there).
+_ENTRY = 16
 _MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
 REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
 
@@ -195,12 +198,13 @@ def node_cost(node: Node, count: int) -> int:
     if node.kind == "elementwise":
         return 2 * count * inside * outside
     passes = (inside + outside) * (1 if node.kind == "linear" else count)
-    return passes * 2 * sum(_equation_cost(e) for e in node.equations if not keeps_order(e))
+    costs = (_equation_cost(e, _ENTRY) for e in node.equations if not keeps_order(e))
+    return passes * 2 * sum(costs)
 
 
-def _equation_cost(equation: Equation) -> int:
+def _equation_cost(equation: Equation, entry: int = 1) -> int:
     entries = max(v.aval.size for v in equation.outvars)
     if equation.primitive.name != "dot_general":
-        return entries
+        return entries * entry
     (contracted, _), _ = equation.params["dimension_numbers"]
     return 2 * entries * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)

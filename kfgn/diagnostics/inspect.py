@@ -106,7 +106,8 @@ def inspect(
     What lies between the layers is little for most methods, and left out.
     For "kfra", where it may be most of the cost, it has a line of its own:
     2 N D D' for an elementwise function from D to D' entries, and D + D'
-    backward passes for any other, for each example unless it is linear.
+    backward passes for any other, for each example unless it is linear, where an
+    entry of what is no product counts as 16, for the time that memory takes.
 
     Args:
       objective: the objective.
