@@ -127,7 +127,8 @@ def sum_over_examples(
       chunk_size: instead, the number of examples in a chunk.
     """
     count = count_of(arguments)
-    chunk = max(1, min(count, chunk_size or _CHUNK_BYTES // max(bytes_each, 1)))
+    chunk = chunk_size or _even(count, _CHUNK_BYTES // max(bytes_each, 1))
+    chunk = max(1, min(count, chunk))
     whole, left = divmod(count, chunk)
     if whole == 1 and not left:
         return function(arguments)
@@ -146,6 +147,12 @@ def sum_over_examples(
     if left:
         result, _ = add(result, jax.tree.map(lambda a: a[whole * chunk :], arguments))
     return result
+
+
+def _even(count: int, most: int) -> int:
+    """A size of chunks, of so many at most, that leaves nothing if one of at least half does."""
+    most = max(1, min(count, most))
+    return next((n for n in range(most, most // 2, -1) if count % n == 0), most)
 
 
 def sum_of_examples(

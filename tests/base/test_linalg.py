@@ -267,3 +267,21 @@ def test_degenerate_second_direction(model, second):
     both = quadratic.best_step(curvature, [first, other], damping)
     close(both.coefficients, np.asarray([alone.coefficients[0], 0]))
     close(both.predicted, alone.predicted)
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"),
+    [(12, 5, {4}), (12, 12, {12}), (12, 1, {1}), (13, 5, {5, 3}), (1000, 300, {250}), (0, 5, {1})],
+)
+def test_chunks_of_a_sum_leave_nothing_where_they_can(count, most, sizes):
+    """What is left would be compiled as well."""
+    seen = set()
+
+    def summed(x):
+        seen.add(len(x))
+        return jnp.sum(x, axis=0)
+
+    x = jnp.arange(2.0 * count).reshape(count, 2)
+    found = linalg.sum_over_examples(summed, x, linalg._CHUNK_BYTES // most)
+    np.testing.assert_array_equal(found, jnp.sum(x, axis=0))  # whole numbers
+    assert seen - {1} == sizes - {1}
