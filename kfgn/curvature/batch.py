@@ -24,6 +24,7 @@ from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.activations import Inputs, activation_moments, examples_for
 from kfgn.curvature.averaging import bases_of_term, summed
 from kfgn.curvature.basis_moments import Basis
+from kfgn.curvature.convolutions import any_turned, in_order
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import Diagonal, Factors, assemble
 from kfgn.curvature.forward_pass import Linearized, linearize
@@ -181,6 +182,7 @@ def _of_term(
     own = _value_and_gradient(model, objective, params)
     value, gradient = mean_over_devices(own, axis_name)
     count = part_of_device(settings.model_examples, axis_name)
+    turned = any_turned(graph.model.jaxpr)
     push, *pushed = model.quadratic(objective, params, count)
     at_precision, lazy_moments = products_at(settings.precision), None
     if ekfac:
@@ -192,7 +194,7 @@ def _of_term(
         gradient,
         push,
         Partial(_OutputProduct(model.loss, axis_name), *pushed),
-        Partial(_Displaced(objective, axis_name), params, (inputs, targets)),
+        Partial(_Displaced(objective, axis_name, turned), params, (inputs, targets)),
         jnp.asarray(term.examples, value.dtype),
         settings,
         lazy_moments,
@@ -276,6 +278,7 @@ class _OutputProduct:
 class _Displaced:
     objective: Objective
     axis_name: AxisName | None
+    turned: bool  # whether convolutions are faster in another order, in loops
 
     def __call__(self, params: PyTree, batch: Batch, direction: dict[str, Array]) -> Scalar:
         moved = {
@@ -283,5 +286,6 @@ class _Displaced:
             for name, leaf in named_leaves(params).items()
             if name in direction
         }
-        value = self.objective(with_leaves(params, moved), batch)
+        objective = in_order(self.objective) if self.turned else self.objective
+        value = objective(with_leaves(params, moved), batch)
         return mean_over_devices(value, self.axis_name)

@@ -5,13 +5,14 @@ loops and branches. There one of transposed kernels, as every backward pass has 
 times as long as outside.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from kfgn.base.types import Array
+from kfgn.base.types import Array, PyTree
 from kfgn.model.equations import Equation, bind, is_variable, read
 
 _OPTIONS = (
@@ -26,7 +27,7 @@ def run_in_order(jaxpr: jex.Jaxpr, constants: list[Any], arguments: list[Any]) -
 
     Those in loops of the jaxpr's own stay as they are.
     """
-    if not _any_turned(jaxpr):
+    if not any_turned(jaxpr):
         return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, constants))(*arguments)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, constants, strict=True))
     env |= zip(jaxpr.invars, arguments, strict=True)
@@ -43,9 +44,20 @@ def run_in_order(jaxpr: jex.Jaxpr, constants: list[Any], arguments: list[Any]) -
     return [read(env, v) for v in jaxpr.outvars]
 
 
-def _any_turned(jaxpr: jex.Jaxpr) -> bool:
+def in_order(function: Callable[..., Array]) -> Callable[..., Array]:
+    """The same function of arrays, one array, likewise."""
+
+    def run(*arguments: PyTree) -> Array:
+        program = jax.make_jaxpr(function)(*arguments)
+        return run_in_order(program.jaxpr, program.consts, jax.tree.leaves(arguments))[0]
+
+    return run
+
+
+def any_turned(jaxpr: jex.Jaxpr) -> bool:
+    """Whether a convolution outside of loops has its axes in another order."""
     return any(
-        _any_turned(e.params["jaxpr"].jaxpr) if e.primitive.name in _CALLS else _is_turned(e)
+        any_turned(e.params["jaxpr"].jaxpr) if e.primitive.name in _CALLS else _is_turned(e)
         for e in jaxpr.eqns
     )
 
