@@ -1,6 +1,6 @@
 """How a model is read: flatten, annotate, find layers, cluster, and the graph of it all.
 
-`graph.build_graph` runs the stages one after the other:
+`build_graph` runs the stages one after the other:
 
 1. *try*: do the examples of a batch act alone? (`carried`, `statistics`, `independence`, what
    tells by its operations, `separate`, and the values and programs that others are tried with:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.experiments import ablations, cost, plan, ranks, versus
+from benchmarks.experiments import ablations, cost, plan, ranks, savings, versus
 from tests.benchmarks.measured import measured
 
 pytestmark = pytest.mark.loose_dtypes  # optax's Adam and L-BFGS promote dtypes
@@ -111,6 +111,17 @@ def test_ablations(tmp_path, monkeypatch):
     )  # fmt: skip
     assert set(found["settings"]) == {f"kfra: {n}" for n in few}
     assert set(found["sizes"]) == {"batch 50"}
+
+
+def test_savings(tmp_path, monkeypatch):
+    """On one task for both kinds."""
+    monkeypatch.setattr(savings, "_residual", lambda given: savings._autoencoder(given, 50))
+    found = measured(
+        tmp_path, "savings", "--data", "digits", "--layers", "8,4", "--updates", "4",
+        "--batches", "20",
+    )  # fmt: skip
+    assert [run["task"] for run in found] == ["batch 20"] * 3 + ["residual network"] * 3
+    assert all(len(run["seconds"]) == 4 and len(run["losses"]) == 2 for run in found)
 
 
 @pytest.mark.parametrize(
