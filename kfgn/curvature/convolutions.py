@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kfgn.base.types import Array, PyTree
 from kfgn.model.equations import Equation, bind, is_variable, read
+from kfgn.model.loops import counts_of
 
 _OPTIONS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count"),
@@ -25,7 +26,7 @@ _CALLS = ("jit", "pjit")
 def run_in_order(jaxpr: jex.Jaxpr, constants: list[Any], arguments: list[Any]) -> list[Any]:
     """The outputs of a jaxpr, whose convolutions have their axes in order on CPUs.
 
-    Those in loops of the jaxpr's own stay as they are.
+    Also those in scans, as over the columns of KFLR; those in other loops stay as they are.
     """
     if not any_turned(jaxpr):
         return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, constants))(*arguments)
@@ -38,6 +39,8 @@ def run_in_order(jaxpr: jex.Jaxpr, constants: list[Any], arguments: list[Any]) -
         elif equation.primitive.name in _CALLS:
             body = equation.params["jaxpr"]
             found = run_in_order(body.jaxpr, body.consts, values)
+        elif equation.primitive.name == "scan" and any_turned(equation.params["jaxpr"].jaxpr):
+            found = _scanned(equation, values)
         else:
             found = bind(equation, values)
         env |= {v: x for v, x in zip(equation.outvars, found, strict=True) if is_variable(v)}
@@ -55,11 +58,28 @@ def in_order(function: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def any_turned(jaxpr: jex.Jaxpr) -> bool:
-    """Whether a convolution outside of loops has its axes in another order."""
+    """Whether a convolution, also one in a scan, has its axes in another order."""
     return any(
-        any_turned(e.params["jaxpr"].jaxpr) if e.primitive.name in _CALLS else _is_turned(e)
+        any_turned(e.params["jaxpr"].jaxpr)
+        if e.primitive.name in (*_CALLS, "scan")
+        else _is_turned(e)
         for e in jaxpr.eqns
     )
+
+
+def _scanned(equation: Equation, values: list[Any]) -> list[Any]:
+    body = equation.params["jaxpr"]
+    constants, states = counts_of(equation, body.jaxpr)
+    fixed, slices = values[:constants], values[constants + states :]
+
+    def turn(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+        found = run_in_order(body.jaxpr, body.consts, [*fixed, *carry, *xs])
+        return found[:states], found[states:]
+
+    options = {name: equation.params[name] for name in ("length", "reverse", "unroll")}
+    start = values[constants : constants + states]
+    carry, made = jax.lax.scan(turn, start, slices, **options)
+    return [*carry, *made]
 
 
 def _orders(equation: Equation) -> tuple[Any, Any]:

@@ -95,8 +95,32 @@ def test_a_program_in_order_stays_as_it_is():
     assert str(again) == str(program)
 
 
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_scans_have_bodies_in_order(reverse):
+    """With constants, states, slices and what is stacked."""
+    layout = ("NCW", "OIW", "NCW")
+    kernels = jax.random.normal(jax.random.key(1), (3, 2, 2, 3))
+
+    def model(x, shift):
+        def body(carry, kernel):
+            h = jax.lax.conv_general_dilated(carry, kernel, (1,), "SAME", dimension_numbers=layout)
+            return jnp.tanh(h + shift), jnp.sum(h)
+
+        return jax.lax.scan(body, x, kernels, reverse=reverse)
+
+    arguments = jax.random.normal(jax.random.key(0), (4, 2, 5)), jnp.array(0.5)
+    program = jax.make_jaxpr(model)(*arguments)
+    run = jax.jit(lambda *a: run_in_order(program.jaxpr, program.consts, list(a)))
+    for found, expected in zip(run(*arguments), model(*arguments), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)  # sums of 12
+    text = run.lower(*arguments).as_text()
+    assert "[b, 0, f]x[0, i, o]->[b, 0, f]" in text and "[b, f, 0]x" not in text
+
+
+@pytest.mark.parametrize("method", ["kfac", "kflr"])
 @pytest.mark.parametrize("layout", [LAYOUTS[2], ("NCHW", "OIHW", "NCHW")])
-def test_an_update_has_no_transposed_kernels(layout):
+def test_an_update_has_no_transposed_kernels(layout, method):
     """Not in its loops: there XLA leaves axes in the order that they have."""
 
     def model(p, x):
@@ -110,7 +134,7 @@ def test_an_update_has_no_transposed_kernels(layout):
     objective = kfgn.Objective(model, kfgn.losses.half_squared_error)
     params = {"a": jnp.ones((3, 3, 2, 4)), "b": jnp.ones((3, 3, 4, 5))}
     batch = jnp.ones((6, 4, 4, 2)), jnp.ones((6, 5))
-    optimizer, curvature_fn = kfgn.make(objective, params, batch, method="kfac")
+    optimizer, curvature_fn = kfgn.make(objective, params, batch, method=method)
 
     @jax.jit
     def step(params, state, batch, key):
