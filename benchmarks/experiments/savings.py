@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 from rich.table import Table
 
 import kfgn
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
                 found = run.measure(what, functools.partial(_train, task, own, given.seed))
                 runs.append(Run(name, changed, *found))
                 run.tick(f"{name}, {changed}: {runs[-1].losses[-1]:.4g}")
-        run.record([r._asdict() for r in runs], [_table(runs)], {})
+        run.record([r._asdict() for r in runs], [_table(runs)], {"savings": _plot(runs)})
 
 
 def _blocks(size: int) -> dict[str, dict[str, Any]]:
@@ -135,6 +136,21 @@ def _train(task: Trained, changed: dict[str, Any], seed: int) -> tuple[list[floa
         if (update + 1) % -(-task.updates // LOOKS) == 0 or update + 1 == task.updates:
             losses.append(float(task.evaluate(params)))
     return losses, seconds
+
+
+def _plot(runs: list[Run]) -> Figure:
+    """Losses against seconds, beside each other."""
+    names = list(dict.fromkeys(r.task for r in runs))
+    figure = Figure(figsize=(3.4 * len(names), 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for r in (r for r in runs if r.task == name):
+            looks = np.array_split(np.cumsum(r.seconds), len(r.losses))
+            axes.plot([own[-1] for own in looks], r.losses, "o-", label=r.changed)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlabel("seconds of updates")
+        axes.legend(fontsize="small")
+        axes.grid(True, alpha=0.25)
+    return figure
 
 
 def _table(runs: list[Run]) -> Table:

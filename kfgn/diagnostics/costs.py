@@ -33,9 +33,9 @@ DECOMPOSITION = 7
 _ROOT = 8
 #: Rows of a factor for every one that a batch knows of it, and at least, up to which it is whole.
 _KNOWN, _LEAST = 3, 256
-# FLOPs of a product that an entry of another operation takes as long as where matrices of all
+#: FLOPs of a product that an entry of another operation takes as long as where matrices of all
 # examples go through it: memory is what it waits for (10 to 50 measured there).
-_ENTRY = 16
+ENTRY = 16
 _MODEL_EXAMPLES = 256  # the default of `kfgn.value_grad_and_curvature`
 REFRESH_EVERY = 5  # the default of `kfgn.kfra`, of factors and inverses
 
@@ -192,13 +192,16 @@ def values_cost(at: Setting) -> int:
     )
 
 
-def node_cost(node: Node, count: int) -> int:
-    """Of a node between layers; a backward pass costs twice its equations."""
+def node_cost(node: Node, count: int, entry: int = 1) -> int:
+    """Of a node between layers; a backward pass costs twice its equations.
+
+    With `ENTRY` it is in FLOPs of products that take as long.
+    """
     inside, outside = (sum(map(size, values)) for values in (node.inputs, node.outputs))
     if node.kind == "elementwise":
         return 2 * count * inside * outside
     passes = (inside + outside) * (1 if node.kind == "linear" else count)
-    costs = (_equation_cost(e, _ENTRY) for e in node.equations if not keeps_order(e))
+    costs = (_equation_cost(e, entry) for e in node.equations if not keeps_order(e))
     return passes * 2 * sum(costs)
 
 

@@ -14,6 +14,7 @@ from kfgn.curvature import recursion
 from kfgn.curvature.methods import METHODS
 from kfgn.diagnostics.costs import (
     DECOMPOSITION,
+    ENTRY,
     REFRESH_EVERY,
     Setting,
     forward_cost,
@@ -106,8 +107,9 @@ def inspect(
     What lies between the layers is little for most methods, and left out.
     For "kfra", where it may be most of the cost, it has a line of its own:
     2 N D D' for an elementwise function from D to D' entries, and D + D'
-    backward passes for any other, for each example unless it is linear, where an
-    entry of what is no product counts as 16, for the time that memory takes.
+    backward passes for any other, for each example unless it is linear. In the
+    updates that are predicted an entry of these counts as 16, unless it is of a
+    product, for the time that memory takes.
 
     Args:
       objective: the objective.
@@ -188,6 +190,7 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
         bytes=sum(row.bytes for row in rows),
         between={n: sum(t.between[n] for t in totals) for n in METHODS},
         flops={n: sum(t.flops[n] for t in totals) for n in METHODS},
+        waiting={n: sum(t.waiting[n] for t in totals) for n in METHODS},
         inversion=sum(row.inversion for row in rows),
         solve=sum(map(solve_cost, layers)),
         gradient=sum(t.gradient for t in totals),
@@ -203,16 +206,17 @@ def _of_all(totals: Sequence[Totals], rows: Sequence[Row], layers: Iterable[Laye
         moments={n: sum(t.moments[n] for t in totals) for n in METHODS},
     )
     costs = whole.inversion, whole.solve, whole.gradient, whole.linear
-    periods = {n: period(f, whole.inversion, whole.gradient) for n, f in whole.flops.items()}
+    times = {n: f + whole.waiting[n] for n, f in whole.flops.items()}
+    periods = {n: period(f, whole.inversion, whole.gradient) for n, f in times.items()}
     return whole._replace(
-        update={n: update_cost(f, *costs, REFRESH_EVERY) for n, f in whole.flops.items()},
+        update={n: update_cost(f, *costs, REFRESH_EVERY) for n, f in times.items()},
         periods=periods,
-        update_auto={n: update_cost(f, *costs, periods[n]) for n, f in whole.flops.items()},
+        update_auto={n: update_cost(f, *costs, periods[n]) for n, f in times.items()},
         update_ekfac={
             n: update_cost(
                 f + whole.moments[n], DECOMPOSITION * costs[0], *costs[1:], REFRESH_EVERY
             )
-            for n, f in whole.flops.items()
+            for n, f in times.items()
         },
     )
 
@@ -239,8 +243,13 @@ def _row(at: Setting, layer: Layer) -> Row:
 def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Totals:
     nodes = at.nodes or ()
     largest = max((size(v) for n in nodes for v in (*n.outputs, *n.inputs)), default=0)
-    walk = sum(node_cost(node, at.examples) for node in nodes if node.use is None)
+    alone = [node for node in nodes if node.use is None]
+    walk, taken = (sum(node_cost(n, at.examples, entry) for n in alone) for entry in (1, ENTRY))
     between = {name: method.flops_between(walk, at.loss) for name, method in METHODS.items()}
+    waiting = {
+        name: method.flops_between(taken, at.loss) - between[name]
+        for name, method in METHODS.items()
+    }
     flops = {name: sum(row.flops[name] for row in rows) + between[name] for name in METHODS}
     forward = sum(map(forward_cost, nodes or at.graph.uses.values()))
     layers = at.graph.layers.values()
@@ -250,6 +259,7 @@ def _totals(at: Setting, rows: Sequence[Row], shapes: dict[str, Shape]) -> Total
         bytes=sum(row.bytes for row in rows),
         between=between,
         flops=flops,
+        waiting=waiting,
         inversion=sum(row.inversion for row in rows),
         solve=0,  # of all terms together, as periods and updates are
         gradient=3 * at.examples * forward,

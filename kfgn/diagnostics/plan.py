@@ -76,7 +76,8 @@ def _plan(
 
     passes = METHODS[method].passes(totals.columns) if METHODS[method].probes else 0
     gradient = compute(totals.gradient / parts, machine.products, 3 * (values + weights))
-    factors = totals.flops[method] + (totals.moments[method] if inverse == "ekfac" else 0)
+    factors = totals.flops[method] + totals.waiting[method]
+    factors += totals.moments[method] if inverse == "ekfac" else 0
     observed = compute(factors / parts, machine.factors, 2 * (1 + passes) * values + inverses)
     observed += ring * costs.factor_bytes / machine.link
     d3 = costs.inversion_of_share if shares else costs.inversion

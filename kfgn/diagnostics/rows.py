@@ -30,6 +30,7 @@ class Totals(NamedTuple):
     bytes: int
     between: dict[str, int]  # FLOPs by method between the layers, which are no block's
     flops: dict[str, int]  # with those
+    waiting: dict[str, int]  # by method, what more those between layers take, for memory
     inversion: int
     solve: int  # FLOPs of a direction by the inverses
     gradient: int  # FLOPs of the batch's gradient, three times the forward pass

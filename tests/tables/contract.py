@@ -145,7 +145,7 @@ def _without_ratio(tree: Any) -> Any:
     """With the change of the objective alone, not over what was predicted of it."""
 
     def has_ratio(node: Any) -> bool:
-        return hasattr(node, "reduction_ratio")
+        return hasattr(node, "reduction_ratio") and hasattr(node, "predicted_change")
 
     def changed(node: Any) -> Any:
         if not has_ratio(node):
