@@ -34,7 +34,7 @@ EXPERIMENTS = {
     "ranks": "the rank of a batch's Gauss-Newton matrix, and its bounds",
     "cost": "what the factors cost as batch, width, outputs and samples grow",
     "plan": "seconds of an update, predicted from shapes and measured",
-    "savings": "what kfgn.make saves by itself, and what that costs",
+    "savings": "blocks of factors, and Q of few examples: what they save and cost",
     "stagger": "updates of even length, and what that does to the loss",
     "surface": "the error surface of a toy network, and its curvature",
     "kills": "a training killed at random moments, and what each kill cost",

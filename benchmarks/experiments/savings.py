@@ -1,7 +1,7 @@
-"""``python -m benchmarks savings``: what `kfgn.make` saves by itself, and what that costs.
+"""``python -m benchmarks savings``: what saves time, and what that costs.
 
 KFAC trains an autoencoder on small batches with its factors whole, in blocks of three rows for each
-example, as `kfgn.make` has them, and of one; and the suite's residual network with the Q of its
+example, as `kfgn.inspect` advises, and of one; and the suite's residual network with the Q of its
 convolutions from all examples, from those that give four rows for each of Q's, as `kfgn.make` has
 it, and from a quarter of those. Every update is timed by itself.
 """
@@ -81,8 +81,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _blocks(size: int) -> dict[str, dict[str, Any]]:
-    rows = {"factor_limit": max(size, 256), "large_factors": "split"}
-    return {"factors whole": {"large_factors": "raise"}, "as made": {}, "blocks a third": rows}
+    split = {"large_factors": "split"}
+    return {
+        "factors whole": {},
+        "blocks": {**split, "factor_limit": max(3 * size, 256)},
+        "blocks a third": {**split, "factor_limit": max(size, 256)},
+    }
 
 
 def _rows() -> dict[str, dict[str, Any]]:
@@ -161,4 +165,4 @@ def _table(runs: list[Run]) -> Table:
         losses = " ".join(f"{x:.4g}" for x in r.losses)
         lines.append([r.task, r.changed, losses, *(f"{x:.2f}" for x in times)])
     head = ["task", "", "losses", "time of all updates", "of the first"]
-    return table("KFAC with and without what kfgn.make saves", head, lines)
+    return table("KFAC with and without what saves time", head, lines)

@@ -7,7 +7,7 @@ from kfgn.curvature import recursion
 from kfgn.diagnostics.rows import Row, Totals
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 
-_OF_MAKE = "factors with more than {:,} rows are worth less than they take: kfgn.make splits them"
+_OF_MAKE = 'factors with more than {:,} rows are worth less than they take: large_factors="split" is faster'
 
 
 def block_lines(rows: Sequence[Row], total: Totals) -> list[str]:
