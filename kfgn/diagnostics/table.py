@@ -7,7 +7,9 @@ from kfgn.curvature import recursion
 from kfgn.diagnostics.rows import Row, Totals
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 
-_OF_MAKE = 'factors with more than {:,} rows are worth less than they take: large_factors="split" is faster'
+_LITTLE_KNOWN = (
+    'factors with more than {:,} rows take more than they know: large_factors="split" is faster'
+)
 
 
 def block_lines(rows: Sequence[Row], total: Totals) -> list[str]:
@@ -71,6 +73,6 @@ def total_lines(total: Totals, outside: int) -> list[str]:
         + ", ".join(f"{n} {x:.1f}, every {total.periods[n]}" for n, x in total.update_auto.items()),
         'by inverse="ekfac", in gradients: '
         + ", ".join(f"{n} {x:.1f}" for n, x in total.update_ekfac.items()),
-        *([_OF_MAKE.format(total.split_at)] if total.split_at else []),
+        *([_LITTLE_KNOWN.format(total.split_at)] if total.split_at else []),
         *total.too_large,
     ]
