@@ -1,5 +1,6 @@
 """Names of parameters: the path of a leaf in its pytree, as in `params/Dense_0/kernel`."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -35,6 +36,15 @@ def named_leaves(tree: PyTree) -> Named:
     if len(named) != len(pairs):
         raise ParameterError("two parameters have the same path; rename one of them")
     return named
+
+
+def check_direction(direction: Named, names: Collection[str]) -> None:
+    """Raises ParameterError unless a direction's names are parameters'; absent ones are zeros."""
+    if not isinstance(direction, Mapping) or not set(direction) <= set(names):
+        raise ParameterError(
+            f"a direction has {sorted(map(str, direction))}, expected parameters by name, some of "
+            f"{sorted(names)}, as curvature.gradient has them."
+        )
 
 
 def batch_of(example: PyTree) -> PyTree:

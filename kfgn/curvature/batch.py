@@ -19,7 +19,7 @@ from kfgn.base.devices import (
     vary_like,
 )
 from kfgn.base.linalg import congruence_diagonal, inner, products_at
-from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.trees import check_direction, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.activations import Inputs, activation_moments, examples_for
 from kfgn.curvature.averaging import bases_of_term, summed
@@ -281,6 +281,7 @@ class _Displaced:
     turned: bool  # whether convolutions are faster in another order, in loops
 
     def __call__(self, params: PyTree, batch: Batch, direction: dict[str, Array]) -> Scalar:
+        check_direction(direction, named_leaves(params))
         moved = {
             name: leaf + direction[name].astype(jnp.result_type(leaf))
             for name, leaf in named_leaves(params).items()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from kfgn.base.devices import in_auto_axes, vary, vary_like, varying_axes
 from kfgn.base.linalg import count_of, factor_dtype, row_products, weighed
-from kfgn.base.trees import named_leaves, with_leaves
+from kfgn.base.trees import check_direction, named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.linear_pass import backward_pass
 from kfgn.curvature.recursion import needed_values, used_values
@@ -208,6 +208,7 @@ class _TransposedPass:
     def __call__(
         self, params: PyTree, inputs: PyTree, direction: dict[str, Array]
     ) -> Float[Array, "N K"]:
+        check_direction(direction, named_leaves(params))
         leaves = {
             name: direction[name].astype(leaf.dtype) if name in direction else jnp.zeros_like(leaf)
             for name, leaf in named_leaves(params).items()
@@ -223,6 +224,7 @@ class _LinearPass:
     axes: frozenset  # of devices, over which all of these vary
 
     def __call__(self, push: Callable, direction: dict[str, Array]) -> Float[Array, "N K"]:
+        check_direction(direction, [name for name, _, _ in self.shapes])
         full = {
             name: direction[name].astype(dtype) if name in direction else jnp.zeros(shape, dtype)
             for name, shape, dtype in self.shapes

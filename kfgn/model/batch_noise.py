@@ -6,10 +6,16 @@ from typing import Any
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from kfgn.model.equations import Var, bodies, variables
+from kfgn.model.equations import Equation, Var, bodies, variables
 
 # Primitives that draw random bits.
 _RANDOM = {"random_bits", "random_gamma", "threefry2x32", "rng_bit_generator", "rng_uniform"}
+
+
+def draws(equation: Equation) -> bool:
+    """Whether an equation draws random bits, or one inside of it."""
+    inside = (e for body in bodies(equation) for e in body.eqns)
+    return equation.primitive.name in _RANDOM or any(map(draws, inside))
 
 
 def draws_for_batch(jaxpr: jex.Jaxpr, of_batch: Iterable[Var]) -> bool:

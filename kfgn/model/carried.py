@@ -20,6 +20,7 @@ from kfgn.base.errors import ModelError
 from kfgn.base.linalg import count_of
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
+from kfgn.model.ahead import made_ahead
 from kfgn.model.bounded import bounded
 from kfgn.model.equations import (
     Equation,
@@ -136,10 +137,13 @@ def _trace(model: Callable, params: PyTree, inputs: PyTree) -> _Traced:
     def inlined(*args: Any) -> list[Any]:
         body = as_function(closed.jaxpr.eqns, [*own, *closed.jaxpr.invars], closed.jaxpr.outvars)
         whole = jax.make_jaxpr(body)(*args)
-        return [v.array for v in inline(whole, [Value(x, Role.CONSTANT) for x in args])]
+        first = len(closed.consts)
+        roles = [Role.CONSTANT if k < first else Role.ACTIVE for k in range(len(args))]
+        return [v.array for v in inline(whole, list(map(Value, args, roles)), unroll=False)]
 
     known = [abstract(x, np.shape(x)) for x in closed.consts]
     flat = jax.make_jaxpr(inlined)(*known, *jax.tree.leaves(shapes))
+    flat = made_ahead(flat, [k < len(known) for k in range(len(flat.jaxpr.invars))])
     first, given = flat.jaxpr.invars[: len(known)], flat.jaxpr.invars[len(known) :]
     constant: set[Var] = {*flat.jaxpr.constvars, *first}
     before: list[Equation] = []

@@ -246,8 +246,7 @@ def _remedy(trial: _Trial, tolerance: float, program: Program) -> str:
             "example a key among the inputs, `inputs = (x, jax.random.split(key, len(x)))`, and "
             "draw for each example alone in the model, "
             "`jax.vmap(lambda key, x: jax.random.bernoulli(key, 0.5, x.shape))(keys, x)`. Inside "
-            "of a loop it is enough to draw before it, for all iterations, "
-            "`jax.lax.scan(step, x, jax.random.normal(key, (steps, *x.shape)))`."
+            "of a `while_loop` or a function with a derivative rule it is enough to draw before it."
         )
     return (
         "The model depends on an example's position in the batch, as in `x * jnp.arange(len(x))` "

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import kfgn
+from kfgn.base.errors import ParameterError
 from tests.tables.comparison import (
     L2,
     OPERATORS,
@@ -326,6 +327,9 @@ def test_directions_may_be_partial():
     close(curvature.linearized(part), comparison.truth.jacobian @ direction)
     second = {**case.params["second"], "w": case.params["second"]["w"] + part["second/w"]}
     close(curvature.displaced(part), objective({**case.params, "second": second}, batch))
+    for of in (curvature.linearized, curvature.displaced):  # a tree is not what they expect
+        with pytest.raises(ParameterError, match="by name"):
+            of(case.params)
 
 
 # Values that the recursions do not carry.

@@ -72,16 +72,84 @@ def positions(key):
     return model
 
 
+def layer(p, h):
+    return jnp.tanh(h @ p["mean"] @ p["mean"].T)
+
+
 def before_a_loop(key):
-    """The remedy for noise that is drawn inside of one."""
-
     def model(p, x):
-        def layer(h, noise):
-            return jnp.tanh(h @ p["mean"] @ p["mean"].T) + noise, None
+        def step(h, noise):
+            return layer(p, h) + noise, None
 
-        return jax.lax.scan(layer, x @ p["a"], jax.random.normal(key, (2, len(x), 6)))[0][:, :3]
+        noise = jax.random.normal(key, (2, len(x), 6))
+        return jax.lax.scan(step, x @ p["a"], noise)[0][:, :3]
 
     return model
+
+
+def in_a_loop(key):
+    """Noise that is a process of its own, from a key that the loop carries, and a mask's count."""
+
+    def model(p, x):
+        def step(state, scale):
+            h, key, noise, count = state
+            key, own = jax.random.split(key)
+            noise = 0.9 * noise + jax.random.normal(own, h.shape)
+            row = jnp.arange(len(x))[:, None]  # the same in all iterations
+            h = layer(p, h) * scale + noise + row + count
+            return (h, key, noise, count + 1), noise * h
+
+        start = x @ p["a"], key, jnp.zeros((len(x), 6)), 0
+        (h, _, noise, _), rows = jax.lax.scan(step, start, jnp.arange(1.0, 4.0), reverse=True)
+        return (h + noise + rows.sum(0))[:, :3]
+
+    return model
+
+
+def in_loops(key):
+    """In one loop inside of another, one with branches, and one that is rematerialized."""
+
+    def model(p, x):
+        def inner(h, key):
+            mask = jax.random.bernoulli(key, 0.7, h.shape)
+            return jax.lax.cond(mask[0, 0], lambda h: layer(p, h) * mask, lambda h: h, h), None
+
+        @jax.checkpoint
+        def outer(h, key):
+            first, second, fixed = jax.random.split(key, 3)
+            h = jax.lax.scan(inner, h, jax.random.split(first, 2))[0]
+            h = h * jax.random.bernoulli(fixed, 0.8, h.shape)
+            return h + jax.random.gumbel(second, h.shape), None
+
+        def numbered(k, h):
+            return layer(p, h) * k + jax.random.normal(jax.random.fold_in(key, k), h.shape)
+
+        h = jax.lax.scan(outer, x @ p["a"], jax.random.split(key, 3))[0]
+        return jax.lax.fori_loop(0, 3, numbered, h)[:, :3]
+
+    return model
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm(param_dtype=jnp.float64)(x)
+        y = nn.Dense(4, param_dtype=jnp.float64)(nn.gelu(y))
+        return x + nn.Dropout(0.3, deterministic=False)(y), None
+
+
+class Deep(nn.Module):
+    """Layers in a loop, as flax makes it."""
+
+    @nn.compact
+    def __call__(self, x):
+        keys = {"params": True, "dropout": True}
+        scanned = nn.scan(nn.remat(Block), {"params": 0}, split_rngs=keys, length=3)
+        return nn.Dense(3, param_dtype=jnp.float64)(scanned()(x, None)[0])
+
+
+def deep(key):
+    return lambda p, x: Deep().apply(p, x, rngs={"dropout": key})
 
 
 MODELS = {
@@ -90,6 +158,9 @@ MODELS = {
     "aux": with_aux,
     "positions": positions,
     "before a loop": before_a_loop,
+    "in a loop": in_a_loop,
+    "in loops": in_loops,
+    "deep": deep,
 }
 
 
@@ -103,12 +174,13 @@ def close(found, expected):
 def test_of_the_users_function(name):
     """Value, gradient, quadratic model and exact products, with a key that is traced."""
     params, (x, y) = setting()
-    if name == "dropout":
-        params = Net().init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
-    if name in ("aux", "positions", "before a loop"):
+    if name in ("dropout", "deep"):
+        keys = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+        params = (Net if name == "dropout" else Deep)().init(keys, x)
+    elif name != "autoencoder":
         del params["spread"]
-    if name == "before a loop":
-        del params["b"]
+        if "loop" in name:
+            del params["b"]
     has_aux = name == "aux"
 
     @jax.jit
@@ -154,11 +226,26 @@ def test_creation_and_factors():
     close(jitted(jax.random.key(7)), eager.factors)
 
 
-def in_a_loop(p, x):
-    def layer(h, key):
-        return h + jax.random.normal(key, h.shape), None
+def test_loops_stay_loops():
+    """Noise inside of them is no reason to unroll: the layers of all iterations are one."""
+    _, (x, _) = setting()
+    params = Deep().init({"params": jax.random.key(1), "dropout": jax.random.key(2)}, x)
+    objective = kfgn.Objective(deep(jax.random.key(7)), loss)
+    batch = x, jnp.ones((COUNT, 3))
+    (_, grads), curvature = kfgn.value_grad_and_curvature(objective, "kflr")(params, batch)
+    close(grads, jax.grad(objective)(params, batch))
+    factors = curvature.factors["params/ScanCheckpointBlock_0/Dense_0"]
+    assert factors.activation.shape == (3, 5, 5)
+    assert factors.pre_activation.shape == (3, 4, 4)
 
-    return jax.lax.scan(layer, x @ p["a"], jax.random.split(jax.random.key(0), 2))[0]
+
+def until_it_ends(p, x):
+    """A loop that jax does not differentiate."""
+
+    def step(state):
+        return state[0] + 1, jax.random.normal(jax.random.key(state[0]), x.shape)
+
+    return (x + jax.lax.while_loop(lambda s: s[0] < 3, step, (0, 0.0 * x))[1]) @ p["a"]
 
 
 def shuffled(p, x):
@@ -170,7 +257,7 @@ def shuffled(p, x):
 REFUSED = {
     "shuffled": shuffled,
     "size": lambda p, x: x @ p["a"] / x.shape[0],
-    "loop": in_a_loop,
+    "loop": until_it_ends,
     "coupled": lambda p, x: positions(None)(p, x - jnp.mean(x, 0)),
 }
 
