@@ -52,7 +52,13 @@ def factor_balance(q: Left, g: Float[Array, "*S b b"]) -> Float[Array, "*S"]:
 
 
 def _mean_eigenvalue(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
-    return jnp.trace(matrix, axis1=-2, axis2=-1) / matrix.shape[-1]
+    return _trace(matrix) / matrix.shape[-1]
+
+
+def _trace(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
+    # `jnp.trace` sums all entries, with zeros in place of others, by two loops to compile.
+    entries = matrix.reshape(*matrix.shape[:-2], -1)
+    return jnp.sum(entries[..., :: matrix.shape[-1] + 1], axis=-1)
 
 
 class FactoredInverse(NamedTuple):
@@ -99,9 +105,9 @@ def damped_extremes(q: Left, g: Float[Array, "*S b b"], damping: Scalar) -> tupl
 
 
 def _norm(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    scaled = matrix / jnp.where(largest > 0, largest, 1)  # whose squares are in range
-    return largest[..., 0, 0] * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
+    trace = _trace(matrix)  # no entry is larger
+    scaled = matrix / jnp.where(trace > 0, trace, 1)[..., None, None]  # whose squares are in range
+    return trace * jnp.sqrt(jnp.sum(jnp.square(scaled), axis=(-2, -1)))
 
 
 class TwoTermInverse(NamedTuple):
@@ -162,8 +168,8 @@ def _both_diagonal(
 
 def _trace_of(q: Left, g: Array) -> Scalar:
     """Of the whole product, all blocks together."""
-    left = jnp.sum(q, axis=-1) if is_diagonal(q, g) else jnp.trace(q, axis1=-2, axis2=-1)
-    return jnp.sum(left * jnp.trace(g, axis1=-2, axis2=-1))
+    left = jnp.sum(q, axis=-1) if is_diagonal(q, g) else _trace(q)
+    return jnp.sum(left * _trace(g))
 
 
 class Eigen(NamedTuple):

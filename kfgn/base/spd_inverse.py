@@ -11,6 +11,7 @@ libraries factorize batches well, they are factorized at once.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -92,7 +93,7 @@ def _stacked(
     """
     inverses: dict[int, Array] = {}
     for members in _alike([matrix for matrix, _ in given]):
-        size = len(given[members[0]][0])
+        size = _even(len(given[members[0]][0]))
         padded, diagonals = [], []
         for matrix, shift in (given[i] for i in members):
             beyond = size - len(matrix)
@@ -103,6 +104,12 @@ def _stacked(
             n = len(given[i][0])
             inverses[i] = found[k, :n, :n]
     return [inverses[i] for i in range(len(given))]
+
+
+def _even(size: int) -> int:
+    """The next size whose halves, down to leaves, are of one size, and so compiled once."""
+    halvings = max(0, math.ceil(math.log2(size / _LEAF))) if size else 0
+    return -(-size // 2**halvings) * 2**halvings
 
 
 def _alike(matrices: list[Array]) -> list[list[int]]:

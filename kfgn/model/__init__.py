@@ -2,8 +2,8 @@
 
 `build_graph` runs the stages one after the other:
 
-1. *try*: do the examples of a batch act alone? (`carried`, `statistics`, `independence`, what
-   tells by its operations, `separate`, and the values and programs that others are tried with:
+1. *try*: do the examples of a batch act alone? (`carried`, `ahead`, `statistics`, `independence`,
+   what tells by its operations, `separate`, and the values and programs that others are tried with:
    `made_up`, `batch_program`, `bounded`, `batch_noise`)
 2. *flatten* the jaxpr of one example (`flat_model`): calls are inlined, loops unrolled or kept with
    flat bodies (`inline`, `loops`, `complex_parts`, `custom_vjp`), products take another order

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from kfgn.base.devices import AxisName
 from kfgn.base.errors import LossError, OptionError
 from kfgn.base.types import Array
+from kfgn.objective.draws import drawn
 from kfgn.objective.loss import Loss, require_array, require_shape
 
 
@@ -50,7 +51,7 @@ class _HalfSquaredError(Elementwise):
             return 0.5 * jnp.square(outputs - target)
 
         def sample(key: Array, outputs: Array) -> Array:
-            return outputs + jax.random.normal(key, outputs.shape, outputs.dtype)
+            return outputs + drawn(jax.random.normal, key, outputs)
 
         super().__init__(entries, "half_squared_error", sample)
 
@@ -79,7 +80,9 @@ class _SigmoidBinaryCrossEntropy(Elementwise):
             return jnp.where(infinite, jnp.where(certain, 0, jnp.inf), finite)
 
         def sample(key: Array, outputs: Array) -> Array:
-            return jax.random.bernoulli(key, jax.nn.sigmoid(outputs)).astype(outputs.dtype)
+            return (drawn(jax.random.uniform, key, outputs) < jax.nn.sigmoid(outputs)).astype(
+                outputs.dtype
+            )
 
         super().__init__(entries, "sigmoid_binary_cross_entropy", sample)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from kfgn.base.errors import LossError
 from kfgn.base.types import Array, Scalar
+from kfgn.objective.draws import drawn
 from kfgn.objective.loss import Loss, Outputs, require_shape
 
 
@@ -37,7 +38,7 @@ class _GaussianNegativeLogLikelihood(Loss):
 
         def sample(key: Array, outputs: Outputs) -> Array:
             mean, log_variance = outputs
-            noise = jax.random.normal(key, mean.shape, mean.dtype)
+            noise = drawn(jax.random.normal, key, mean)
             return mean + jnp.exp(0.5 * log_variance) * noise
 
         super().__init__(value, "gaussian_negative_log_likelihood", False, sample)

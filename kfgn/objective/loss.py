@@ -20,6 +20,7 @@ from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError
 from kfgn.base.linalg import count_of, map_examples, mean_of_examples
 from kfgn.base.types import Array, Scalar
+from kfgn.objective.draws import drawn
 from kfgn.objective.structure import (
     is_entrywise,
     root_of_part,
@@ -203,7 +204,8 @@ class Loss:
 
     def _signed_roots(self, keys: Array, outputs: Outputs, targets: Any) -> Float[Array, "N K"]:
         def signs(key: Array, like: Array) -> Array:
-            return jax.random.rademacher(key, like.shape[-1:], like.dtype)
+            row = jax.ShapeDtypeStruct(like.shape[-1:], like.dtype)
+            return drawn(jax.random.rademacher, key, row)
 
         def of_one(one: tuple[Array, Outputs, Any]) -> Array:
             root = self.hessian_sqrt(*one[1:])

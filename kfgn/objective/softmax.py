@@ -11,6 +11,7 @@ from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError, OptionError
 from kfgn.base.linalg import precision
 from kfgn.base.types import Array, Scalar
+from kfgn.objective.draws import drawn_class
 from kfgn.objective.loss import Columns, Loss, require_array, require_shape
 
 
@@ -140,7 +141,7 @@ class _SoftmaxCrossEntropy(Loss):
         return -jnp.sum(masses * log_p)
 
     def _sample_of(self, key: Array, outputs: Array) -> Array:
-        labels = jax.random.categorical(key, outputs)
+        labels = drawn_class(key, outputs)
         if self.integer_labels:
             return labels
         return jax.nn.one_hot(labels, outputs.shape[-1], dtype=outputs.dtype)
@@ -198,7 +199,7 @@ class _SoftmaxCrossEntropy(Loss):
         # sqrt(s) (p - e_l) at labels l from p: of mean 0, and with the Hessian as covariance.
         p, s = self._probabilities(outputs, targets)
         keys = split_over_devices(key, p.shape[0], axis_name)
-        labels = jax.vmap(jax.random.categorical)(keys, self._read(outputs, targets)[0])
+        labels = jax.vmap(drawn_class)(keys, self._read(outputs, targets)[0])
         drawn = jax.nn.one_hot(labels, p.shape[-1], dtype=p.dtype)
         return (jnp.sqrt(s) * (p - drawn)).reshape(p.shape[0], -1)
 

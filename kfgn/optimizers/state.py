@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Int
 
 from kfgn.base.errors import OptionError
@@ -64,8 +65,9 @@ def all_finite(tree: PyTree) -> Flag:
     sums = []
     for leaf in leaves:
         if leaf.ndim == 2:
-            ones = jnp.ones((leaf.shape[1], 2), leaf.dtype)
-            leaf = jnp.matmul(leaf, ones, preferred_element_type=dtype)
+            # Numbers that differ stay a constant, where equal ones would be made by a loop.
+            numbers = np.tile(np.array([1, 0.5], leaf.dtype), (leaf.shape[1], 1))
+            leaf = jnp.matmul(leaf, numbers, preferred_element_type=dtype)
         sums.append(leaf.ravel().astype(dtype))
     return jnp.all(jnp.isfinite(jnp.concatenate(sums))) if sums else jnp.array(True)
 
