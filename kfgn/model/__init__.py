@@ -6,8 +6,8 @@
    what tells by its operations, `separate`, and the values and programs that others are tried with:
    `made_up`, `batch_program`, `bounded`, `batch_noise`)
 2. *flatten* the jaxpr of one example (`flat_model`): calls are inlined, loops unrolled or kept with
-   flat bodies (`inline`, `loops`, `complex_parts`, `custom_vjp`), products take another order
-   (`reassociate`), branches lose their guards (`guards`).
+   flat bodies (`inline`, `loops`, `iterations`, `numbered`, `complex_parts`, `custom_vjp`),
+   products take another order (`reassociate`), branches lose their guards (`guards`).
 3. *annotate* each value once: what it depends on, and what depends on it (`roles`, `dependence`,
    by the table `primitives`).
 4. *find layers*: where parameters go (`sources`, `find_sources`), the equations that read them as

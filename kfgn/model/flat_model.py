@@ -36,6 +36,7 @@ from kfgn.model.equations import (
 from kfgn.model.guards import unguarded
 from kfgn.model.inline import Value, inline
 from kfgn.model.loops import Loop, Loops, all_equations
+from kfgn.model.numbered import over_rows
 from kfgn.model.primitives import REMAT
 from kfgn.model.reassociate import reassociated
 from kfgn.model.roles import assign_roles, reached_values
@@ -177,6 +178,8 @@ def flatten_model(
         return [v.array for v in inline(closed, list(map(Value, args, roles)), unroll=unroll)]
 
     flat, _ = trace(inlined, axis, *vary_shapes(avals, axes))
+    if not unroll:
+        flat = over_rows(flat, axis)
     invars = flat.jaxpr.invars
     parameters = dict(zip(names, invars[: len(names)], strict=True))
     data = tuple(invars[len(names) :])

@@ -113,6 +113,33 @@ def regions(p, x):
     return layers(cell(cell(zeros(x), x[:, 0]), x[:, 1])) @ p["o"]
 
 
+def numbered(p, x):
+    """Slices by the iteration's number: up, down, by two, and from an axis inside of a region."""
+
+    @jax.checkpoint
+    def region(h, t):
+        return jnp.tanh(h @ jnp.take(p["u"], t, axis=1)) * (1 + t.astype(h.dtype)), None
+
+    def step(state, _):
+        h, t = state
+        return (jnp.tanh(h @ p["k"][t]), t + 2), None
+
+    h = jax.lax.fori_loop(0, T, lambda t, h: jnp.tanh(h @ p["w"][t] + p["b"][T - 1 - t]), x[:, 0])
+    h = jax.lax.scan(region, h, jnp.arange(T), reverse=True)[0]
+    return jax.lax.scan(step, (h, 1), None, length=2)[0][0] @ p["o"]
+
+
+def numbered_twice(p, x):
+    """The slice of a slice, in a loop inside of another."""
+
+    def outer(i, h):
+        own = {n: p[n][i] for n in ("w", "b")}
+        step = lambda j, h: jnp.tanh(h @ own["w"][j] + own["b"])  # noqa: E731
+        return jax.lax.fori_loop(0, 2, step, h)
+
+    return jax.checkpoint(lambda h: jax.lax.fori_loop(0, T, outer, h))(x[:, 0]) @ p["o"]
+
+
 W = {"w": normal(D, D), "o": normal(D, 2)}
 CELL = W | {"u": normal(D, D), "b": normal(D)}
 MODELS: dict[str, tuple[Callable, dict[str, Any]]] = {
@@ -128,6 +155,11 @@ MODELS: dict[str, tuple[Callable, dict[str, Any]]] = {
     "made": (made, W | {"u": normal(D, D), "m": normal(D, D), "k": normal(T, D, D)}),
     "mapped": (mapped, W | {"b": normal(D)}),
     "regions": (regions, CELL | {"k": normal(T, D, D)}),
+    "numbered": (
+        numbered,
+        W | {"w": normal(T, D, D), "b": normal(T, D), "u": normal(D, T, D), "k": normal(4, D, D)},
+    ),
+    "numbered twice": (numbered_twice, W | {"w": normal(T, 2, D, D), "b": normal(T, D)}),
 }
 BATCH = normal(N, T, D), normal(N, 2)
 
