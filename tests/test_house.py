@@ -22,6 +22,8 @@ BENEATH = {room: set(ROOMS[: i + 1]) for i, room in enumerate(ROOMS)}
 BENEATH["diagnostics"] = BENEATH["curvature"] | {"diagnostics"}
 BENEATH["posterior"] = BENEATH["curvature"] | {"posterior"}
 BENEATH["optimizers"] |= {"diagnostics"}  # which know what methods cost
+#: The folders of a room, likewise.
+FLOORS = {"model": ("program", "flatten", "trial", "layers", "graph")}
 #: The public modules, by attribute of kfgn.
 PUBLIC = {"kfgn": kfgn} | {
     f"kfgn.{name}": value for name, value in vars(kfgn).items()
@@ -69,6 +71,16 @@ def test_rooms_import_one_way():
             if name.partition(".")[0] == "kfgn":
                 target = name.split(".")[1]
                 assert target in BENEATH[room], f"{path}: {room} imports {name}"
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_the_folders_of_a_room_import_one_way(room):
+    folders = [path.name for path in (ROOT / room).iterdir() if (path / "__init__.py").exists()]
+    assert sorted(folders) == sorted(FLOORS[room])
+    for k, folder in enumerate(FLOORS[room]):
+        for path in (ROOT / room / folder).glob("*.py"):
+            own = [name.split(".") for name in imports(path) if name.startswith(f"kfgn.{room}.")]
+            assert {name[2] for name in own} <= set(FLOORS[room][: k + 1]), path
 
 
 def test_every_folder_is_a_room():

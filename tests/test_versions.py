@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import pytest
 
 import kfgn
-from kfgn.model.custom_vjp import body_of, check_linear, holds_rule
-from kfgn.model.equations import Role, bind
-from kfgn.model.inline import flattened
+from kfgn.model.flatten.custom_vjp import body_of, check_linear, holds_rule
+from kfgn.model.flatten.inline import flattened
+from kfgn.model.program.equations import Role, bind
 
 ROOT = Path(kfgn.__file__).parent
 

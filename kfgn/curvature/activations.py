@@ -20,8 +20,8 @@ from kfgn.curvature.factors import (
     sharing_of,
 )
 from kfgn.curvature.weights import Weights
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
 
 #: Positions of one example are alike: Q is never of fewer examples.
 _LEAST = 64

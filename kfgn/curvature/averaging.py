@@ -21,7 +21,7 @@ from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import Factors, TwoTerms
 from kfgn.curvature.lazy_factors import FactorsOf, unmerged
-from kfgn.model.unite import Term, United
+from kfgn.model.graph.unite import Term, United
 
 
 def average_curvature(curvatures: Sequence[Curvature]) -> Curvature:

@@ -23,8 +23,8 @@ from kfgn.base.linalg import precision, row_products, sum_over_examples, total
 from kfgn.base.types import Array
 from kfgn.curvature.factors import beside_bias, slots_of
 from kfgn.curvature.weights import Weights
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
 
 #: Eigenvectors of Q and of G, in the shapes of these; None for the identity.
 Basis: TypeAlias = tuple[Array | None, Array | None]

@@ -31,9 +31,9 @@ from kfgn.curvature.forward_pass import Linearized, linearize
 from kfgn.curvature.lazy_factors import lazily
 from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
-from kfgn.model.layer import Layer, require_blocks
-from kfgn.model.parameter_use import Use
-from kfgn.model.unite import Term, United, unite
+from kfgn.model.graph.unite import Term, United, unite
+from kfgn.model.layers.layer import Layer, require_blocks
+from kfgn.model.layers.parameter_use import Use
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, mean_of
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term, require_objective

@@ -21,10 +21,10 @@ from jaxtyping import Float
 
 from kfgn.base.errors import ParameterError
 from kfgn.base.types import Array, Shape
-from kfgn.model.graph import Graph
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
-from kfgn.model.unite import United
+from kfgn.model.graph.graph import Graph
+from kfgn.model.graph.unite import United
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
 
 
 @dataclasses.dataclass(frozen=True)

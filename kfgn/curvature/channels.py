@@ -25,9 +25,9 @@ from kfgn.base.types import Array
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.jacobians import Jacobian, PairBlocks, Slopes, elementwise_slopes
 from kfgn.curvature.recursion import Walk, walk_nodes
-from kfgn.model.equations import Var, size
-from kfgn.model.graph import Graph, Node
-from kfgn.model.parameter_use import Use
+from kfgn.model.graph.graph import Graph, Node
+from kfgn.model.layers.parameter_use import Use
+from kfgn.model.program.equations import Var, size
 
 # Signs drawn for a node whose Jacobian is the same for every example.
 _DRAWS = 16

@@ -13,8 +13,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 
 from kfgn.base.types import Array, PyTree
-from kfgn.model.equations import Equation, bind, is_variable, read
-from kfgn.model.loops import counts_of
+from kfgn.model.flatten.loops import counts_of
+from kfgn.model.program.equations import Equation, bind, is_variable, read
 
 _OPTIONS = (
     *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count"),

@@ -16,7 +16,7 @@ from kfgn.curvature.basis_moments import Basis
 from kfgn.curvature.factors import Diagonal, Factors, TwoTerms, check_sharing
 from kfgn.curvature.lazy_factors import blocks_of, evaluate, known, unmerged
 from kfgn.curvature.methods import METHODS, method_of
-from kfgn.model.factor_size import check_factor_size
+from kfgn.model.layers.factor_size import check_factor_size
 
 
 @jax.tree_util.register_static

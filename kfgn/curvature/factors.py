@@ -27,9 +27,9 @@ from kfgn.base.linalg import (
 )
 from kfgn.base.types import Array
 from kfgn.curvature.weights import Weights, on_both_sides
-from kfgn.model.equations import size
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
+from kfgn.model.program.equations import size
 
 
 class Factors(NamedTuple):

@@ -16,10 +16,10 @@ from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.linear_pass import backward_pass
 from kfgn.curvature.recursion import needed_values, used_values
 from kfgn.curvature.weights import Weights, weights_of
-from kfgn.model.build_graph import build_graph
-from kfgn.model.carried import carry
-from kfgn.model.equations import is_variable
-from kfgn.model.graph import Graph
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.graph.graph import Graph
+from kfgn.model.program.equations import is_variable
+from kfgn.model.trial.carried import carry
 from kfgn.objective.loss import Loss, flatten_batch
 from kfgn.objective.objective import Objective, check_outputs, read_batch, require_batch
 from kfgn.objective.weights import loss_of, spread

@@ -18,8 +18,8 @@ from kfgn.base.devices import vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import cross_moment, matmul, sum_over_examples, total, weighed
 from kfgn.base.types import Array, Scalar
-from kfgn.model.equations import Var, is_complex, size
-from kfgn.model.graph import Node
+from kfgn.model.graph.graph import Node
+from kfgn.model.program.equations import Var, is_complex, size
 
 PairBlocks = dict[tuple[Var, Var], Array]
 Values = dict[Var, Array]

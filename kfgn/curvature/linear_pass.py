@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from kfgn.base.linalg import inner, map_examples
 from kfgn.base.trees import batch_of
 from kfgn.base.types import Array, PyTree
-from kfgn.model.custom_vjp import holds_rule
+from kfgn.model.flatten.custom_vjp import holds_rule
 
 
 class LinearPass(NamedTuple):

@@ -18,7 +18,7 @@ from kfgn.base.types import Array, Batch, PyTree
 from kfgn.curvature.blocks import Block, blocks_of, split_block, split_matvec
 from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.per_example import Prepared, example_blocks, mean_diagonals, prepare
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import (
     Objective,

@@ -16,7 +16,7 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, Batch, Number, PyTree
 from kfgn.curvature.blocks import Block, blocks_of, split_block, split_matvec
 from kfgn.curvature.operator import REMEDY_OF_BLOCKS, Operator, in_block
-from kfgn.model.unite import unite
+from kfgn.model.graph.unite import unite
 from kfgn.objective.sum_of import SumOfObjectives, named_term
 
 

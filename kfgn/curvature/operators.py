@@ -31,7 +31,7 @@ from kfgn.curvature.linear_pass import linear_pass, only_backwards
 from kfgn.curvature.operator import REMEDY, Operator, dtype_of, size_of, verb, width_of
 from kfgn.curvature.operator_sum import OperatorSum
 from kfgn.curvature.per_example import Prepared, prepare, single_diagonal
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
 from kfgn.objective.loss import flatten_batch
 from kfgn.objective.objective import check_outputs, read_batch, require_batch
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives

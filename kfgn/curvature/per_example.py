@@ -20,10 +20,10 @@ from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.factors import entries_of
 from kfgn.curvature.linear_pass import only_backwards
 from kfgn.curvature.recursion import Walk, Walked, needed_values, walk_back
-from kfgn.model.build_graph import build_graph
-from kfgn.model.graph import Graph
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.graph.graph import Graph
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
 from kfgn.objective.objective import Objective, check_outputs, read_batch
 from kfgn.objective.weights import loss_of, rooted
 

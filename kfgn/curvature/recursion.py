@@ -23,8 +23,8 @@ from kfgn.base.devices import AxisName, mean_over_devices, vary_like
 from kfgn.base.errors import ModelError
 from kfgn.base.types import Array
 from kfgn.curvature.jacobians import Jacobian, jacobian_of, node_curvature
-from kfgn.model.equations import Var, is_variable, size
-from kfgn.model.graph import Graph, Node
+from kfgn.model.graph.graph import Graph, Node
+from kfgn.model.program.equations import Var, is_variable, size
 
 # The largest single matrix that a walk forms.
 MATRIX_BYTES = 2**31

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from kfgn.base.devices import AxisName, mean_over_devices
 from kfgn.base.linalg import weighed
 from kfgn.base.types import Array
-from kfgn.model.graph import Graph
+from kfgn.model.graph.graph import Graph
 
 
 class Weights(NamedTuple):

@@ -12,13 +12,13 @@ from kfgn.base.linalg import count_of, factor_dtype
 from kfgn.base.types import PyTree
 from kfgn.curvature.activations import examples_for
 from kfgn.curvature.methods import LossCost, UseCost
-from kfgn.model.build_graph import build_graph
-from kfgn.model.dependence import keeps_order
-from kfgn.model.equations import Equation, size
-from kfgn.model.graph import Graph, Node
-from kfgn.model.layer import Layer
-from kfgn.model.parameter_use import Use
-from kfgn.model.unite import Term
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.graph.graph import Graph, Node
+from kfgn.model.graph.unite import Term
+from kfgn.model.layers.layer import Layer
+from kfgn.model.layers.parameter_use import Use
+from kfgn.model.program.dependence import keeps_order
+from kfgn.model.program.equations import Equation, size
 from kfgn.objective.objective import require_batch
 from kfgn.objective.weights import loss_of
 

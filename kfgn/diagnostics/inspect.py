@@ -36,10 +36,10 @@ from kfgn.diagnostics.per_device import PerDevice, per_device
 from kfgn.diagnostics.plan import Plan, plan_lines, plans
 from kfgn.diagnostics.rows import Row, Totals
 from kfgn.diagnostics.table import block_lines, total_lines, unassigned_lines
-from kfgn.model.equations import size
-from kfgn.model.factor_size import most_rows, too_large
-from kfgn.model.layer import Layer
-from kfgn.model.unite import unite
+from kfgn.model.graph.unite import unite
+from kfgn.model.layers.factor_size import most_rows, too_large
+from kfgn.model.layers.layer import Layer
+from kfgn.model.program.equations import size
 from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
 
 

@@ -28,8 +28,8 @@ from kfgn.base.trees import batch_of, named_leaves
 from kfgn.base.types import Array, Batch, PyTree, Scalar
 from kfgn.curvature.forward_pass import hold_statistics
 from kfgn.curvature.operators import gauss_newton, hessian
-from kfgn.model.equations import Var, evaluate, read, size
-from kfgn.model.graph import Graph
+from kfgn.model.graph.graph import Graph
+from kfgn.model.program.equations import Var, evaluate, read, size
 from kfgn.objective.objective import Objective
 from kfgn.objective.sum_of import AnyObjective, require_objective
 from kfgn.objective.weights import loss_of

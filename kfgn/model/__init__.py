@@ -1,24 +1,12 @@
 """How a model is read: flatten, annotate, find layers, cluster, and the graph of it all.
 
-`build_graph` runs the stages one after the other:
+Each folder imports from those before it:
 
-1. *try*: do the examples of a batch act alone? (`carried`, `ahead`, `statistics`, `independence`,
-   what tells by its operations, `separate`, and the values and programs that others are tried with:
-   `made_up`, `batch_program`, `bounded`, `batch_noise`)
-2. *flatten* the jaxpr of one example (`flat_model`): calls are inlined, loops unrolled or kept with
-   flat bodies (`inline`, `loops`, `iterations`, `numbered`, `complex_parts`, `custom_vjp`),
-   products take another order (`reassociate`), branches lose their guards (`guards`).
-3. *annotate* each value once: what it depends on, and what depends on it (`roles`, `dependence`,
-   by the table `primitives`).
-4. *find layers*: where parameters go (`sources`, `find_sources`), the equations that read them as
-   kernels (`find_uses`, `layer_kinds`, `readers`, `routed`, `loop_uses`, as `parameter_use`
-   describes them), and which of these share a block (`find_layers`, `layer`, `factor_size`).
-5. *check* that what is between has derivatives (`differentiability`).
-
-The result is a `graph.Graph`, which is kept (`remembered`). It runs the model (`thin`,
-`auxiliary`), and clusters the equations between layers for methods that walk backwards
-(`clusters`, `nodes`).
-`unite` reads the terms of a sum of objectives together.
+1. `program`: the equations of a traced model, and a table of what is known of their primitives.
+2. `flatten`: the jaxpr of one example, flat, each value annotated once.
+3. `trial`: do the examples of a batch act alone?
+4. `layers`: where parameters meet data, and which of them share a block.
+5. `graph`: all of it, kept, with the nodes between layers. `graph.build_graph` is the way in.
 
 A glossary:
 
@@ -35,13 +23,13 @@ A glossary:
 - *entry*: one number of an array.
 """
 
-from kfgn.model.build_graph import build_graph
-from kfgn.model.graph import Graph
-from kfgn.model.layer import Layer, require_blocks
-from kfgn.model.layer_kinds import register_layer
-from kfgn.model.nodes import Node
-from kfgn.model.parameter_use import Bias, ChannelRule, Form, Use
-from kfgn.model.primitives import register_primitive
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.graph.graph import Graph
+from kfgn.model.graph.nodes import Node
+from kfgn.model.layers.layer import Layer, require_blocks
+from kfgn.model.layers.layer_kinds import register_layer
+from kfgn.model.layers.parameter_use import Bias, ChannelRule, Form, Use
+from kfgn.model.program.primitives import register_primitive
 
 __all__ = [
     "Bias",

@@ -34,7 +34,8 @@ class Objective:
       axis_name: the name of an axis over the examples, for models that take statistics of
         the batch by `jax.lax.pmean` and the like, as `BatchNorm(axis_name="batch")` does. The
         model then runs under it on batches of one, as under `jax.vmap`. Value and gradient
-        are exact; in all curvature the statistics count as constants (see `kfgn.model.statistics`).
+        are exact; in all curvature the statistics count as constants (see
+        `kfgn.model.flatten.named_axis`).
       has_aux: whether the model returns `(outputs, aux)`, as in `jax.value_and_grad`; the aux
         comes back from `kfgn.value_grad_and_curvature`.
       mean_over: of a weighted batch, `(inputs, targets, weights)`, the mean is

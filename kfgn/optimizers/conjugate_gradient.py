@@ -18,7 +18,7 @@ from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar
 from kfgn.curvature.blocks import blocks_of
 from kfgn.curvature.operators import gauss_newton
-from kfgn.model.unite import unite
+from kfgn.model.graph.unite import unite
 from kfgn.objective.sum_of import AnyObjective
 from kfgn.optimizers.state import Count, Flag
 

@@ -10,9 +10,9 @@ from kfgn.base.trees import named_leaves
 from kfgn.base.types import Batch, Named, Number, PyTree, Shape
 from kfgn.curvature.blocks import Block, LoneParameter, OwnBlock
 from kfgn.curvature.curvature import Curvature, check_unassigned
-from kfgn.model.factor_size import check_factor_size
-from kfgn.model.layer import Layer, require_blocks
-from kfgn.model.unite import unite
+from kfgn.model.graph.unite import unite
+from kfgn.model.layers.factor_size import check_factor_size
+from kfgn.model.layers.layer import Layer, require_blocks
 from kfgn.objective.objective import require_batch
 from kfgn.objective.sum_of import AnyObjective, named_term, require_objective
 

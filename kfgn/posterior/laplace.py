@@ -19,7 +19,7 @@ from kfgn.curvature.batch import value_grad_and_curvature
 from kfgn.curvature.blocks import Block, LoneParameter, OwnBlock, blocks_of
 from kfgn.curvature.factors import Factors
 from kfgn.curvature.operators import gauss_newton
-from kfgn.model.unite import unite
+from kfgn.model.graph.unite import unite
 from kfgn.objective.objective import Objective, examples_of
 from kfgn.objective.sum_of import AnyObjective, require_objective
 from kfgn.posterior.gaussian import Arranged, Basis, Posterior

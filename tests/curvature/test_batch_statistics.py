@@ -290,7 +290,7 @@ def test_operators():
 
 
 def test_distance_from_the_exact_matrix():
-    """The figures of `kfgn.model.statistics`; behind the statistics there is no difference."""
+    """The figures of `flatten.named_axis`; behind the statistics there is no difference."""
     keys = jax.random.split(jax.random.key(0), 4)
     p = {
         "a": 0.5 * jax.random.normal(keys[0], (4, 6)),

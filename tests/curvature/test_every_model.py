@@ -10,7 +10,7 @@ import pytest
 
 import kfgn
 from kfgn.base.trees import named_leaves, with_leaves
-from kfgn.model.layer import Layer
+from kfgn.model.layers.layer import Layer
 from tests.tables.architectures import KINDS, ROWS, SAME_EQUATIONS, SECOND_LOSS
 from tests.tables.row_truth import (
     entries,

@@ -14,7 +14,7 @@ import pytest
 import kfgn
 from kfgn.curvature.channels import Homogeneous, layouts
 from kfgn.curvature.recursion import Walk
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
 from tests.tables.architectures import LOSSES, ROWS, make_targets
 
 pytestmark = pytest.mark.usefixtures("x64")

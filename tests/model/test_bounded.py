@@ -8,8 +8,8 @@ import pytest
 
 import kfgn
 from kfgn.base.errors import ModelError
-from kfgn.model.bounded import bounded
-from kfgn.model.independence import check_independent
+from kfgn.model.trial.bounded import bounded
+from kfgn.model.trial.independence import check_independent
 from tests.tables.small import shapes
 
 pytestmark = pytest.mark.loose_dtypes

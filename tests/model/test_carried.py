@@ -10,7 +10,7 @@ import pytest
 
 import kfgn
 from kfgn.base.errors import ModelError
-from kfgn.model.carried import carry
+from kfgn.model.trial.carried import carry
 
 pytestmark = [pytest.mark.loose_dtypes, pytest.mark.usefixtures("x64")]
 

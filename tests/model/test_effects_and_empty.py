@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfgn
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
 
 X = jnp.sin(jnp.arange(12.0)).reshape(3, 4)
 Y = jnp.cos(jnp.arange(6.0)).reshape(3, 2)

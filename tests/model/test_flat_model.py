@@ -12,9 +12,9 @@ import pytest
 import kfgn
 from kfgn.base.errors import ModelError
 from kfgn.curvature.linear_pass import linear_pass
-from kfgn.model.dependence import is_elementwise
-from kfgn.model.equations import Role, evaluate, read, variables
-from kfgn.model.flat_model import FlatModel, flatten_model
+from kfgn.model.flatten.flat_model import FlatModel, flatten_model
+from kfgn.model.program.dependence import is_elementwise
+from kfgn.model.program.equations import Role, evaluate, read, variables
 
 pytestmark = pytest.mark.usefixtures("x64")
 

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from kfgn.base.errors import ModelError
-from kfgn.model import independence, separate
-from kfgn.model.independence import check_independent
+from kfgn.model.trial import independence, separate
+from kfgn.model.trial.independence import check_independent
 from tests.tables.small import shapes
 
 # The models compute in their own dtypes.

@@ -12,7 +12,7 @@ import pytest
 
 import kfgn
 from kfgn.curvature.methods.kflr import KFLR
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
 from tests.tables.comparison import close
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import kfgn
-from kfgn.model import primitives
-from kfgn.model.build_graph import build_graph
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.program import primitives
 
 PARAMS = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 SHAPES = jax.eval_shape(lambda: PARAMS)

@@ -19,9 +19,11 @@ from jax.interpreters import ad, batching, mlir
 
 import kfgn
 from kfgn.base.trees import named_leaves
-from kfgn.model import differentiability, layer_kinds, primitives
-from kfgn.model.build_graph import build_graph
-from kfgn.model.equations import count_equations
+from kfgn.model.graph import differentiability
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.layers import layer_kinds
+from kfgn.model.program import primitives
+from kfgn.model.program.equations import count_equations
 
 pytestmark = pytest.mark.usefixtures("x64")
 

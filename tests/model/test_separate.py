@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from kfgn.model import independence
-from kfgn.model.separate import acts_alone
+from kfgn.model.trial import independence
+from kfgn.model.trial.separate import acts_alone
 from tests.tables.architectures import ROWS
 
 PARAMETER = np.arange(6.0, dtype=np.float32).reshape(3, 2)

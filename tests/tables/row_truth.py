@@ -20,9 +20,9 @@ from jax.flatten_util import ravel_pytree
 
 import kfgn
 from kfgn.base.trees import named_leaves
-from kfgn.model.build_graph import build_graph
-from kfgn.model.graph import Graph
-from kfgn.model.layer import Layer
+from kfgn.model.graph.build_graph import build_graph
+from kfgn.model.graph.graph import Graph
+from kfgn.model.layers.layer import Layer
 from tests.tables.architectures import (
     KINDS,
     LOSSES,
