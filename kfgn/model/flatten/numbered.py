@@ -13,7 +13,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.model.flatten.iterations import Body, Kind, PartLoop, kind_of, settled
+from kfgn.model.flatten.iterations import Body, Kind, PartLoop, settled
 from kfgn.model.flatten.loops import counts_of, rematerialized
 from kfgn.model.flatten.named_axis import Axis, trace
 from kfgn.model.program.equations import (
@@ -167,19 +167,27 @@ def _reads(equations: Iterable[Equation], stacks: set[Var], kinds: dict[Var, Kin
     ]
 
 
+def _makers(equations: Sequence[Equation], needed: Iterable[Var]) -> list[Equation]:
+    """The equations that some values are made by, in order."""
+    needed, found = set(needed), []
+    for equation in reversed(equations):
+        if needed.intersection(equation.outvars):
+            found.append(equation)
+            needed.update(variables(equation.invars))
+    return found[::-1]
+
+
 def _numbers_of(reads: list[Equation], loop: PartLoop, rows: list[Var]) -> list[np.ndarray]:
     """The number of the row of each iteration, for every equation."""
     if not reads:
         return []
     body, outs = loop.body, [_number(e) for e in reads]
     needed = set(variables(outs))
-    while True:
-        count = len(needed)
-        for e in reversed(body.jaxpr.eqns):
-            if needed.intersection(e.outvars):
-                needed.update(variables(e.invars))
+    while True:  # also what states become that they are made of
+        before = len(needed)
+        needed.update(*(variables(e.invars) for e in _makers(body.jaxpr.eqns, needed)))
         needed.update(variables(end for v, end in loop.ends.items() if v in needed))
-        if len(needed) == count:
+        if len(needed) == before:
             break
     evaluate([e for e in body.of(Kind.FIXED) if needed.intersection(e.outvars)], loop.fixed)
     _, found = loop.run(
@@ -243,19 +251,16 @@ def _region(equation: Equation, values: list[Any], kinds: Sequence[Kind]) -> lis
     constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
     reads = _reads(jaxpr.eqns, set(jaxpr.invars), inside)
     env = {**constants, **dict(zip(jaxpr.invars, values, strict=True))}
-    evaluate([e for e in jaxpr.eqns if kinds and kind_of(e, inside) <= Kind.KNOWN], env)
-    evaluate(reads, env)
+    evaluate(_makers(jaxpr.eqns, [v for e in reads for v in e.outvars]), env)
     done = {v for e in reads for v in e.outvars}
-    rest, needed = [], set(variables(jaxpr.outvars))
-    for e in reversed(jaxpr.eqns):
-        if needed.intersection(e.outvars) and done.isdisjoint(e.outvars):
-            rest.append(e)
-            needed.update(variables(e.invars))
+    left = [e for e in jaxpr.eqns if done.isdisjoint(e.outvars)]
+    rest = _makers(left, variables(jaxpr.outvars))
+    needed = {v for e in rest for v in variables(e.invars)} | set(variables(jaxpr.outvars))
     given = [v for v in (*jaxpr.invars, *done) if v in needed]
 
     def region(*arrays: Any) -> list[Any]:
         own = {**constants, **dict(zip(given, arrays, strict=True))}
-        evaluate(rest[::-1], own)
+        evaluate(rest, own)
         return [as_array(read(own, v), v.aval) for v in jaxpr.outvars]
 
     return rematerialized(region, equation.params)(*(env[v] for v in given))
