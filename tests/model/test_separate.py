@@ -20,7 +20,7 @@ def proven(function, *shape, dtype=jnp.float32):
     """Whether `function(parameter, batch)` surely acts on each example, as read at three sizes."""
     counts = (3, 1, 2)
     batches = [jax.ShapeDtypeStruct((n, *shape), dtype) for n in counts]
-    return acts_alone([jax.make_jaxpr(function)(PARAMETER, x) for x in batches], counts, 1)
+    return acts_alone([jax.make_jaxpr(function)(PARAMETER, x) for x in batches], counts, [None, 0])
 
 
 def by_scan(x):

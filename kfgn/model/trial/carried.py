@@ -33,9 +33,12 @@ from kfgn.model.program.equations import (
     variables,
 )
 from kfgn.model.trial.ahead import made_ahead
+from kfgn.model.trial.batch_noise import draws_for_batch
 from kfgn.model.trial.bounded import bounded
+from kfgn.model.trial.independence import has_passed
 from kfgn.model.trial.made_up import DRAWS, MANY, Draw, Shape, made_up, on_made_up_values
 from kfgn.model.trial.moved import change_of
+from kfgn.model.trial.separate import acts_alone
 from kfgn.model.trial.statistics import check_examples
 from kfgn.objective.objective import Objective
 from kfgn.objective.sum_of import require_objective
@@ -46,9 +49,13 @@ class _Traced(NamedTuple):
 
     known: list[Any]  # what it closes over
     constants: Callable[[list[Any]], list[Array]]  # of `known`: what depends on nothing else
-    rest: Callable[..., list[Array]]  # `(*constants, *params, *inputs) -> leaves of its results`
+    rest: jex.ClosedJaxpr  # of `(*constants, *params, *inputs)`: the leaves of its results
     shapes: list[Any]  # of the constants
     tree: Any  # of its results
+
+    def run(self, *args: Any) -> list[Array]:
+        """The leaves of the model's results."""
+        return jex.jaxpr_as_fun(self.rest)(*args)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +76,7 @@ class Carried:
             for axis in self.axes
         ]
         return jax.tree.unflatten(
-            traced.tree, traced.rest(*constants, *jax.tree.leaves((params, data)))
+            traced.tree, traced.run(*constants, *jax.tree.leaves((params, data)))
         )
 
 
@@ -82,15 +89,31 @@ def carry(objective: Objective, params: PyTree, inputs: PyTree) -> tuple[Objecti
     """
     require_objective(objective)
     check_parameters(named_leaves(params))
+    found = _carried(objective, params, inputs) if _draws(objective, params, inputs) else None
+    if found is None:
+        try:
+            check_examples(objective, params, inputs)
+            return objective, inputs
+        except ModelError as error:
+            found = _carried(objective, params, inputs)
+            if found is None:
+                raise error
+    model, rows = found
+    return dataclasses.replace(objective, model=model), (inputs, rows)
+
+
+def _draws(objective: Objective, params: PyTree, inputs: PyTree) -> bool:
+    """Whether a model that was not seen yet draws noise that is no example's own."""
+    if getattr(objective.model, "independent", False) or has_passed(objective.model):
+        return False
     try:
-        check_examples(objective, params, inputs)
-    except ModelError as error:
-        found = _carried(objective, params, inputs)
-        if found is None:
-            raise error
-        model, rows = found
-        return dataclasses.replace(objective, model=model), (inputs, rows)
-    return objective, inputs
+        shapes = vary_shapes(
+            _shapes((params, _shapes(inputs, 1)), None), varying_axes((params, inputs))
+        )
+        jaxpr = jax.make_jaxpr(objective.model)(*shapes).jaxpr
+    except Exception:  # the trace of one example tells what is wrong
+        return False
+    return draws_for_batch(jaxpr, jaxpr.invars)
 
 
 def _carried(
@@ -106,11 +129,16 @@ def _carried(
         axes = _row_axes(one.shapes, few.shapes, whole.shapes, count_of(inputs))
         if not any(axis is not None for axis in axes):
             return None
-        with on_made_up_values():
-            shapes = _shapes(params, None), _shapes(inputs, MANY)
-            tree = jax.tree.unflatten(few.tree, range(few.tree.num_leaves))
-            outputs = len(jax.tree.leaves(tree[0] if objective.has_aux else tree))
-            same = all(_is_same(one, few, axes, outputs, shapes, draw) for draw in DRAWS[:2])
+        tree = jax.tree.unflatten(few.tree, range(few.tree.num_leaves))
+        outputs = len(jax.tree.leaves(tree[0] if objective.has_aux else tree))
+        places = [*axes, *(None for _ in jax.tree.leaves(params)),
+                  *(0 for _ in jax.tree.leaves(inputs))]  # fmt: skip
+        counts = [1, MANY, count_of(inputs)]
+        same = acts_alone([t.rest for t in (one, few, whole)], counts, places, outputs)
+        if not same:
+            with on_made_up_values():
+                shapes = _shapes(params, None), _shapes(inputs, MANY)
+                same = all(_is_same(one, few, axes, outputs, shapes, draw) for draw in DRAWS[:2])
     except Exception:  # what fails on another size of the batch is not carried
         return None
     if not same:
@@ -164,7 +192,7 @@ def _trace(model: Callable, params: PyTree, inputs: PyTree) -> _Traced:
     return _Traced(
         closed.consts,
         constants,
-        as_function(after, [*border, *given], flat.jaxpr.outvars),
+        jex.ClosedJaxpr(flat.jaxpr.replace(constvars=[], invars=[*border, *given], eqns=after), ()),
         [abstract(v.aval, v.aval.shape) for v in border],
         jax.tree.structure(out),
     )
@@ -204,10 +232,10 @@ def _is_same(
                 for x, axis in zip(constants, axes, strict=True)
             ]
             data = (jax.lax.dynamic_slice_in_dim(x, n, 1) for x in given[count:])
-            return [x[0] for x in one.rest(*own, *given[:count], *data)[:outputs]]
+            return [x[0] for x in one.run(*own, *given[:count], *data)[:outputs]]
 
         apart = jax.lax.map(alone, jnp.arange(MANY))
-        return few.rest(*constants, *given)[:outputs], apart
+        return few.run(*constants, *given)[:outputs], apart
 
     known = [abstract(x, x.shape) if isinstance(x, jax.core.Tracer) else x for x in few.known]
     arguments = [*known, *jax.tree.leaves(shapes)]

@@ -90,6 +90,11 @@ def check_independent(
     known.add(signature)
 
 
+def has_passed(model: Any) -> bool:
+    """Whether a model was found to act on each example alone, for some shapes."""
+    return bool(_signatures(model))
+
+
 def _signatures(model: Any) -> set[Any]:
     """The signatures that this model passed with, kept for as long as the model lives."""
     key = id(model)
@@ -113,7 +118,8 @@ def _dependence(
             with contextlib.suppress(Exception):  # the trace on one example tells what is wrong
                 traced[count] = trace_model(model, params, example, count)
         known = [t.closed for t in traced.values()]
-        if len(traced) == 3 and acts_alone(known, list(traced), len(jax.tree.leaves(params))):
+        places = [*(None for _ in jax.tree.leaves(params)), *(0 for _ in jax.tree.leaves(example))]
+        if len(traced) == 3 and acts_alone(known, list(traced), places):
             return None
         programs = {COUNT: compile_model(traced.pop(COUNT))}
         for count, smaller in traced.items():

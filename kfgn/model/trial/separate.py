@@ -32,20 +32,25 @@ class _Unproven(Exception):
     """Examples may meet here."""
 
 
-def acts_alone(programs: Sequence[jex.ClosedJaxpr], counts: Sequence[int], params: int) -> bool:
+def acts_alone(
+    programs: Sequence[jex.ClosedJaxpr],
+    counts: Sequence[int],
+    given: Sequence[Place],
+    outputs: int | None = None,
+) -> bool:
     """Whether a model surely is one function of each example, as read at several sizes.
 
     Args:
-      programs: of `(*params, *inputs)`, at each size.
-      counts: the sizes; all inputs have them along their first axes.
-      params: how many arguments are parameters.
+      programs: the model at each size.
+      counts: the sizes.
+      given: where the examples are in each argument; None for one that all share.
+      outputs: how many of its results count, the first ones; None for all.
     """
-    inputs = len(programs[0].jaxpr.invars) - params
     try:
-        places = _walk(programs, counts, [None] * params + [0] * inputs)
+        places = _walk(programs, counts, given)
     except Exception:  # what is not followed, such as an equation of another jax, proves nothing
         return False
-    return not any(places)
+    return not any(places[:outputs])
 
 
 def _walk(programs: Sequence[Any], counts: Sequence[int], given: Sequence[Place]) -> list[Place]:
