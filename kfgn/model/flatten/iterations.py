@@ -1,12 +1,13 @@
 """What the values inside of a loop are made of, and loops of which parts are run."""
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 
+from kfgn.model.flatten.named_axis import Axis, trace
 from kfgn.model.program.equations import (
     Equation,
     Var,
@@ -66,6 +67,27 @@ def settled(jaxpr: jex.Jaxpr, start: Sequence[Kind], carried: range) -> dict[Var
         if later == start:
             return kinds
         start = later
+
+
+def made_anew(
+    closed: jex.ClosedJaxpr,
+    make: Callable[[Equation, list[Any]], Sequence[Any]],
+    axis: Axis | None = None,
+) -> jex.ClosedJaxpr:
+    """The same function, of which `make(equation, values)` evaluates each equation.
+
+    It runs under `axis`, the axis of examples, if there is one.
+    """
+    jaxpr = closed.jaxpr
+
+    def run(*args: Any) -> list[Any]:
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
+        for equation in jaxpr.eqns:
+            found = make(equation, [read(env, atom) for atom in equation.invars])
+            env.update(zip(equation.outvars, found, strict=True))
+        return [as_array(read(env, v), v.aval) for v in jaxpr.outvars]
+
+    return trace(run, axis, *(v.aval for v in jaxpr.invars))[0]
 
 
 class PartLoop(NamedTuple):

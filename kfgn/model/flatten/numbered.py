@@ -13,9 +13,9 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.model.flatten.iterations import Body, Kind, PartLoop, settled
+from kfgn.model.flatten.iterations import Body, Kind, PartLoop, made_anew, settled
 from kfgn.model.flatten.loops import counts_of, rematerialized
-from kfgn.model.flatten.named_axis import Axis, trace
+from kfgn.model.flatten.named_axis import Axis
 from kfgn.model.program.equations import (
     Equation,
     Var,
@@ -42,26 +42,18 @@ def over_rows(closed: jex.ClosedJaxpr, axis: Axis | None = None) -> jex.ClosedJa
     """
     if not any(map(_reads_inside, closed.jaxpr.eqns)):
         return closed
-    jaxpr = closed.jaxpr
+    consts = zip(closed.jaxpr.constvars, closed.consts, strict=True)
+    numbers = {v: x for v, x in consts if _is_number(v, x)}
 
-    def run(*args: Any) -> list[Any]:
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-        numbers = {
-            v: x for v, x in zip(jaxpr.constvars, closed.consts, strict=True) if _is_number(v, x)
-        }
-        for equation in jaxpr.eqns:
-            values = [read(env, atom) for atom in equation.invars]
-            if equation.primitive.name == "scan":
-                found = _loop(equation, values, numbers)
-            elif equation.primitive.name in REMAT and not equation.effects:
-                found = _region(equation, values, [])
-            else:
-                found = bind(equation, values)
-                _count(equation, numbers)
-            env.update(zip(equation.outvars, found, strict=True))
-        return [as_array(read(env, v), v.aval) for v in jaxpr.outvars]
+    def make(equation: Equation, values: list[Any]) -> Sequence[Any]:
+        if equation.primitive.name == "scan":
+            return _loop(equation, values, numbers)
+        if equation.primitive.name in REMAT and not equation.effects:
+            return _region(equation, values, [])
+        _count(equation, numbers)
+        return bind(equation, values)
 
-    return trace(run, axis, *(v.aval for v in jaxpr.invars))[0]
+    return made_anew(closed, make, axis)
 
 
 def _reads_inside(equation: Equation) -> bool:
@@ -224,23 +216,16 @@ def _rows(stack: Any, numbers: np.ndarray, axis: int | None) -> Any:
 
 def _with_regions_read(closed: jex.ClosedJaxpr, kinds: dict[Var, Kind]) -> jex.ClosedJaxpr:
     """The same body, which reads before its regions what they read by a known number."""
-    jaxpr = closed.jaxpr
-    if not any(e.primitive.name in REMAT and _reads_inside(e) for e in jaxpr.eqns):
+    if not any(e.primitive.name in REMAT and _reads_inside(e) for e in closed.jaxpr.eqns):
         return closed
 
-    def run(*args: Any) -> list[Any]:
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-        for equation in jaxpr.eqns:
-            values = [read(env, atom) for atom in equation.invars]
-            if equation.primitive.name in REMAT and not equation.effects:
-                given = [kinds[a] if is_variable(a) else Kind.FIXED for a in equation.invars]
-                found = _region(equation, values, given)
-            else:
-                found = bind(equation, values)
-            env.update(zip(equation.outvars, found, strict=True))
-        return [as_array(read(env, v), v.aval) for v in jaxpr.outvars]
+    def make(equation: Equation, values: list[Any]) -> Sequence[Any]:
+        if equation.primitive.name in REMAT and not equation.effects:
+            given = [kinds[a] if is_variable(a) else Kind.FIXED for a in equation.invars]
+            return _region(equation, values, given)
+        return bind(equation, values)
 
-    return jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
+    return made_anew(closed, make)
 
 
 def _region(equation: Equation, values: list[Any], kinds: Sequence[Kind]) -> list[Any]:

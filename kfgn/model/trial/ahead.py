@@ -7,10 +7,9 @@ the second, which does all that meets examples, reads a row of that in each.
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.extend.core as jex
 
-from kfgn.model.flatten.iterations import Body, Kind, PartLoop, settled
+from kfgn.model.flatten.iterations import Body, Kind, PartLoop, made_anew, settled
 from kfgn.model.flatten.loops import counts_of, rematerialized
 from kfgn.model.program.equations import (
     Equation,
@@ -31,26 +30,19 @@ def made_ahead(closed: jex.ClosedJaxpr, known: Sequence[bool]) -> jex.ClosedJaxp
       known: whether each argument is a constant.
     """
     jaxpr = closed.jaxpr
+    constant = {*jaxpr.constvars, *(v for v, k in zip(jaxpr.invars, known, strict=True) if k)}
 
-    def run(*args: Any) -> list[Any]:
-        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *args], strict=True))
-        constant = {*jaxpr.constvars, *(v for v, k in zip(jaxpr.invars, known, strict=True) if k)}
-        for equation in jaxpr.eqns:
-            values = [read(env, atom) for atom in equation.invars]
-            flags = [not is_variable(atom) or atom in constant for atom in equation.invars]
-            if all(flags) and not equation.effects:
-                constant.update(equation.outvars)
-                found = bind(equation, values)
-            elif equation.primitive.name == "scan":
-                found = _loop(equation, values, flags)
-            elif equation.primitive.name in REMAT:
-                found = _region(equation, values, flags)
-            else:
-                found = bind(equation, values)
-            env.update(zip(equation.outvars, found, strict=True))
-        return [as_array(read(env, v), v.aval) for v in jaxpr.outvars]
+    def make(equation: Equation, values: list[Any]) -> Sequence[Any]:
+        flags = [not is_variable(atom) or atom in constant for atom in equation.invars]
+        if all(flags) and not equation.effects:
+            constant.update(equation.outvars)
+        elif equation.primitive.name == "scan":
+            return _loop(equation, values, flags)
+        elif equation.primitive.name in REMAT:
+            return _region(equation, values, flags)
+        return bind(equation, values)
 
-    return jax.make_jaxpr(run)(*(v.aval for v in jaxpr.invars))
+    return made_anew(closed, make)
 
 
 def _body(equation: Equation, start: Sequence[Kind], carried: range = range(0)) -> Body:
