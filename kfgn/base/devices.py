@@ -138,6 +138,8 @@ def _explicit_axes(tree: PyTree) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _varying(leaf: Any) -> frozenset[Any]:
-    aval = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    is_aval = hasattr(leaf, "manual_axis_type") or hasattr(leaf, "vma")
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct) or is_aval
+    aval = leaf if is_shape else jax.typeof(leaf)
     kind = getattr(aval, "manual_axis_type", aval)  # its name has changed between jax versions
     return frozenset(getattr(kind, "varying", None) or getattr(kind, "vma", None) or ())

@@ -290,6 +290,52 @@ with jax.set_mesh(mesh):
 """
 
 
+NUMBERED = """
+import jax.numpy as jnp
+
+keys = jax.random.split(jax.random.key(0), 4)
+params = {"w": jax.random.normal(keys[0], (3, 4, 4)) / 2, "o": jax.random.normal(keys[1], (4, 2))}
+batch = jax.random.normal(keys[2], (8, 4)), jax.random.normal(keys[3], (8, 2))
+loss = kfgn.losses.half_squared_error
+
+
+def objective_of(key):
+    def model(p, x):
+        def layer(t, h):
+            h = jnp.tanh(h @ p["w"][t])
+            if key is None:
+                return h
+            return h + jax.random.normal(jax.random.fold_in(key, t), h.shape, h.dtype)
+
+        return jax.lax.fori_loop(0, 3, layer, x) @ p["o"]
+
+    return kfgn.Objective(model, loss)
+
+
+def factors_of(key, axis_name=None):
+    def of(params, batch):
+        function = kfgn.value_grad_and_curvature(objective_of(key), "kflr", axis_name=axis_name)
+        found, curvature = function(params, batch)
+        return found, curvature.factors
+
+    return of
+
+
+def by_hand(params, batch):
+    varying = jax.tree.map(lambda x: jax.lax.pcast(x, "batch", to="varying"), params)
+    found = jax.value_and_grad(objective_of(jax.random.key(7)))(varying, batch)
+    return jax.tree.map(lambda x: jax.lax.pmean(x, "batch"), found)
+
+
+one = jax.jit(factors_of(None))(params, batch)
+for check_vma in (True, False):
+    close(one, over_axis(factors_of(None, "batch"), check_vma)(params, batch), "numbered")
+    noisy = over_axis(factors_of(jax.random.key(7), "batch"), check_vma)(params, batch)
+    close(over_axis(by_hand, True)(params, batch), noisy[0], "noise in a loop")
+    assert noisy[1]["w"].activation.shape == (3, 4, 4)
+"""
+
+
 def on_four_devices(script: str, *arguments: str) -> None:
     root = Path(__file__).parents[2]
     environment = {
@@ -335,3 +381,8 @@ def test_batch_statistics():
 def test_explicit_axes():
     """The curvature, steps and products of one device, as users write them."""
     on_four_devices(EXPLICIT, "residual")
+
+
+def test_numbered_loops_with_noise():
+    """A loop over slices by their number, and noise that it draws, are read inside shard_map."""
+    on_four_devices(NUMBERED, "residual")

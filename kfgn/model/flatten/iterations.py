@@ -100,7 +100,12 @@ class PartLoop(NamedTuple):
     fixed: dict[Var, Any]  # what is the same in all iterations
 
     def run(
-        self, equations: list[Equation], states: list[Var], rows: dict[Var, Any], outs: list[Any]
+        self,
+        equations: list[Equation],
+        states: list[Var],
+        rows: dict[Var, Any],
+        outs: list[Any],
+        evaluate: Callable[[list[Equation], dict[Var, Any]], None] = evaluate,
     ) -> tuple[dict[Var, Any], list[Any]]:
         """The last values of some states, and rows of `outs`."""
 

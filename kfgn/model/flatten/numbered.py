@@ -21,6 +21,7 @@ from kfgn.model.program.equations import (
     Var,
     as_array,
     bind,
+    bind_known,
     bodies,
     evaluate,
     is_variable,
@@ -106,7 +107,13 @@ def _count(equation: Equation, numbers: dict[Var, Any]) -> None:
     values = [_known(atom, numbers) for atom in equation.invars]
     if not any(value is None for value in values):
         with jax.ensure_compile_time_eval():
-            numbers.update(zip(equation.outvars, bind(equation, values), strict=True))
+            numbers.update(zip(equation.outvars, bind_known(equation, values), strict=True))
+
+
+def _evaluate_numbers(equations: Iterable[Equation], env: dict[Var, Any]) -> None:
+    for equation in equations:
+        found = bind_known(equation, [read(env, atom) for atom in equation.invars])
+        env.update(zip(equation.outvars, found, strict=True))
 
 
 # Loops.
@@ -181,12 +188,14 @@ def _numbers_of(reads: list[Equation], loop: PartLoop, rows: list[Var]) -> list[
         needed.update(variables(end for v, end in loop.ends.items() if v in needed))
         if len(needed) == before:
             break
-    evaluate([e for e in body.of(Kind.FIXED) if needed.intersection(e.outvars)], loop.fixed)
+    fixed = [e for e in body.of(Kind.FIXED) if needed.intersection(e.outvars)]
+    _evaluate_numbers(fixed, loop.fixed)
     _, found = loop.run(
         [e for e in body.of(Kind.KNOWN) if needed.intersection(e.outvars)],
         [v for v in loop.ends if v in needed],
         {v: loop.outside[v] for v in rows if v in needed},
         outs,
+        _evaluate_numbers,
     )
     numbers = []
     for e, x in zip(reads, found, strict=True):

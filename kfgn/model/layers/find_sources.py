@@ -22,7 +22,7 @@ from kfgn.model.program.equations import (
     Equation,
     Role,
     Var,
-    bind,
+    bind_known,
     is_complex,
     is_variable,
     variables,
@@ -208,7 +208,7 @@ def _known_values(model: FlatModel) -> Known:
         if any(x is None for x in operands):
             return None
         with jax.ensure_compile_time_eval():
-            return bind(makers[v], operands)[makers[v].outvars.index(v)]
+            return bind_known(makers[v], operands)[makers[v].outvars.index(v)]
 
     def known(atom: Any) -> np.ndarray | None:
         found = value(atom) if is_variable(atom) else atom.val

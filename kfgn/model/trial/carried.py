@@ -15,13 +15,14 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 
-from kfgn.base.devices import vary_shapes, varying_axes
+from kfgn.base.devices import vary, vary_shapes, varying_axes
 from kfgn.base.errors import ModelError
 from kfgn.base.linalg import count_of
 from kfgn.base.trees import named_leaves
 from kfgn.base.types import Array, PyTree
 from kfgn.model.flatten.flat_model import check_parameters
 from kfgn.model.flatten.inline import Value, inline
+from kfgn.model.flatten.numbered import over_rows
 from kfgn.model.program.equations import (
     Equation,
     Role,
@@ -55,7 +56,9 @@ class _Traced(NamedTuple):
 
     def run(self, *args: Any) -> list[Array]:
         """The leaves of the model's results."""
-        return jex.jaxpr_as_fun(self.rest)(*args)
+        pairs = zip(args, self.rest.jaxpr.invars, strict=True)
+        cast = [vary(x, varying_axes(v.aval)) for x, v in pairs]
+        return jex.jaxpr_as_fun(self.rest)(*cast)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,6 +174,7 @@ def _trace(model: Callable, params: PyTree, inputs: PyTree) -> _Traced:
 
     known = [abstract(x, np.shape(x)) for x in closed.consts]
     flat = jax.make_jaxpr(inlined)(*known, *jax.tree.leaves(shapes))
+    flat = over_rows(flat)  # while the numbers of rows are known
     flat = made_ahead(flat, [k < len(known) for k in range(len(flat.jaxpr.invars))])
     first, given = flat.jaxpr.invars[: len(known)], flat.jaxpr.invars[len(known) :]
     constant: set[Var] = {*flat.jaxpr.constvars, *first}
