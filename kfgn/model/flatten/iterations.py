@@ -37,6 +37,7 @@ class Body(NamedTuple):
     kinds: dict[Var, Kind]
 
     def of(self, *kinds: Kind) -> list[Equation]:
+        """The equations that make values of these kinds."""
         return [e for e in self.jaxpr.eqns if kind_of(e, self.kinds) in kinds]
 
     def border(self, kind: Kind) -> list[Var]:
@@ -47,6 +48,7 @@ class Body(NamedTuple):
 
 
 def kind_of(equation: Equation, kinds: dict[Var, Kind]) -> Kind:
+    """The kind of what an equation makes; what has effects stays where the user put it."""
     if equation.effects:
         return Kind.OPEN
     found = max((kinds[v] for v in variables(equation.invars)), default=Kind.FIXED)

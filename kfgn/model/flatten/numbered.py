@@ -207,6 +207,8 @@ def _numbers_of(reads: list[Equation], loop: PartLoop, rows: list[Var]) -> list[
 
 def _rows(stack: Any, numbers: np.ndarray, axis: int | None) -> Any:
     """Evenly spaced rows of a stack, `[T, ...]`; None for others, which stay numbered."""
+    if len(numbers) < 2:
+        return None
     stack = jnp.moveaxis(stack, axis, 0) if axis else stack
     first, last, steps = int(numbers[0]), int(numbers[-1]), np.unique(np.diff(numbers))
     if (

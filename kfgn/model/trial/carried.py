@@ -68,7 +68,7 @@ class Carried:
     model: Callable[[PyTree, PyTree], PyTree]
     axes: tuple[int | None, ...]  # of each constant, along which it has a row per example
     shared: list[Array]  # the constants that have none
-    independent: ClassVar[bool] = True  # it was tried
+    independent: ClassVar[bool] = True  # proven, or tried
 
     def __call__(self, params: PyTree, inputs: tuple[PyTree, list[Array]]) -> PyTree:
         data, rows = inputs
