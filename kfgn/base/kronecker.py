@@ -9,10 +9,10 @@ then has one axis less than G.
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.decompositions import cholesky, eigh, inverse_of_lower
 from kfgn.base.linalg import matmul
 from kfgn.base.spd_inverse import spd_inverses
 from kfgn.base.types import Array, Scalar
@@ -157,12 +157,9 @@ def _both_diagonal(
 ) -> tuple[Float[Array, "*S d d"], Float[Array, "*S d"]]:
     """K and s with `K'(a + shift I)K = I` and `K'bK = diag(s)`."""
     identity = jnp.eye(a.shape[-1], dtype=a.dtype)
-    lower = jnp.linalg.cholesky(a + shift[..., None, None] * identity)
-    inverse = jax.lax.linalg.triangular_solve(
-        lower, jnp.broadcast_to(identity, a.shape), left_side=True, lower=True
-    )
+    inverse = inverse_of_lower(cholesky(a + shift[..., None, None] * identity))
     turned = jnp.swapaxes(inverse, -1, -2)
-    s, vectors = jnp.linalg.eigh(matmul(matmul(inverse, b), turned))
+    s, vectors = eigh(matmul(matmul(inverse, b), turned))
     return matmul(turned, vectors), jnp.maximum(s, 0)
 
 
@@ -183,8 +180,8 @@ class Eigen(NamedTuple):
 
 def eigen(q: Left, g: Float[Array, "*S b b"]) -> Eigen:
     """Eigendecompositions of both factors; eigenvalues below zero are roundoff."""
-    left_values, left_vectors = (q, None) if is_diagonal(q, g) else jnp.linalg.eigh(q)
-    right_values, right_vectors = jnp.linalg.eigh(g)
+    left_values, left_vectors = (q, None) if is_diagonal(q, g) else eigh(q)
+    right_values, right_vectors = eigh(g)
     return Eigen(
         jnp.maximum(left_values, 0), left_vectors, jnp.maximum(right_values, 0), right_vectors
     )

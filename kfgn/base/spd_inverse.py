@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from kfgn.base.decompositions import cholesky, inverse_of_lower
 from kfgn.base.linalg import matmul
 from kfgn.base.types import Array
 
@@ -173,7 +174,7 @@ def _leaf(matrix: Array) -> Array:
     below = jnp.eye(2 * n, k=-n, dtype=matrix.dtype)  # only the lower triangle is read
     corner = jnp.diag(jnp.where(jnp.arange(2 * n) < n, 0, _LARGE).astype(matrix.dtype))
     augmented = jnp.pad(matrix, ((0, n), (0, n))) + below + corner
-    return jax.lax.linalg.cholesky(augmented, symmetrize_input=False)[n:, :n]
+    return cholesky(augmented)[n:, :n]
 
 
 def _outer(upper: Array) -> Array:
@@ -194,7 +195,5 @@ def _outer_of_halves(first: Array, corner: Array, second: Array) -> Array:
 
 
 def _by_batched_cholesky(stack: Array) -> Array:
-    lower = jnp.linalg.cholesky(stack)
-    identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
-    half = jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    half = inverse_of_lower(cholesky(stack))
     return matmul(jnp.swapaxes(half, -1, -2), half)

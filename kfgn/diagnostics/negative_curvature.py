@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
+from kfgn.base.decompositions import eigvalsh
 from kfgn.base.errors import OptionError
 from kfgn.base.linalg import count_of, map_examples
 from kfgn.base.trees import batch_of, named_leaves
@@ -135,7 +136,7 @@ def _measured(
     term: Float[Array, "D D"] | None = None,
 ) -> NegativeCurvature:
     """The measures of each matrix, with squared norms."""
-    values, beyond = jnp.linalg.eigvalsh(hessian), hessian - positive
+    values, beyond = eigvalsh(hessian), hessian - positive
     measured = NegativeCurvature(
         values[..., 0],
         values[..., -1],
@@ -146,7 +147,7 @@ def _measured(
     )
     if term is None:
         return measured
-    own = jnp.linalg.eigvalsh(term)
+    own = eigvalsh(term)
     shares = _negative_share(own, tolerance), _negative_share(-own, tolerance)
     return NegativeCurvature(*measured[:6], *shares, jnp.trace(term), jnp.sum(term**2))
 

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from kfgn.base.checks import check_not_negative, check_whole
+from kfgn.base.decompositions import eigh, eigvalsh
 from kfgn.base.errors import OptionError
 from kfgn.base.kronecker import eigen
 from kfgn.base.linalg import factor_dtype, map_examples, matmul
@@ -90,7 +91,7 @@ def _eigenvalues(matrix: Any) -> Float[Array, " P"]:
             "expected kfgn.layers.Factors, square matrices [..., D, D], a curvature or a "
             f"dictionary of blocks, found a {type(matrix).__name__} of shape {shape}"
         )
-    return jnp.linalg.eigvalsh(matrix).reshape(-1)
+    return eigvalsh(matrix).reshape(-1)
 
 
 class SpectralDensity(NamedTuple):
@@ -202,7 +203,7 @@ def _lanczos(
         return ravel_pytree(operator.matvec(params, batch, own))[0].astype(dtype)
 
     def one(own: Array) -> tuple[Array, Array]:
-        values, vectors = jnp.linalg.eigh(_tridiagonal(product, flat, min(steps, flat.size), own))
+        values, vectors = eigh(_tridiagonal(product, flat, min(steps, flat.size), own))
         return values, jnp.square(vectors[0])
 
     return map_examples(one, jax.random.split(key, probes))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jaxtyping import Float
 
+from kfgn.base.decompositions import eigh
 from kfgn.base.linalg import precision
 from kfgn.base.types import Array, Shape
 
@@ -129,13 +130,13 @@ def _keeps_entries(name: str, parameters: dict[str, Any], sizes: list[int]) -> b
 
 def semi_definite_part(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
     """The nearest positive semi-definite matrix: negative eigenvalues set to zero."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     return (vectors * jnp.maximum(values, 0)) @ vectors.T
 
 
 def root_of_part(matrix: Float[Array, "K K"]) -> Float[Array, "K K"]:
     """`C` with `C C'` the nearest positive semi-definite matrix."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     return vectors * jnp.sqrt(jnp.maximum(values, 0))
 
 

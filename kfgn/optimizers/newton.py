@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice, check_not_negative
+from kfgn.base.decompositions import eigh
 from kfgn.base.errors import ParameterError
 from kfgn.base.trees import named_leaves, with_leaves
 from kfgn.base.types import Array, Batch, Named, Number, PyTree, Scalar, Shape
@@ -132,7 +133,7 @@ def _solve(
     matrix: Float[Array, "P P"], vector: Float[Array, " P"], damping: Number
 ) -> tuple[Float[Array, " P"], Scalar, Count]:
     """The solution, the smallest eigenvalue, and the number below zero."""
-    values, vectors = jnp.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     size = jnp.abs(values)
     roundoff = len(values) * jnp.finfo(values.dtype).eps * jnp.max(size)
     size = size + jnp.asarray(damping).astype(size.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from kfgn.base.checks import check_choice
+from kfgn.base.decompositions import eigh
 from kfgn.base.errors import LayerError, OptionError
 from kfgn.base.kronecker import eigen
 from kfgn.base.trees import named_leaves, with_leaves
@@ -153,7 +154,7 @@ def _basis(part: Any) -> Basis:
         left, u, right, w = eigen(*part)
         return Basis(left[..., :, None] * right[..., None, :], u, w)
     if isinstance(part, _Matrix):
-        values, vectors = jnp.linalg.eigh(part.matrix)
+        values, vectors = eigh(part.matrix)
         return Basis(jnp.maximum(values, 0)[..., None, :], None, vectors)
     return Basis(jnp.maximum(part, 0))
 
