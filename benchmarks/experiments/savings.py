@@ -1,7 +1,7 @@
 """``python -m benchmarks savings``: what saves time, and what that costs.
 
 KFAC trains an autoencoder on small batches with its factors whole, in blocks of three rows for each
-example, as `kfgn.inspect` advises, and of one; and the suite's residual network with the Q of its
+example, as `kfgn.make` has them, and of one; and the suite's residual network with the Q of its
 convolutions from all examples, from those that give four rows for each of Q's, as `kfgn.make` has
 it, and from a quarter of those. Every update is timed by itself.
 """
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 def _blocks(size: int) -> dict[str, dict[str, Any]]:
     split = {"large_factors": "split"}
     return {
-        "factors whole": {},
+        "factors whole": {"large_factors": "raise"},
         "blocks": {**split, "factor_limit": max(3 * size, 256)},
         "blocks a third": {**split, "factor_limit": max(size, 256)},
     }

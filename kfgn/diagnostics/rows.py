@@ -47,5 +47,5 @@ class Totals(NamedTuple):
     moments: dict[str, int]  # by method, FLOPs of the moments that inverse="ekfac" takes besides
     update_ekfac: dict[str, float]  # by method, what an update takes then, in gradients
     roots: int = 0  # FLOPs of decomposing output Hessians that have no structure, among `between`
-    split_at: int | None = None  # rows above which blocks of factors are worth more; None: of none
+    split_at: int | None = None  # rows above which `kfgn.make` keeps blocks of factors; None: never
     too_large: tuple[str, ...] = ()  # what is wrong with factors that no method forms

@@ -8,7 +8,7 @@ from kfgn.diagnostics.rows import Row, Totals
 from kfgn.diagnostics.text import aligned, bytes_text, flops_text, shortened
 
 _LITTLE_KNOWN = (
-    'factors with more than {:,} rows take more than they know: large_factors="split" is faster'
+    "factors with more than {:,} rows take more than they know: kfgn.make keeps blocks of them"
 )
 
 

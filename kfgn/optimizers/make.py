@@ -19,6 +19,7 @@ from kfgn.optimizers.alias import kfac, kflr, kfra
 
 _ALIASES = {"kflr": kflr, "kfra": kfra, "kfac": kfac}  # the more exact first
 _DEAR = 10.0  # gradients, above which an update is warned of
+_SIZES = "large_factors", "factor_limit"
 _PERIODS = "refresh_factors_every", "refresh_inverse_every"
 _ROWS = 4  # for each of Q, from the examples that kernels at several positions take
 _ALIKE = 1.5  # times the least cost, up to which the more exact method is taken
@@ -47,7 +48,10 @@ def make(
         1.5 times the cheapest one's, by the costs that `kfgn.inspect` shows; "kfra",
         which unrolls loops, only where there are none, or no other can be taken.
       options: of `kfgn.kfra` and of `kfgn.value_grad_and_curvature`; those that both
-        have go to both. Only `activation_rows` is 4 where it is not given.
+        have go to both. Two are its own where they are not given, for what they save:
+        `activation_rows=4`; and factors with three times as many rows as a batch has
+        examples (times positions), and more than 256, are kept as blocks on their diagonals,
+        `large_factors="split"` with the `factor_limit` that `kfgn.inspect` shows.
 
     Returns:
       `(optimizer, curvature_fn)`. The latter takes a `key=` whatever the method is, and
@@ -71,11 +75,9 @@ def make(
     (True, 'kflr')
     """
     check_choice("method", method, ("auto", *_ALIASES))
-    options = {"activation_rows": _ROWS, **options}
+    _split(options)
+    options, totals = _with_savings(objective, params, batch, options)
     ours = _split(options)
-    seen = inspect.signature(inspection_of).parameters
-    known = {n: x for n, x in options.items() if n in seen}
-    totals = inspection_of(objective, params, batch, **known).totals
     able = _able(totals, options)
     by_cost = all(str(options.get(n)) == "auto" for n in _PERIODS)
     costs = totals.update_auto if by_cost else totals.update
@@ -101,6 +103,24 @@ def make(
         return measured(params, batch, key=key if draws else None)
 
     return Made(optimizer, curvature_fn)
+
+
+def _with_savings(
+    objective: AnyObjective, params: PyTree, batch: Batch, options: dict[str, Any]
+) -> tuple[dict[str, Any], Totals]:
+    """The options, with those that save time where they are not given, and the costs then."""
+    seen = inspect.signature(inspection_of).parameters
+
+    def totals() -> Totals:
+        known = {n: x for n, x in options.items() if n in seen}
+        return inspection_of(objective, params, batch, **known).totals
+
+    options = {"activation_rows": _ROWS, **options}
+    found = totals()
+    if found.split_at is None or found.too_large or not {*_SIZES}.isdisjoint(options):
+        return options, found
+    options |= {"large_factors": "split", "factor_limit": found.split_at}
+    return options, totals()
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

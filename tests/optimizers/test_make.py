@@ -195,6 +195,10 @@ def wide_hidden(width, count, positions=1):
     return objective, shapes(params), shapes(batch)
 
 
+dear = pytest.mark.filterwarnings("ignore::kfgn.errors.CostWarning")  # the hidden width alone
+
+
+@dear
 @pytest.mark.parametrize(
     ("width", "count", "positions", "limit"),
     [
@@ -205,23 +209,46 @@ def wide_hidden(width, count, positions=1):
         (200, 2, 1, None),
     ],
 )
-def test_inspect_says_where_a_batch_knows_little_of_a_factor(width, count, positions, limit):
-    found = kfgn.inspect(*wide_hidden(width, count, positions), file=io.StringIO())
+def test_factors_are_split_where_a_batch_knows_little_of_them(width, count, positions, limit):
+    problem = wide_hidden(width, count, positions)
+    optimizer, curvature_fn = kfgn.make(*problem, method="kfac")
+    _, curvature = jax.eval_shape(curvature_fn, *problem[1:], key=jax.random.key(0))
+    settings = curvature.settings
+    assert (settings.large_factors, settings.factor_limit) == (
+        ("raise", None) if limit is None else ("split", limit)
+    )
+    factors = curvature.factors
+    whole = {1: (width, width), 2: (2, 1, 300, 300), 3: (3, 1, 200, 200)}
+    blocks = 1 if limit is None else -(-width // limit)
+    assert factors["out"].activation.shape == whole[blocks]
+    jax.eval_shape(
+        lambda p, c: optimizer.update(p, optimizer.init(p), p, curvature=c), problem[1], curvature
+    )
+    found = kfgn.inspect(*problem, file=io.StringIO())
     assert found.totals.split_at == limit
     assert (f"more than {limit} rows" in str(found)) == (limit is not None)
 
 
-@pytest.mark.filterwarnings("ignore::kfgn.errors.CostWarning")  # the hidden width alone
-def test_costs_are_those_of_blocks_where_they_are_asked_for():
+@dear
+def test_what_a_user_says_of_large_factors_stays():
+    for options in ({"large_factors": "diagonal"}, {"factor_limit": 1000}):
+        problem = wide_hidden(600, 32)
+        _, curvature_fn = kfgn.make(*problem, method="kfac", **options)
+        _, curvature = jax.eval_shape(curvature_fn, *problem[1:], key=jax.random.key(0))
+        found = {n: getattr(curvature.settings, n) for n in ("large_factors", "factor_limit")}
+        assert found == {"large_factors": "raise", "factor_limit": None} | options
+
+
+def test_costs_are_those_of_blocks():
     def predicted(**options):
         with pytest.warns(kfgn.errors.CostWarning, match="take [0-9]+ times a gradient") as said:
             kfgn.make(*wide_hidden(600, 32), method="kfac", **options)
         return int(str(said[0].message).split(" times a gradient")[0].split()[-1])
 
-    assert predicted(large_factors="split", factor_limit=256) < 0.5 * predicted()
+    assert predicted() < 0.5 * predicted(large_factors="raise")
 
 
-def test_the_limit_leaves_what_is_small_whole():
+def test_splitting_leaves_what_is_small_whole():
     """The limit is one for all layers: here 350, as "a" has at 20 positions, not 256."""
     objective = kfgn.Objective(
         lambda p, x: jnp.tanh(jnp.mean(jnp.tanh(x @ p["a"]), axis=1) @ p["b"]) @ p["c"], SQUARED
