@@ -36,6 +36,7 @@ EXPERIMENTS = {
     "plan": "seconds of an update, predicted from shapes and measured",
     "savings": "blocks of factors, and Q of few examples: what they save and cost",
     "stagger": "updates of even length, and what that does to the loss",
+    "refresh": "what a refresh of the inverses takes of each of many devices",
     "surface": "the error surface of a toy network, and its curvature",
     "kills": "a training killed at random moments, and what each kill cost",
     "curvature": "where and by how much curvature is negative while a network trains",

@@ -51,6 +51,11 @@ def factor_balance(q: Left, g: Float[Array, "*S b b"]) -> Float[Array, "*S"]:
     return jnp.sqrt(ratio)
 
 
+def _roundoff(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
+    """What a semi-definite matrix's eigenvalues are known to, generously."""
+    return 4 * jnp.finfo(matrix.dtype).eps * _trace(matrix)
+
+
 def _mean_eigenvalue(matrix: Float[Array, "*S d d"]) -> Float[Array, "*S"]:
     return _trace(matrix) / matrix.shape[-1]
 
@@ -71,7 +76,11 @@ class FactoredInverse(NamedTuple):
 def factored_inverses(
     factors: Mapping[str, tuple[Array, Array]], damping: Scalar
 ) -> dict[str, FactoredInverse]:
-    """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38)."""
+    """The factored approximations to `(q ⊗ g + damping I)^-1` of blocks by name, eqs. (36)-(38).
+
+    Damping below a factor's own roundoff is raised to that: a matrix of fewer examples than rows
+    would be singular.
+    """
     matrices, shifts, left = [], [], {}
     for name, (q, g) in factors.items():
         root = jnp.sqrt(damping).astype(q.dtype)
@@ -80,9 +89,9 @@ def factored_inverses(
             left[name] = 1 / (q + (balance * root)[..., None])
         else:
             matrices.append(q)
-            shifts.append(balance * root)
+            shifts.append(jnp.maximum(balance * root, _roundoff(q)))
         matrices.append(g)
-        shifts.append(root / balance)
+        shifts.append(jnp.maximum(root / balance, _roundoff(g)))
     found = iter(spd_inverses(matrices, shifts))
     return {
         name: FactoredInverse(left[name] if name in left else next(found), next(found))
@@ -157,6 +166,7 @@ def _both_diagonal(
 ) -> tuple[Float[Array, "*S d d"], Float[Array, "*S d"]]:
     """K and s with `K'(a + shift I)K = I` and `K'bK = diag(s)`."""
     identity = jnp.eye(a.shape[-1], dtype=a.dtype)
+    shift = jnp.maximum(shift, _roundoff(a))  # as in `factored_inverses`
     inverse = inverse_of_lower(cholesky(a + shift[..., None, None] * identity))
     turned = jnp.swapaxes(inverse, -1, -2)
     s, vectors = eigh(matmul(matmul(inverse, b), turned))

@@ -151,7 +151,7 @@ class _SoftmaxCrossEntropy(Loss):
 
     def hessian(self, outputs: Array, target: Any) -> Float[Array, "K K"]:
         p, s = (_rows(x) for x in self._probabilities(outputs, target))
-        blocks = jax.vmap(lambda q: jnp.diag(q) - jnp.outer(q, q))(p)
+        blocks = _covariance(p[:, :, None] * p[:, None, :])
         return jax.scipy.linalg.block_diag(*(s[..., None] * blocks))
 
     def hessian_sqrt(self, outputs: Array, target: Any) -> Float[Array, "K R"]:
@@ -168,13 +168,12 @@ class _SoftmaxCrossEntropy(Loss):
         return (s * p * (v - jnp.sum(p * v, axis=-1, keepdims=True))).ravel()
 
     def mean_hessian(self, outputs: Array, targets: Any) -> Float[Array, "K K"]:
-        # diag(mean s p) - P'P / N with rows sqrt(s) p on each block: no matrix per example.
+        # Of P'P / N with rows sqrt(s) p on each block: no matrix per example.
         p, s = self._probabilities(outputs, targets)
         count, classes = p.shape[0], p.shape[-1]
-        first, half = (x.reshape(count, -1, classes) for x in (s * p, jnp.sqrt(s) * p))
+        half = (jnp.sqrt(s) * p).reshape(count, -1, classes)
         second = jnp.einsum("nti,ntj->tij", half, half, precision=precision()) / count
-        blocks = jax.vmap(jnp.diag)(jnp.mean(first, axis=0)) - second
-        return jax.scipy.linalg.block_diag(*blocks)
+        return jax.scipy.linalg.block_diag(*_covariance(second))
 
     def sqrt_columns(self, outputs: Array, targets: Any) -> tuple[int, Columns]:
         p, s = self._probabilities(outputs, targets)
@@ -254,6 +253,16 @@ def _wide(labels: Int[Array, "*S"]) -> Int[Array, "*S"]:
 
 def _fits(index: int, dtype: Any) -> bool:
     return jnp.iinfo(dtype).min <= index <= jnp.iinfo(dtype).max
+
+
+def _covariance(products: Float[Array, "T K K"]) -> Float[Array, "T K K"]:
+    """`diag(p) - pp'` of the products pp', or their means, as p sums to one.
+
+    An entry `p_i (1 - p_i)` is the sum of the others' `p_i p_j`: of probabilities near one the
+    difference would be roundoff, and the matrix not semi-definite.
+    """
+    others = products * (1 - jnp.eye(products.shape[-1], dtype=products.dtype))
+    return jax.vmap(jnp.diag)(jnp.sum(others, axis=-1)) - others
 
 
 def _cholesky_column(p: Float[Array, "*S K"], k: Array) -> Float[Array, "*S K"]:

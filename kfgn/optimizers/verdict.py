@@ -48,7 +48,8 @@ def judge(
 
     Where the model has no curvature, as behind the bend of a Huber loss, nothing but τ
     bounds a step. One that is measured and raises the objective by more than was promised
-    as its fall is cut until the objective falls. After a rise the next steps are measured too.
+    as its fall, or than its size, is cut until the objective falls. After a rise the next steps
+    are measured too.
 
     Args:
       rule: of τ.
@@ -71,7 +72,7 @@ def judge(
     roundoff = 8 * jnp.finfo(curvature.value.dtype).eps * jnp.abs(curvature.value)
 
     def is_fine(share: Scalar, rise: Scalar) -> Flag:
-        promised = -best.predicted.astype(roundoff.dtype)
+        promised = jnp.minimum(-best.predicted.astype(roundoff.dtype), jnp.abs(curvature.value))
         return rise <= jnp.where((share == 1) & ~doubtful, promised, 0) + roundoff
 
     def goes_on(carry: tuple[Scalar, Scalar, Scalar]) -> Flag:
