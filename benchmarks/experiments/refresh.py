@@ -87,7 +87,7 @@ def _measure(devices: int, shares: bool, given: Any) -> list[float]:
     curvature_fn = kfgn.value_grad_and_curvature(objective, "kfac")
     optimizer = kfgn.kfac(
         *(objective, params, batch),
-        refresh_factors_every=1000,
+        refresh_factors_every=1000,  # after the first ten, the 16th and the 32nd
         refresh_inverse_every=2,
         factor_sharding=rows if shares else None,
     )
@@ -133,7 +133,8 @@ def _plot(rows: list[Row]) -> Figure:
     even = [rows[0].of_a_device / r.devices for r in rows]
     axes.plot([r.devices for r in rows], even, "k:", label="one device's, divided")
     axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a core, each")
-    axes.set_xticks(sorted({r.devices for r in rows}), sorted({r.devices for r in rows}))
+    counts = sorted({r.devices for r in rows})
+    axes.set_xticks(counts, [str(n) for n in counts])
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
     return figure

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.experiments import ablations, cost, plan, ranks, savings, versus
+from benchmarks.experiments import ablations, cost, plan, ranks, refresh, savings, versus
 from tests.benchmarks.measured import measured
 
 pytestmark = pytest.mark.loose_dtypes  # optax's Adam and L-BFGS promote dtypes
@@ -64,6 +65,16 @@ def test_plan(tmp_path, monkeypatch):
         for x, y in [sorted((row["predicted"], row["measured"]), reverse=True)]
     )
     assert max(x["worst"] for x in found["off"].values()) == pytest.approx(off, rel=1e-3)
+
+
+def test_refresh(tmp_path, monkeypatch):
+    """On the one device that there is, and what the table has of more."""
+    assert jax.device_count() == 1  # from here on the command cannot make more
+    monkeypatch.setattr(refresh, "DEVICES", (1, 2))
+    found = measured(tmp_path, "refresh", "--width", "8", "--layers", "1")
+    assert [(row["devices"], row["shares"]) for row in found] == [(1, False)]
+    assert found[0]["of a device"] == found[0]["cores"]
+    assert refresh.Row(4, True, 1.0, 2.0).of_a_device == 0.5
 
 
 def test_versus(tmp_path, monkeypatch):
