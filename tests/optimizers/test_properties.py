@@ -1,6 +1,11 @@
-"""Random networks, losses, dtypes and options: what holds for all of them."""
+"""Random networks, losses, dtypes and options: what holds for all of them.
+
+`KFGN_RANDOM_UPDATES=200` tries as many; what fails joins `CORPUS`.
+"""
 
 from __future__ import annotations
+
+import os
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +77,13 @@ CORPUS = {
 }  # fmt: skip
 
 
-@settings(max_examples=4, derandomize=True, deadline=None, database=None,
-          suppress_health_check=list(HealthCheck))  # fmt: skip
+@settings(
+    max_examples=int(os.environ.get("KFGN_RANDOM_UPDATES", "4")),
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(CASES)
 @example(SMALLEST)
 def test_an_update(case):
