@@ -49,7 +49,7 @@ def judge(
     Where the model has no curvature, as behind the bend of a Huber loss, nothing but τ
     bounds a step. One that is measured and raises the objective by more than was promised
     as its fall, or than its size, is cut until the objective falls. After a rise the next steps
-    are measured too.
+    are measured too, and those that promise more than there is, as where a loss is saturated.
 
     Args:
       rule: of τ.
@@ -67,13 +67,15 @@ def judge(
     """
     doubtful = best.extrapolates
     due = rule.due(count + 1) & (best.predicted != 0)
-    wary = (count == 0) | ~(before.ratio >= 0)
+    size = jnp.abs(curvature.value)
+    promised = -best.predicted.astype(size.dtype)
+    wary = (count == 0) | ~(before.ratio >= 0) | (promised > size)
     # The mean over the batch is not known better than that.
-    roundoff = 8 * jnp.finfo(curvature.value.dtype).eps * jnp.abs(curvature.value)
+    roundoff = 8 * jnp.finfo(size.dtype).eps * size
 
     def is_fine(share: Scalar, rise: Scalar) -> Flag:
-        promised = jnp.minimum(-best.predicted.astype(roundoff.dtype), jnp.abs(curvature.value))
-        return rise <= jnp.where((share == 1) & ~doubtful, promised, 0) + roundoff
+        allowed = jnp.where((share == 1) & ~doubtful, jnp.minimum(promised, size), 0)
+        return rise <= allowed + roundoff
 
     def goes_on(carry: tuple[Scalar, Scalar, Scalar]) -> Flag:
         share, rise, _ = carry

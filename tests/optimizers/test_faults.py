@@ -192,6 +192,33 @@ def test_data_of_any_scale(trained, scale):
     assert infinite <= ({"gradient_norm"} if scale > 1e9 else set())
 
 
+@pytest.mark.parametrize("scale", [10.0, 30.0, 100.0])
+def test_a_saturated_classifier_does_not_get_worse(scale):
+    """Its model has next to no curvature and promises more than there is to gain."""
+    loss = kfgn.losses.softmax_cross_entropy_with_integer_labels
+    objective = kfgn.Objective(lambda w, x: x @ w, loss, l2=0.01)
+    curvature_fn = kfgn.value_grad_and_curvature(objective, "kflr")
+    shapes = jnp.ones((3, 3)), (jnp.ones((6, 3)), jnp.zeros(6, int))
+    optimizer = kfgn.kflr(objective, *shapes, momentum=False)
+
+    @jax.jit
+    def step(w, state, batch):
+        (value, grads), curvature = curvature_fn(w, batch)
+        updates, state = optimizer.update(grads, state, w, curvature=curvature)
+        return optax.apply_updates(w, updates), state, value
+
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        inputs, labels = rng.normal(size=(6, 3)) * scale, rng.integers(0, 3, 6)
+        batch = jnp.asarray(inputs, jnp.float32), jnp.asarray(labels)
+        w, losses = jnp.asarray(rng.normal(size=(3, 3)), jnp.float32), []
+        state = optimizer.init(w)
+        for _ in range(8):
+            w, state, value = step(w, state, batch)
+            losses.append(float(value))
+        assert max(losses) < 1.1 * losses[0]  # by 8, 24 and 36 times, were only some measured
+
+
 def test_a_run_compiles_once(trained):
     """Faults, refreshes and all: one program; a last batch of one row is one more."""
     step, run = trained.step, trained.clean

@@ -215,7 +215,7 @@ def _row_axes(one: list[Shape], few: list[Shape], whole: list[Shape], count: int
         expected = list(a.shape)
         if axis is not None:
             expected[axis] = count
-        if len(moved) > 1 or (moved and b.shape[axis] != MANY) or c.shape != tuple(expected):
+        if len(moved) > 1 or (moved and b.shape[moved[0]] != MANY) or c.shape != tuple(expected):
             raise ValueError(f"shapes {a}, {b}, {c}")
         axes.append(axis)
     return tuple(axes)
