@@ -92,18 +92,18 @@ def _measure(devices: int, shares: bool, given: Any) -> list[float]:
         factor_sharding=rows if shares else None,
     )
 
-    def step(params: Any, state: Any, key: jax.Array) -> Any:
+    def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
         (_, grads), curvature = curvature_fn(params, batch, key=key)
         updates, state = optimizer.update(grads, state, params, curvature=curvature)
         return optax.apply_updates(params, updates), state
 
     state, key = optimizer.init(params), jax.device_put(jax.random.key(0), copies)
-    program, *_ = compiled(step, params, state, key)
+    program, *_ = compiled(step, params, state, batch, key)
     taken: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for count in range(1, END):
         before = jax.device_get(optax.tree_utils.tree_get(state, "inverses"))
         start = time.perf_counter(), time.process_time()
-        params, state = jax.block_until_ready(program(params, state, key))
+        params, state = jax.block_until_ready(program(params, state, batch, key))
         own = time.perf_counter() - start[0], time.process_time() - start[1]
         after = jax.device_get(optax.tree_utils.tree_get(state, "inverses"))
         pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)

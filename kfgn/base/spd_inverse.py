@@ -22,8 +22,9 @@ from kfgn.base.decompositions import cholesky, inverse_of_lower
 from kfgn.base.linalg import matmul
 from kfgn.base.types import Array
 
-# Up to this size LAPACK factorizes (twice the size, augmented); above, products do.
-_LEAF = 128
+# Up to this size LAPACK factorizes (twice the size, augmented); above, products do. Its own threads
+# join in from a size of 200 (see above).
+_LEAF = 99
 # Matrices at least this part of the largest in their stack are padded to its size,
 # as long as the stack's work, the sum of the cubes, grows by no more than this factor:
 # each stack has a recursion of its own to compile, about 0.7 s for one of 1000.
@@ -41,36 +42,27 @@ def spd_inverses(matrices: Sequence[Array], shifts: Sequence[Array]) -> list[Arr
 
     A stack of matrices `[S, n, n]` takes a shift for each, `[S]`, with more leading axes likewise.
     """
-    shapes = [a.shape for a in matrices]
-    shifts = [
-        jnp.broadcast_to(jnp.asarray(s, a.dtype), a.shape[:-2]).reshape(-1) if a.ndim > 3
-        else jnp.asarray(s, a.dtype)
-        for a, s in zip(matrices, shifts, strict=True)
-    ]  # fmt: skip
-    matrices = [a.reshape(-1, *a.shape[-2:]) if a.ndim > 3 else a for a in matrices]
-    given = list(zip(matrices, shifts, strict=True))
-    single = [pair for pair in given if pair[0].ndim == 2]
-    in_turn, at_once = (functools.partial(_stacked, f) for f in (_by_turns, _by_batched_cholesky))
-    found = iter(jax.lax.platform_dependent(single, cpu=in_turn, default=at_once) if single else [])
-    inverses = [_inverse_of_stack(a, s) if a.ndim == 3 else next(found) for a, s in given]
-    return [a.reshape(shape) for a, shape in zip(inverses, shapes, strict=True)]
-
-
-def _inverse_of_stack(
-    stack: Float[Array, "S n n"], shifts: Float[Array, "*S"]
-) -> Float[Array, "S n n"]:
-    """Inverses of a stack: many small ones by elimination at once, large ones in turn."""
-    stack = _shifted(stack, jnp.broadcast_to(shifts[..., None], stack.shape[:2]))
-    if stack.shape[-1] <= _SMALL:
-        return _eliminated(stack)
-    return jax.lax.platform_dependent(stack, cpu=_by_turns, default=_by_batched_cholesky)
+    given = []
+    for matrix, shift in zip(matrices, shifts, strict=True):
+        each = jnp.broadcast_to(jnp.asarray(shift, matrix.dtype), matrix.shape[:-2])
+        given.append((matrix.reshape(-1, *matrix.shape[-2:]), each.reshape(-1)))
+    small = [a.ndim > 2 and a.shape[-1] <= _SMALL for a in matrices]
+    large = [pair for pair, few in zip(given, small, strict=True) if not few]
+    in_turn, at_once = (functools.partial(_grouped, f) for f in (_by_turns, _by_batched_cholesky))
+    found = iter(jax.lax.platform_dependent(large, cpu=in_turn, default=at_once) if large else [])
+    inverses = (
+        _eliminated(_shifted(*pair)) if few else next(found)
+        for pair, few in zip(given, small, strict=True)
+    )
+    return [x.reshape(a.shape) for x, a in zip(inverses, matrices, strict=True)]
 
 
 def _shifted(
-    matrix: Float[Array, "*S n n"], diagonal: Float[Array, "*S n"]
-) -> Float[Array, "*S n n"]:
-    """`matrix + diag(diagonal)`."""
-    return matrix + diagonal[..., None] * jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    stack: Float[Array, "S n n"], shifts: Float[Array, " S"] | Float[Array, "S n"]
+) -> Float[Array, "S n n"]:
+    """`A + s I` of each, or `A + diag(s)`."""
+    diagonals = shifts[:, None] if shifts.ndim == 1 else shifts
+    return stack + diagonals[..., None] * jnp.eye(stack.shape[-1], dtype=stack.dtype)
 
 
 def _eliminated(stack: Array) -> Array:
@@ -85,25 +77,27 @@ def _eliminated(stack: Array) -> Array:
     return stack
 
 
-def _stacked(
+def _grouped(
     inverses_of: Callable[[Array], Array], given: list[tuple[Array, Array]]
 ) -> list[Array]:
-    """Inverses of matrices and their shifts, stacked with those of about the same size.
+    """Inverses of stacks with their shifts, those of about one size as one stack.
 
     A smaller matrix gets an identity block behind it, which inverts to itself.
     """
     inverses: dict[int, Array] = {}
-    for members in _alike([matrix for matrix, _ in given]):
-        size = _even(len(given[members[0]][0]))
+    for members in _alike([stack for stack, _ in given]):
+        size = _even(given[members[0]][0].shape[-1])
         padded, diagonals = [], []
-        for matrix, shift in (given[i] for i in members):
-            beyond = size - len(matrix)
-            padded.append(jnp.pad(matrix, ((0, beyond),) * 2))
-            diagonals.append(jnp.where(jnp.arange(size) < len(matrix), shift, 1))
-        found = inverses_of(_shifted(jnp.stack(padded), jnp.stack(diagonals)))
-        for k, i in enumerate(members):
-            n = len(given[i][0])
-            inverses[i] = found[k, :n, :n]
+        for stack, shifts in (given[i] for i in members):
+            own = stack.shape[-1]
+            padded.append(jnp.pad(stack, ((0, 0), *((0, size - own),) * 2)))
+            diagonals.append(jnp.where(jnp.arange(size) < own, shifts[:, None], 1))
+        found = inverses_of(_shifted(jnp.concatenate(padded), jnp.concatenate(diagonals)))
+        start = 0
+        for stack, i in ((given[i][0], i) for i in members):
+            count, own = len(stack), stack.shape[-1]
+            inverses[i] = found[start : start + count, :own, :own]
+            start += count
     return [inverses[i] for i in range(len(given))]
 
 
@@ -113,26 +107,24 @@ def _even(size: int) -> int:
     return -(-size // 2**halvings) * 2**halvings
 
 
-def _alike(matrices: list[Array]) -> list[list[int]]:
-    """Indices of matrices of one dtype and about one size, the largest first."""
+def _alike(stacks: list[Array]) -> list[list[int]]:
+    """Indices of stacks of one dtype and about one size, the largest first."""
     groups: list[list[int]] = []
-    for i in sorted(
-        range(len(matrices)), key=lambda i: (str(matrices[i].dtype), -len(matrices[i]))
-    ):
-        if groups and _fits(matrices[i], [matrices[k] for k in groups[-1]]):
+    for i in sorted(range(len(stacks)), key=lambda i: (str(stacks[i].dtype), -stacks[i].shape[-1])):
+        if groups and _fits(stacks[i], [stacks[k] for k in groups[-1]]):
             groups[-1].append(i)
         else:
             groups.append([i])
     return groups
 
 
-def _fits(matrix: Array, members: list[Array]) -> bool:
-    size = len(members[0])
-    padded = (len(members) + 1) * size**3
-    own = len(matrix) ** 3 + sum(len(member) ** 3 for member in members)
+def _fits(stack: Array, members: list[Array]) -> bool:
+    size = members[0].shape[-1]
+    padded = (len(stack) + sum(map(len, members))) * size**3
+    own = sum(len(x) * x.shape[-1] ** 3 for x in (stack, *members))
     return (
-        matrix.dtype == members[0].dtype
-        and len(matrix) >= _ALIKE * size
+        stack.dtype == members[0].dtype
+        and stack.shape[-1] >= _ALIKE * size
         and padded <= _MORE_WORK * own
     )
 
