@@ -135,6 +135,7 @@ def _plot(rows: list[Row]) -> Figure:
     axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a core, each")
     counts = sorted({r.devices for r in rows})
     axes.set_xticks(counts, [str(n) for n in counts])
+    axes.set_xticks([], minor=True)
     axes.grid(True, which="both", alpha=0.25)
     axes.legend(fontsize="small")
     return figure

@@ -22,9 +22,9 @@ from kfgn.base.decompositions import cholesky, inverse_of_lower
 from kfgn.base.linalg import matmul
 from kfgn.base.types import Array
 
-# Up to this size LAPACK factorizes (twice the size, augmented); above, products do. Its own threads
-# join in from a size of 200 (see above).
-_LEAF = 99
+# Up to this size LAPACK factorizes (twice the size, augmented); above, products do. Up to 99 its
+# own threads would never join in, and steps would take a tenth longer to compile.
+_LEAF = 128
 # Matrices at least this part of the largest in their stack are padded to its size,
 # as long as the stack's work, the sum of the cubes, grows by no more than this factor:
 # each stack has a recursion of its own to compile, about 0.7 s for one of 1000.
