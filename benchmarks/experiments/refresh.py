@@ -132,7 +132,9 @@ def _plot(rows: list[Row]) -> Figure:
         axes.plot([r.devices for r in chosen], [r.of_a_device for r in chosen], "o-", label=label)
     even = [rows[0].of_a_device / r.devices for r in rows]
     axes.plot([r.devices for r in rows], even, "k:", label="one device's, divided")
-    axes.set(xscale="log", yscale="log", xlabel="devices", ylabel="seconds of a core, each")
+    # Small networks' differences may be noise, of either sign.
+    scale = "log" if all(r.of_a_device > 0 for r in rows) else "linear"
+    axes.set(xscale="log", yscale=scale, xlabel="devices", ylabel="seconds of a core, each")
     counts = sorted({r.devices for r in rows})
     axes.set_xticks(counts, [str(n) for n in counts])
     axes.set_xticks([], minor=True)

@@ -74,7 +74,9 @@ def test_refresh(tmp_path, monkeypatch):
     found = measured(tmp_path, "refresh", "--width", "8", "--layers", "1")
     assert [(row["devices"], row["shares"]) for row in found] == [(1, False)]
     assert found[0]["of a device"] == found[0]["cores"]
-    assert refresh.Row(4, True, 1.0, 2.0).of_a_device == 0.5
+    rows = [refresh.Row(1, False, 1.0, -1.0), refresh.Row(4, True, 1.0, 2.0)]
+    assert rows[1].of_a_device == 0.5
+    refresh._plot(rows).savefig(tmp_path / "noise.png")
 
 
 def test_versus(tmp_path, monkeypatch):
