@@ -75,7 +75,7 @@ def make(
     (True, 'kflr')
     """
     check_choice("method", method, ("auto", *_ALIASES))
-    _split(options)
+    _split(options)  # unknown ones are refused before the model is read
     options, totals = _with_savings(objective, params, batch, options)
     ours = _split(options)
     able = _able(totals, options)
