@@ -4,7 +4,7 @@ The rows of an example's positions are much alike, and convolutions have thousan
 many examples as Q needs may stand for it (see `examples_for`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -23,6 +23,8 @@ from kfgn.curvature.weights import Weights
 from kfgn.model.layers.layer import Layer
 from kfgn.model.layers.parameter_use import Use
 
+#: Values, roots of importance and `route` of some examples.
+_Chunk: TypeAlias = tuple[Array, Array | None, Array | None]
 #: Positions of one example are alike: Q is never of fewer examples.
 _LEAST = 64
 
@@ -32,6 +34,7 @@ class Inputs(NamedTuple):
 
     values: Float[Array, "n ..."]
     importance: Float[Array, " n"] | None  # of the examples, where they differ
+    route: Float[Array, "n s t"] | None = None  # what rows are multiplied by, 0 where none counts
 
     @property
     def roots(self) -> Float[Array, " n"] | None:
@@ -61,7 +64,7 @@ def activation_moments(
             return counts if layer.indexed else on_diagonals(counts, blocks)
         if sharing_of(layer, sharing) == "reduce":
             count = sum(use.form.positions for use in slot.values())
-            pooled = {n: weighed(seen[n].roots, _pooled(use, seen[n].values, dtype))
+            pooled = {n: weighed(seen[n].roots, _pooled(use, seen[n], dtype))
                       for n, use in slot.items()}  # fmt: skip
             rows = {n: a * weights[n].rows[:, None] if n in weights else a
                     for n, a in pooled.items()}  # fmt: skip
@@ -87,28 +90,35 @@ def _in_chunks(
 ) -> Float[Array, "s d d"]:
     """The second moment of a use's inputs, with roots of weights if there are any."""
 
-    def of_chunk(chunk: tuple[Array, Array | None]) -> Array:
-        rows = use.activations(chunk[0], dtype)
+    def of_chunk(chunk: _Chunk) -> Array:
+        values, roots, route = chunk
+        rows = use.activations(values, dtype)
         if weights is not None:
-            rows = weights.routed(rows * weights.rows[:, None])
-        return moment(weighed(chunk[1], rows), blocks)
+            rows = rows * weights.rows[:, None]
+        if route is not None:
+            rows = rows * route[..., None]
+        return moment(weighed(roots, rows), blocks)
 
-    def summed(chunk: tuple[Array, Array | None]) -> Array:
+    def summed(chunk: _Chunk) -> Array:
         return of_chunk(chunk) * chunk[0].shape[0]
 
+    whole = seen.values, seen.roots, seen.route
     if use.form.positions == 1 or use.choice is not None:  # no larger than the data
-        return of_chunk((seen.values, seen.roots))
-    whole = sum_over_examples(summed, (seen.values, seen.roots), _bytes_each(use, dtype))
-    return whole / seen.values.shape[0]
+        return of_chunk(whole)
+    return sum_over_examples(summed, whole, _bytes_each(use, dtype)) / seen.values.shape[0]
 
 
-def _pooled(use: Use, values: Array, dtype: Any) -> Float[Array, "N s 1 d"]:
+def _pooled(use: Use, seen: Inputs, dtype: Any) -> Float[Array, "N s 1 d"]:
     """A use's inputs summed over its positions."""
 
-    def one(value: Array) -> Array:
-        return jnp.sum(use.activations(value[None], dtype)[0], axis=1, keepdims=True)
+    def one(known: tuple[Array, Array | None]) -> Array:
+        value, route = known
+        rows = use.activations(value[None], dtype)[0]
+        rows = rows if route is None else rows * route[..., None]
+        return jnp.sum(rows, axis=1, keepdims=True)
 
-    return map_examples(one, values, max(1, 2**26 // _bytes_each(use, dtype)))
+    at_once = max(1, 2**26 // _bytes_each(use, dtype))
+    return map_examples(one, (seen.values, seen.route), at_once)
 
 
 def _counts(
@@ -126,6 +136,7 @@ def _counts(
         found = use.form.activations(seen[name].values)
         weight = jnp.full(found.shape, use.kernel.factor**2 / found.shape[0], dtype)
         group = jnp.arange(found.shape[1])[:, None]
+        weight = weight if (own := seen[name].route) is None else weight * own**2
         own = nothing.at[group, found].add(weighed(seen[name].importance, weight))
         counts = counts + (own * weights[name].rows ** 2 if name in weights else own)
     return counts

@@ -28,12 +28,12 @@ from kfgn.curvature.convolutions import any_turned, in_order
 from kfgn.curvature.curvature import Curvature, CurvatureSettings
 from kfgn.curvature.factors import Diagonal, Factors, assemble
 from kfgn.curvature.forward_pass import Linearized, linearize
+from kfgn.curvature.ignored import routes
 from kfgn.curvature.lazy_factors import lazily
 from kfgn.curvature.methods import Request, method_of
 from kfgn.curvature.own_factors import own_factors
 from kfgn.model.graph.unite import Term, United, unite
 from kfgn.model.layers.layer import Layer, require_blocks
-from kfgn.model.layers.parameter_use import Use
 from kfgn.objective.loss import Loss
 from kfgn.objective.objective import Objective, mean_of
 from kfgn.objective.sum_of import AnyObjective, SumOfObjectives, named_term, require_objective
@@ -170,9 +170,8 @@ def _of_term(
     params, inputs, targets, data = vary_like((params, *known), (params, known))
     method = method_of(settings.method)
     ekfac = settings.inverse == "ekfac"
-    model = linearize(
-        *(graph, term.read, params, data, targets), method.probes or ekfac, method.walks
-    )
+    probes = method.probes or ekfac or term.objective.loss.ignores
+    model = linearize(*(graph, term.read, params, data, targets), probes, method.walks)
     weights = importance(targets, axis_name)
     counted = {n: w.counted(weights, axis_name) for n, w in model.weights.items()}
     model = model._replace(weights=counted)
@@ -204,10 +203,11 @@ def _of_term(
 
 def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors | Diagonal]:
     model, axis_name = request.model, request.axis_name
+    heeded = routes(request)
     moments = method_of(settings.method).moments(request)
     factors: dict[str, Factors | Diagonal] = {}
     for name, layer in model.graph.layers.items():
-        seen = {n: _inputs(request, layer, use, settings) for n, use in layer.uses.items()}
+        seen = {n: _inputs(request, layer, n, settings, heeded) for n in layer.uses}
         activation = activation_moments(layer, seen, request.sharing, model.dtype, model.weights)
         both = mean_over_devices((activation, moments[name]), axis_name)
         factors[name] = assemble(layer, *both)
@@ -217,16 +217,23 @@ def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors
     return factors
 
 
-def _inputs(request: Request, layer: Layer, use: Use, settings: CurvatureSettings) -> Inputs:
+def _inputs(
+    request: Request,
+    layer: Layer,
+    name: str,
+    settings: CurvatureSettings,
+    heeded: dict[str, Array],
+) -> Inputs:
     """What a use is applied to, of all examples or of as many as Q asks for."""
+    use = layer.uses[name]
     model = request.model
-    values = model.values[use.input]
+    seen = model.values[use.input], heeded.get(name)
     asked = examples_for(layer, use, settings.activation_rows, settings.sharing)
     few = part_of_device(asked, request.axis_name)
     if few is None or 2 * few > model.examples:
-        return Inputs(values, request.importance)
-    values, targets = spread(values, model.targets, few)
-    return Inputs(values, importance(targets, request.axis_name))
+        return Inputs(seen[0], request.importance, seen[1])
+    seen, targets = spread(seen, model.targets, few)
+    return Inputs(seen[0], importance(targets, request.axis_name), seen[1])
 
 
 def _basis_moments(

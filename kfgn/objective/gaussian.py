@@ -9,7 +9,8 @@ from jaxtyping import Float
 from kfgn.base.errors import LossError
 from kfgn.base.types import Array, Scalar
 from kfgn.objective.draws import drawn
-from kfgn.objective.loss import Loss, Outputs, require_shape
+from kfgn.objective.loss import Loss, Outputs
+from kfgn.objective.shapes import require_shape
 
 
 class _GaussianNegativeLogLikelihood(Loss):

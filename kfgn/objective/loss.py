@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError
@@ -166,6 +166,15 @@ class Loss:
 
     # A batch.
 
+    @property
+    def ignores(self) -> bool:
+        """Whether targets may say that outputs count for nothing."""
+        return False
+
+    def heeded(self, outputs: Outputs, targets: Any) -> Bool[Array, "N K"] | None:
+        """Which outputs the targets do not say to ignore; None where that is all of them."""
+        return None
+
     def mean_hessian(self, outputs: Outputs, targets: Any) -> Float[Array, "K K"]:
         """The mean Gauss-Newton output Hessian, never `[N, K, K]` at once."""
         diagonals = jax.vmap(self.gauss_newton_diagonal)(outputs, targets)
@@ -277,22 +286,3 @@ def from_function(
         )
     name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
     return Loss(per_example_loss, name, convex, sample)
-
-
-def require_array(loss: Loss, outputs: Outputs) -> None:
-    """Raises LossError for outputs that are a pytree."""
-    if not hasattr(outputs, "shape"):
-        raise LossError(
-            f"{loss.name} takes a single array of outputs, found a "
-            f"{type(outputs).__name__}; use kfgn.losses.from_function for several outputs."
-        )
-
-
-def require_shape(loss: Loss, targets: Any, expected: tuple, outputs: tuple) -> None:
-    """Raises LossError for a target of another shape."""
-    found = getattr(targets, "shape", None)
-    if found != expected:
-        raise LossError(
-            f"{loss.name}: an example has outputs of shape {outputs}, so its target must have "
-            f"shape {expected}, found {found}; check the model's last layer and the targets."
-        )

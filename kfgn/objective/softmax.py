@@ -5,14 +5,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError, OptionError
 from kfgn.base.linalg import precision
 from kfgn.base.types import Array, Scalar
 from kfgn.objective.draws import drawn_class
-from kfgn.objective.loss import Columns, Loss, require_array, require_shape
+from kfgn.objective.loss import Columns, Loss
+from kfgn.objective.shapes import require_array, require_shape
 
 
 class _SoftmaxCrossEntropy(Loss):
@@ -128,6 +129,16 @@ class _SoftmaxCrossEntropy(Loss):
         if self.ignore_index is None or not _fits(self.ignore_index, labels.dtype):
             return None
         return labels == self.ignore_index
+
+    @property
+    def ignores(self) -> bool:
+        return self.ignore_index is not None
+
+    def heeded(self, outputs: Array, targets: Any) -> Bool[Array, "N K"] | None:
+        ignored = self._ignored(jnp.asarray(targets)) if self.integer_labels else None
+        if ignored is None:
+            return None
+        return jnp.broadcast_to(~ignored[..., None], outputs.shape).reshape(len(outputs), -1)
 
     def _probabilities(self, outputs: Array, target: Any) -> tuple[Array, Array]:
         """p and s of each position of an example or a batch, `[..., K]` and `[..., 1]`."""

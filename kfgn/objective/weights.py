@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from kfgn.base.devices import AxisName, mean_over_devices
 from kfgn.base.linalg import count_of, factor_dtype
@@ -153,6 +153,13 @@ class WeightedLoss(Loss):
     @property
     def can_sample(self) -> bool:
         return self.loss.can_sample
+
+    @property
+    def ignores(self) -> bool:
+        return self.loss.ignores
+
+    def heeded(self, outputs: Outputs, targets: Weighted) -> Bool[Array, "N K"] | None:
+        return self.loss.heeded(outputs, targets.targets)
 
     def gauss_newton_product(
         self, outputs: Outputs, target: Weighted, vector: Float[Array, " K"]

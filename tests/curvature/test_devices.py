@@ -333,6 +333,17 @@ for check_vma in (True, False):
     noisy = over_axis(factors_of(jax.random.key(7), "batch"), check_vma)(params, batch)
     close(over_axis(by_hand, True)(params, batch), noisy[0], "noise in a loop")
     assert noisy[1]["w"].activation.shape == (3, 4, 4)
+
+# Of the examples that count, of which one device has none.
+label = kfgn.losses.softmax_cross_entropy_with_integer_labels.with_options(ignore_index=-1)
+objective = kfgn.Objective(objective_of(None).model, label)
+some = batch[0], jnp.array([0, 1, -1, -1, 1, -1, 0, 0])
+for method in ("kfra", "empirical"):
+    def of(params, batch, axis_name="batch"):
+        return curvature_of(method, axis_name)(params, batch)[1].factors
+
+    one = jax.jit(lambda p, b: of(p, b, None))(params, some)
+    close(one, over_axis(of, True)(params, some), f"{method} ignored")
 """
 
 
@@ -384,5 +395,5 @@ def test_explicit_axes():
 
 
 def test_numbered_loops_with_noise():
-    """A loop over slices by their number, and noise that it draws, are read inside shard_map."""
+    """A loop over slices by their number, its noise, and labels that are ignored, in shard_map."""
     on_four_devices(NUMBERED, "residual")
