@@ -26,12 +26,16 @@ def of_data(
     size: int,
     rows: Callable[[Any, jax.Array], Any] = lambda batch, key: batch,
 ) -> Task:
-    """Batches of `size` random rows of arrays; `rows(batch, key)` adds what each draw has anew."""
+    """Batches of `size` random rows of arrays; `rows(batch, key)` adds what each draw has anew.
+
+    Of many rows one may be drawn twice: to see that none is sorts all, which takes longer than
+    an update.
+    """
     count = len(jax.tree.leaves(data)[0])
 
     def draw(key: jax.Array, params: Any) -> Any:
         chosen, own = jax.random.split(key)
-        picked = jax.random.choice(chosen, count, (size,), replace=False)
+        picked = jax.random.choice(chosen, count, (size,), replace=size < count // 16)
         return rows(jax.tree.map(lambda a: a[picked], data), own)
 
     whole = rows(data, jax.random.key(9))
