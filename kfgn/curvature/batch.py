@@ -87,7 +87,8 @@ def value_grad_and_curvature(
         channels, for convolutions and long sequences (see `kfgn.curvature.channels`).
       model_examples: the number of examples, spread evenly over the batch, that
         stand for it in the quadratic model's Gauss-Newton matrix, whose cost
-        they set (Martens & Grosse 2015, section 8); None takes the whole batch.
+        they set (Martens & Grosse 2015, section 8); None takes the whole batch, as does a
+        number of more than half of it.
       activation_rows: Q of a kernel that is applied at several positions of an example is
         taken of no more examples, spread evenly over the batch, than have so many times
         as many positions as it has rows, and of 64 at least. It may be most of what the

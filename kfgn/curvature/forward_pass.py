@@ -77,7 +77,7 @@ class Linearized(NamedTuple):
         """The linear pass of some examples, spread over the batch, their outputs and targets."""
         shapes = tuple((n, x.shape, x.dtype) for n, x in self.params.items())
         axes = varying_axes(self.params)
-        whole = examples is None or self.examples <= examples
+        whole = examples is None or self.examples < 2 * examples  # else they are not spread
         known = self.inputs, self.statistics, self.products, self.outputs
         targets = self.targets
         if examples is not None and not whole:

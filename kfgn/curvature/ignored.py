@@ -30,7 +30,7 @@ def routes(request: Request) -> dict[str, Float[Array, "N s t"]]:
     return own
 
 
-def _reached(request: Request) -> dict[str, Float[Array, "N 1 t"]]:
+def _reached(request: Request) -> dict[str, Float[Array, "N s t"]]:
     """Ones in the places that outputs which count depend on.
 
     A cotangent that has no zeros at these comes back there. Where an example has no output that
@@ -45,8 +45,8 @@ def _reached(request: Request) -> dict[str, Float[Array, "N 1 t"]]:
     whole = jnp.all(heeded, axis=1)[:, None, None]
     found = {}
     for name, use in model.graph.uses.items():
-        comes = jnp.any(use.pre_activations(cotangents[name]) != 0, axis=(1, 3))
-        found[name] = (comes[:, None] | whole).astype(model.dtype)
+        comes = jnp.any(use.pre_activations(cotangents[name]) != 0, axis=3)
+        found[name] = (comes | whole).astype(model.dtype)
     return found
 
 

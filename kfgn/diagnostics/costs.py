@@ -94,7 +94,8 @@ def update_cost(
 
 def linear_cost(forward: int, examples: int) -> int:
     """Of the linear pass of two directions, each twice a forward pass, for the model's examples."""
-    return 4 * forward * min(examples, _MODEL_EXAMPLES)
+    few = examples >= 2 * _MODEL_EXAMPLES
+    return 4 * forward * (_MODEL_EXAMPLES if few else examples)
 
 
 def solve_cost(layer: Layer) -> int:

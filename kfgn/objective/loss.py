@@ -21,6 +21,7 @@ from kfgn.base.errors import LossError
 from kfgn.base.linalg import count_of, map_examples, mean_of_examples
 from kfgn.base.types import Array, Scalar
 from kfgn.objective.draws import drawn
+from kfgn.objective.shapes import masks_over
 from kfgn.objective.structure import (
     is_entrywise,
     root_of_part,
@@ -60,6 +61,8 @@ class Loss:
         (negative eigenvalues set to zero), so that they stay semi-definite.
       sample: `(key, outputs) -> target` of one example, drawn from the model's
         predictive distribution, or None where the loss has no such reading.
+      heeded: `(outputs, target) -> mask` of one example, in the outputs' structure with
+        leaves that broadcast to theirs: which of them the target does not say to ignore.
     """
 
     def __init__(
@@ -68,11 +71,13 @@ class Loss:
         name: str,
         convex: bool = False,
         sample: Callable[[Array, Outputs], Any] | None = None,
+        heeded: Callable[[Outputs, Any], Any] | None = None,
     ) -> None:
         self.function = function
         self.name = name
         self.convex = convex
         self._sample = sample
+        self._heeded = heeded
 
     def __repr__(self) -> str:
         return f"kfgn.losses.{self.name}"
@@ -169,11 +174,14 @@ class Loss:
     @property
     def ignores(self) -> bool:
         """Whether targets may say that outputs count for nothing."""
-        return False
+        return self._heeded is not None
 
     def heeded(self, outputs: Outputs, targets: Any) -> Bool[Array, "N K"] | None:
         """Which outputs the targets do not say to ignore; None where that is all of them."""
-        return None
+        of = self._heeded
+        if of is None:
+            return None
+        return flatten_batch(jax.vmap(lambda o, y: masks_over(self, of(o, y), o))(outputs, targets))
 
     def mean_hessian(self, outputs: Outputs, targets: Any) -> Float[Array, "K K"]:
         """The mean Gauss-Newton output Hessian, never `[N, K, K]` at once."""
@@ -257,6 +265,7 @@ def from_function(
     *,
     convex: bool = False,
     sample: Callable[[Array, Outputs], Any] | None = None,
+    heeded: Callable[[Outputs, Any], Any] | None = None,
 ) -> Loss:
     """A loss from any twice differentiable function of one example.
 
@@ -269,6 +278,9 @@ def from_function(
         outputs, whose Hessian is diagonal, needs none either way.
       sample: `(key, outputs) -> target` for one example, from which KFAC draws. Without it
         KFAC takes the root of the output Hessian times random signs.
+      heeded: `(outputs, target) -> mask` for one example, where the loss ignores outputs that
+        targets tell of, such as padding: what counts, in the outputs' structure with leaves that
+        broadcast to theirs. The factor Q then leaves out positions that reach no such output.
 
     Raises:
       LossError: it is no function.
@@ -285,4 +297,4 @@ def from_function(
             f"expected a function (outputs, target) -> scalar, found {type(per_example_loss)}"
         )
     name = getattr(per_example_loss, "__name__", type(per_example_loss).__name__)
-    return Loss(per_example_loss, name, convex, sample)
+    return Loss(per_example_loss, name, convex, sample, heeded)

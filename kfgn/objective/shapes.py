@@ -1,6 +1,9 @@
-"""What losses in closed form expect of the shapes of an example's outputs and target."""
+"""What losses expect of the shapes of an example's outputs and target."""
 
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from kfgn.base.errors import LossError
 
@@ -22,3 +25,19 @@ def require_shape(loss: Any, targets: Any, expected: tuple, outputs: tuple) -> N
             f"{loss.name}: an example has outputs of shape {outputs}, so its target must have "
             f"shape {expected}, found {found}; check the model's last layer and the targets."
         )
+
+
+def masks_over(loss: Any, masks: Any, outputs: Any) -> Any:
+    """Masks as booleans of the outputs' shapes; raises LossError where they do not fit."""
+
+    def over(output: Any, mask: Any) -> Any:
+        return jnp.broadcast_to(jnp.asarray(mask, bool), output.shape)
+
+    try:
+        return jax.tree.map(over, outputs, masks)
+    except ValueError as error:
+        found, expected = (jax.tree.map(jnp.shape, x) for x in (masks, outputs))
+        raise LossError(
+            f"the loss {loss.name!r}: heeded must return masks that broadcast to an example's "
+            f"outputs, of shape {expected}, found {found}"
+        ) from error

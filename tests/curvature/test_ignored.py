@@ -145,6 +145,35 @@ def test_of_few_examples():
     close(found["query"].activation, own * counts[part].mean() / counts.mean())
 
 
+def test_a_loss_of_ones_own_says_what_counts():
+    """Of a tree of outputs, by masks that broadcast to them, with a loss that reads them."""
+    params, tokens, labels = problem()
+    tokens, labels = filled(tokens, labels, lengths := (6, 3, 1, 4, 0))
+    counts = np.arange(LENGTH) < np.asarray(lengths)[:, None]
+
+    def two(p, x):
+        logits = model(p, x)
+        return {"logits": logits, "first": logits[..., 0]}
+
+    def function(outputs, target):
+        y, mask = target
+        plain = kfgn.losses.softmax_cross_entropy_with_integer_labels
+        one = jax.vmap(plain)(outputs["logits"], jnp.where(mask, y, 0))
+        return jnp.sum(jnp.where(mask, one + 0.1 * outputs["first"] ** 2, 0))
+
+    def heeded(_, target):
+        return {"logits": target[1][:, None], "first": target[1]}
+
+    loss = kfgn.losses.from_function(function, convex=True, heeded=heeded)
+    batch = tokens, (labels, jnp.asarray(counts))
+    found = factors_of(kfgn.Objective(two, loss), params, batch, "empirical")
+    check_activations(found, params, tokens, lambda _: counts, "expand")
+    wrong = kfgn.losses.from_function(function, convex=True, heeded=lambda _, target: target[1])
+    message = r"heeded must return masks .* of shape \{'first': \(6,\), 'logits': \(6, 3\)\}"
+    with pytest.raises(kfgn.errors.LossError, match=message):
+        factors_of(kfgn.Objective(two, wrong), params, batch)
+
+
 def test_a_batch_that_is_ignored_and_examples_that_are():
     """Nothing counts: Q is that of all, as moving averages need it."""
     params, tokens, labels = problem()
