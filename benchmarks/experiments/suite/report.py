@@ -104,9 +104,10 @@ def _profile(found: Found) -> Figure:
 
 
 def _losses(found: Found) -> Figure:
-    rows = -(-len(found) // 4)
-    drawn = Figure(figsize=(14, 3 * rows), layout="constrained")
-    grid = drawn.subplots(rows, 4, squeeze=False)
+    columns = min(len(found), 4)
+    rows = -(-len(found) // columns)
+    drawn = Figure(figsize=(3.5 * max(columns, 2), 3 * rows), layout="constrained")
+    grid = drawn.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(found) :]:
         axes.set_axis_off()
     for axes, (name, own) in zip(grid.flat, found.items(), strict=False):
@@ -114,6 +115,7 @@ def _losses(found: Found) -> Figure:
             _, seconds, losses = zip(*trained.points, strict=True)
             axes.plot(seconds, losses, label=method, color=_COLORS.get(method), linewidth=1)
         axes.set_title(name, fontsize="small")
+        axes.set_xlabel("seconds of updates", fontsize="x-small")
         if all(p[2] > 0 for trained in own.values() for p in trained.points):
             log_scale(axes)
     grid[0, 0].legend(fontsize="x-small")
