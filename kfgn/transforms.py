@@ -1,6 +1,7 @@
 """The parts of the optimizers as optax transformations, their damping rules and presets."""
 
 from kfgn.optimizers.average_parameters import average_parameters
+from kfgn.optimizers.clip_by_past_steps import clip_by_past_steps
 from kfgn.optimizers.damping import (
     Damping,
     FactorDamping,
@@ -34,6 +35,7 @@ __all__ = [
     "StepDamping",
     "average_parameters",
     "clip_by_curvature",
+    "clip_by_past_steps",
     "multi_steps",
     "scale_by_conjugate_gradient",
     "scale_by_curvature",

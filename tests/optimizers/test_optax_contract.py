@@ -107,6 +107,11 @@ CASES = {
     "kronecker in a trust region": Case(
         lambda: optax.chain(kronecker(), optax.scale(-0.5), kfgn.transforms.clip_by_curvature(1e-2))
     ),
+    "no longer than before": Case(
+        lambda: optax.chain(
+            kronecker(), optax.scale(-0.5), kfgn.transforms.clip_by_past_steps(1.5, decay=0.5)
+        )
+    ),
     "average_parameters": Case(
         lambda: optax.chain(optax.sgd(1.0), kfgn.transforms.average_parameters())
     ),

@@ -601,6 +601,24 @@ def test_clip_by_curvature_bounds_the_dense_quadratic_form(bound, x64):
     np.testing.assert_allclose(after, before * np.sqrt(min(curved, bound) / curved), rtol=1e-6)
 
 
+def test_clip_by_past_steps_bounds_by_the_mean_of_those_before():
+    """Of ten at least; zeros and what is not finite count for nothing, and pass."""
+    tx = kfgn.transforms.clip_by_past_steps(3.0, decay=0.9)
+    state, lengths, total, clipped = tx.init(jnp.zeros(2)), [1.0, 2.0] * 5 + [50.0, 4.0, 7.0], 0, 0
+    for k, length in enumerate(lengths):
+        for nothing in (jnp.zeros(2), jnp.array([jnp.nan, 1.0])):
+            same, state = tx.update(nothing, state)
+            np.testing.assert_array_equal(same, nothing)
+        step, state = tx.update(jnp.array([0.6, 0.8]) * length, state)
+        mean = total / (1 - 0.9**k) if k else np.inf
+        expected = min(length, 3 * mean) if k >= 10 else length
+        np.testing.assert_allclose(step, np.array([0.6, 0.8]) * expected, rtol=1e-5)
+        total, clipped = 0.9 * total + 0.1 * expected, clipped + (expected < length)
+    assert int(state.clipped) == clipped == 2 and int(state.count) == len(lengths)
+    with pytest.raises(kfgn.errors.OptionError, match="factor"):
+        kfgn.transforms.clip_by_past_steps(0.0)
+
+
 def test_a_classifier_that_fits_its_training_set_stays_there():
     """By ρ alone the damping falls until steps of one batch undo what the others taught."""
     size, examples, updates = 16, 128, 400
