@@ -329,6 +329,8 @@ def test_quadratic_model_of_some_examples(name):
     _, expected, expected_curved = model_of(chosen, None)
     close(pushed, expected)
     close(curved, expected_curved)
+    # More than half of them cannot be spread evenly: then all are taken.
+    assert jax.eval_shape(lambda b: model_of(b, 5), batch)[1].shape == whole[1].shape
     close(jax.flatten_util.ravel_pytree(gradient)[0], jax.flatten_util.ravel_pytree(whole[0])[0])
 
 
