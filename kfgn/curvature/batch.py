@@ -204,11 +204,11 @@ def _of_term(
 
 def _factors(request: Request, settings: CurvatureSettings) -> dict[str, Factors | Diagonal]:
     model, axis_name = request.model, request.axis_name
-    heeded = routes(request)
+    routed = routes(request)
     moments = method_of(settings.method).moments(request)
     factors: dict[str, Factors | Diagonal] = {}
     for name, layer in model.graph.layers.items():
-        seen = {n: _inputs(request, layer, n, settings, heeded) for n in layer.uses}
+        seen = {n: _inputs(request, layer, n, settings, routed) for n in layer.uses}
         activation = activation_moments(layer, seen, request.sharing, model.dtype, model.weights)
         both = mean_over_devices((activation, moments[name]), axis_name)
         factors[name] = assemble(layer, *both)
@@ -223,12 +223,12 @@ def _inputs(
     layer: Layer,
     name: str,
     settings: CurvatureSettings,
-    heeded: dict[str, Array],
+    routed: dict[str, Array],
 ) -> Inputs:
     """What a use is applied to, of all examples or of as many as Q asks for."""
     use = layer.uses[name]
     model = request.model
-    seen = model.values[use.input], heeded.get(name)
+    seen = model.values[use.input], routed.get(name)
     asked = examples_for(layer, use, settings.activation_rows, settings.sharing)
     few = part_of_device(asked, request.axis_name)
     if few is None or 2 * few > model.examples:

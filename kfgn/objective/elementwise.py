@@ -23,8 +23,9 @@ class Elementwise(Loss):
         entries: Callable[[Array, Any], Array],
         name: str,
         sample: Callable[[Array, Array], Any] | None = None,
+        heeded: Callable[[Array, Any], Any] | None = None,
     ) -> None:
-        super().__init__(lambda o, y: jnp.sum(entries(o, y)), name, True, sample)
+        super().__init__(lambda o, y: jnp.sum(entries(o, y)), name, True, sample, heeded)
         self.entries = entries
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:

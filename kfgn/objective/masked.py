@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from kfgn.base.devices import AxisName
 from kfgn.base.errors import LossError
@@ -21,15 +21,8 @@ class _Masked(Elementwise):
             o, y, mask = _shown(outputs, target)
             return jnp.where(mask, loss.entries(o, y), 0)
 
-        super().__init__(entries, f"masked({loss.name})", loss._sample)
+        super().__init__(entries, f"masked({loss.name})", loss._sample, lambda _, y: y[1])
         self.loss = loss
-
-    @property
-    def ignores(self) -> bool:
-        return True
-
-    def heeded(self, outputs: Array, targets: Any) -> Bool[Array, "N K"]:
-        return jnp.asarray(targets[1], bool).reshape(len(outputs), -1)
 
     def second_derivatives(self, outputs: Array, target: Any) -> Float[Array, " K"]:
         o, y, mask = _shown(outputs, target)
@@ -92,6 +85,6 @@ def masked(loss: Loss) -> Loss:
         raise LossError(
             f"masked takes a loss that is a sum over the outputs, found {loss!r}; the "
             "cross-entropies of classes have ignore_index, and a loss of your own, of "
-            "kfgn.losses.from_function, can read a mask among its targets"
+            "kfgn.losses.from_function, can read a mask among its targets and say so by heeded="
         )
     return _Masked(loss)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from kfgn.base.devices import AxisName, split_over_devices
 from kfgn.base.errors import LossError, OptionError
@@ -42,7 +42,8 @@ class _SoftmaxCrossEntropy(Loss):
         class_weights: np.ndarray | None = None,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(self._value, name, True, self._sample_of)
+        heeded = None if ignore_index is None else self._not_ignored
+        super().__init__(self._value, name, True, self._sample_of, heeded)
         self.integer_labels = integer_labels
         self.ignore_index = ignore_index
         self.class_weights = class_weights
@@ -130,15 +131,9 @@ class _SoftmaxCrossEntropy(Loss):
             return None
         return labels == self.ignore_index
 
-    @property
-    def ignores(self) -> bool:
-        return self.ignore_index is not None
-
-    def heeded(self, outputs: Array, targets: Any) -> Bool[Array, "N K"] | None:
-        ignored = self._ignored(jnp.asarray(targets)) if self.integer_labels else None
-        if ignored is None:
-            return None
-        return jnp.broadcast_to(~ignored[..., None], outputs.shape).reshape(len(outputs), -1)
+    def _not_ignored(self, _: Array, target: Any) -> Any:
+        ignored = self._ignored(jnp.asarray(target))
+        return True if ignored is None else ~ignored[..., None]
 
     def _probabilities(self, outputs: Array, target: Any) -> tuple[Array, Array]:
         """p and s of each position of an example or a batch, `[..., K]` and `[..., 1]`."""

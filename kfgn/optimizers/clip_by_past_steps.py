@@ -1,5 +1,6 @@
 """A bound on steps by the lengths of those before, for where single batches make long ones."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import optax
 
 from kfgn.base.checks import check_decay, check_positive
 from kfgn.base.errors import OptionError
-from kfgn.base.types import Number, PyTree, Scalar
+from kfgn.base.types import Array, Number, PyTree, Scalar
 from kfgn.optimizers.state import Count, counter, number
 
 
@@ -60,8 +61,7 @@ def clip_by_past_steps(factor: Number = 2.0, decay: Number = 0.9) -> optax.Gradi
     ) -> tuple[PyTree, ClipByPastStepsState]:
         del params
         beta = jnp.asarray(decay, jnp.float32)
-        squares = (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(updates))
-        length = jnp.sqrt(sum(squares, start=number()))
+        length = _length(jax.tree.leaves(updates))
         counts = jnp.isfinite(length) & (length > 0)
         seen = state.count.astype(jnp.float32)
         known = (seen >= 1) & (seen * (1 - beta) >= 1 - 1e-3)
@@ -77,3 +77,13 @@ def clip_by_past_steps(factor: Number = 2.0, decay: Number = 0.9) -> optax.Gradi
         return jax.tree.map(lambda x: share.astype(x.dtype) * x, updates), after
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _length(leaves: list[Array]) -> Scalar:
+    """The Euclidean norm, of numbers as well whose squares are too large or small."""
+    arrays = [x.astype(jnp.float32) for x in leaves]
+    largest = functools.reduce(
+        jnp.maximum, (jnp.max(jnp.abs(x), initial=0) for x in arrays), number()
+    )
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * jnp.sqrt(sum((jnp.sum(jnp.square(x / scale)) for x in arrays), start=number()))

@@ -174,7 +174,7 @@ def test_a_loss_of_ones_own_says_what_counts():
         factors_of(kfgn.Objective(two, wrong), params, batch)
 
 
-def test_a_batch_that_is_ignored_and_examples_that_are():
+def test_a_batch_that_is_ignored():
     """Nothing counts: Q is that of all, as moving averages need it."""
     params, tokens, labels = problem()
     objective = kfgn.Objective(model, LOSS)

@@ -615,6 +615,10 @@ def test_clip_by_past_steps_bounds_by_the_mean_of_those_before():
         np.testing.assert_allclose(step, np.array([0.6, 0.8]) * expected, rtol=1e-5)
         total, clipped = 0.9 * total + 0.1 * expected, clipped + (expected < length)
     assert int(state.clipped) == clipped == 2 and int(state.count) == len(lengths)
+    huge, _ = tx.update(jnp.array([0.6, 0.8]) * 1e30, state)  # its square is no float32
+    np.testing.assert_allclose(
+        huge, 3 * total / (1 - 0.9 ** len(lengths)) * np.array([0.6, 0.8]), rtol=1e-5
+    )
     with pytest.raises(kfgn.errors.OptionError, match="factor"):
         kfgn.transforms.clip_by_past_steps(0.0)
 
